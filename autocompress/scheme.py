@@ -1,0 +1,235 @@
+"""Scheme: what may be compressed and how. The optimizer and the search see only this protocol.
+
+A scheme is a frozen dataclass with four functions. In the terms of Carreira-Perpiñán & Idelbayev, "Learning-
+Compression Algorithms for Neural Net Pruning" (CVPR 2018): `pi` is the C step Π, `delta` the decompression Δ,
+and `realize` turns the result into the model that ships.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+from torch import Tensor, nn
+
+from autocompress.plugins import Registry
+
+Weights: TypeAlias = dict[str, Tensor]
+Facts: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Theta:
+    """Compressed weights θ, the result of a C step.
+
+    Attributes:
+        values: The weights as the scheme stores them; `Scheme.delta` decompresses them.
+        support: For each weight by name, which of its entries the compressed model keeps (bool, the weight's
+            shape). What is not named is kept whole. Kept entries are free: θ follows w there.
+        kept: Parameters of the realized model.
+        plan: What `Scheme.realize` must know to build the compressed architecture: JSON types only.
+    """
+
+    values: Weights
+    support: Mapping[str, Tensor]
+    kept: int
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Scheme(Protocol):
+    """What may be compressed and how."""
+
+    @property
+    def takes_density(self) -> bool:
+        """Whether there is a density to search over. A scheme without one (a cast to 16 bits) is tried once."""
+
+    @property
+    def tolerance(self) -> float:
+        """How far a realized output may lie from the masked model's, relative to the largest output.
+
+        1e-5 for schemes that are exact, larger for those that compute in fewer bits.
+        """
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        """What the scheme must know of the architecture, found once per study. The model is not changed.
+
+        Args:
+            model: The dense model, on the CPU.
+            example_input: A batch of one sample.
+
+        Raises:
+            ValueError: If there is nothing in the model that the scheme could compress.
+        """
+
+    def lowest_density(self, facts: Facts) -> float:
+        """The lowest density that `pi` can reach on this model."""
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        """The C step: the compressed weights nearest to ``weights`` (all the model's parameters by name).
+
+        Idempotent. The density reached, ``theta.kept`` over the dense model's parameters, is at most
+        ``density``.
+
+        Raises:
+            ValueError: If ``density`` is below `lowest_density`.
+        """
+
+    def delta(self, theta: Theta) -> Weights:
+        """Decompresses: the weights in the dense model's shapes, zero where nothing is kept."""
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        """The model that ships, from a model of the dense architecture that carries ``delta(theta)``.
+
+        A new module; ``model`` is not changed. Its weights may be anything when only the architecture is
+        wanted, as when a saved model is loaded.
+        """
+
+
+def density_error(density: float, lowest: float) -> ValueError:
+    """The error for a target that cannot be met: it names the lowest density that can."""
+    return ValueError(f"density {density:.4g} cannot be reached; the lowest possible here is {lowest:.4g}")
+
+
+@dataclass(frozen=True, init=False)
+class Compose:
+    """Several schemes, applied in order; ``A+B`` on the command line. At most one of them takes a density.
+
+    Raises:
+        ValueError: If there are no parts or several of them take a density.
+    """
+
+    parts: tuple[Scheme, ...]
+
+    def __init__(self, *parts: Scheme) -> None:
+        if not parts:
+            raise ValueError("a composition needs at least one scheme")
+        with_density = [describe(part) for part in parts if part.takes_density]
+        if len(with_density) > 1:
+            raise ValueError(f"{' and '.join(with_density)} each take a density; compose at most one of them")
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def takes_density(self) -> bool:
+        """Whether one of the parts has a density to search over."""
+        return any(part.takes_density for part in self.parts)
+
+    @property
+    def tolerance(self) -> float:
+        """The loosest of the parts' tolerances."""
+        return max(part.tolerance for part in self.parts)
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        """Each part's facts, see `Scheme.analyze`."""
+        return [part.analyze(model, example_input) for part in self.parts]
+
+    def lowest_density(self, facts: Facts) -> float:
+        """See `Scheme.lowest_density`."""
+        return min(part.lowest_density(f) for part, f in zip(self.parts, facts, strict=True))
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        """Projects with one part after the other, each on what the part before it left."""
+        support: dict[str, Tensor] = {}
+        kept, plans = None, []
+        theta = None
+        for part, part_facts in zip(self.parts, facts, strict=True):
+            theta = part.pi(weights, density, part_facts)
+            weights = part.delta(theta)
+            support |= theta.support
+            kept = theta.kept if kept is None else min(kept, theta.kept)
+            plans.append(dict(theta.plan))
+        assert theta is not None and kept is not None
+        return Theta(theta.values, support, kept, {"parts": plans})
+
+    def delta(self, theta: Theta) -> Weights:
+        """Decompresses the last part's values; what the earlier parts removed is zero in them."""
+        return self.parts[-1].delta(theta)
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        """Realizes with one part after the other."""
+        for part, part_facts, plan in zip(self.parts, facts, theta.plan["parts"], strict=True):
+            model = part.realize(model, Theta(theta.values, theta.support, theta.kept, plan), part_facts)
+        return model
+
+
+def parts_of(scheme: Scheme) -> tuple[Scheme, ...]:
+    """The parts of a composition, or the scheme itself alone."""
+    return scheme.parts if isinstance(scheme, Compose) else (scheme,)
+
+
+SCHEMES: Registry[Callable[..., Scheme]] = Registry("scheme")
+
+MakesScheme = TypeVar("MakesScheme", bound=Callable[..., Any])
+
+
+def register_scheme(make: MakesScheme) -> MakesScheme:
+    """Registers a scheme class, or a function that returns a composition, under its own name. A decorator.
+
+    Its docstring's first line is what ``autocompress schemes`` prints; its parameters can be set on the
+    command line, as in ``StructPrune(min_keep=4)``.
+    """
+    SCHEMES.add(make.__name__, make)
+    return make
+
+
+def parse_scheme(spec: str) -> Scheme:
+    """The scheme that ``spec`` names: ``"Prune"``, ``"StructPrune(min_keep=4)"``, ``"StructPrune+Quantize16"``.
+
+    Raises:
+        ValueError: If a name is unknown, a parameter does not exist or its value is refused.
+    """
+    try:
+        terms = _terms(ast.parse(spec.strip(), mode="eval").body)
+    except SyntaxError:
+        raise ValueError(
+            f"{spec!r} is not a scheme; write a name, Name(parameter=value) or a sum of them such as "
+            "StructPrune+Quantize16"
+        ) from None
+    parts = [_make(term, spec) for term in terms]
+    return parts[0] if len(parts) == 1 else Compose(*parts)
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _terms(node.left) + _terms(node.right)
+    return [node]
+
+
+def _make(term: ast.expr, spec: str) -> Scheme:
+    name, keywords = (term.func, term.keywords) if isinstance(term, ast.Call) else (term, [])
+    if not isinstance(name, ast.Name) or (isinstance(term, ast.Call) and term.args):
+        raise ValueError(f"{spec!r} is not a scheme; write names, parameters as Name(parameter=value)")
+    make = SCHEMES.get(name.id)
+    allowed = list(inspect.signature(make).parameters)
+    arguments = {}
+    for keyword in keywords:
+        if keyword.arg not in allowed:
+            takes = ", ".join(allowed) or "none"
+            raise ValueError(f"{name.id} has no parameter {keyword.arg!r} (it has: {takes})")
+        arguments[keyword.arg] = _literal(keyword.value)
+    try:
+        return make(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{spec!r}: {error}") from error
+
+
+def _literal(node: ast.expr) -> Any:
+    """A Python literal, or a bare word taken as a string: ``dtype=bf16``."""
+    if isinstance(node, ast.Name):
+        return node.id
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"{ast.unparse(node)!r} is not a plain value; write a number or a word") from None
+
+
+def describe(scheme: Scheme) -> str:
+    """The spec that `parse_scheme` turns into an equal scheme; parameters at their defaults are left out."""
+    if isinstance(scheme, Compose):
+        return "+".join(describe(part) for part in scheme.parts)
+    name = type(scheme).__name__
+    if not is_dataclass(scheme):
+        return name
+    changed = [f"{f.name}={getattr(scheme, f.name)!r}" for f in fields(scheme) if getattr(scheme, f.name) != f.default]
+    return f"{name}({', '.join(changed)})" if changed else name

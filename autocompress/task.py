@@ -1,0 +1,204 @@
+"""Task: what is compressed and how it is judged."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from autocompress.metrics import Metric, Outputs, Targets, accuracy
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Split(Protocol):
+    """One part of the data, served in batches of ``(x, y)``: x of shape ``(n, ...)``, y of shape ``(n,)``."""
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples the split holds."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a full batch."""
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """One pass. With a generator: shuffled by it, the last incomplete batch left out (for training)."""
+
+
+@dataclass(frozen=True)
+class TensorSplit:
+    """Data held as two tensors: ``x`` of shape ``(n, ...)``, ``y`` of shape ``(n,)``."""
+
+    x: Tensor
+    y: Tensor
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"x holds {len(self.x)} samples and y {len(self.y)}; they must be as many")
+        if len(self.x) == 0:
+            raise ValueError("a split holds no samples; each of train, val and test needs some")
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples the split holds."""
+        return len(self.x)
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """One pass, see `Split.batches`."""
+        n, size = self.n_samples, min(self.batch_size, self.n_samples)
+        if generator is None:
+            for start in range(0, n, size):
+                yield self.x[start : start + size], self.y[start : start + size]
+            return
+        order = torch.randperm(n, generator=generator)
+        for start in range(0, n - size + 1, size):
+            chosen = order[start : start + size]
+            yield self.x[chosen], self.y[chosen]
+
+
+@dataclass(frozen=True)
+class LoaderSplit:
+    """Data served by a DataLoader of ``(x, y)`` batches, shuffled or not as the loader was made."""
+
+    loader: DataLoader[Batch]
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples the split holds."""
+        return len(self.loader.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a full batch."""
+        return self.loader.batch_size or 1
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """One pass, see `Split.batches`. The generator, when given, seeds the loader's own sampler."""
+        if generator is not None:
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        yield from cast(Iterable[Batch], self.loader)
+
+
+Data: TypeAlias = Split | DataLoader[Batch] | tuple[Tensor, Tensor]
+
+
+def as_split(data: Data, name: str) -> Split:
+    """Any accepted form of data as a `Split`.
+
+    Raises:
+        ValueError: If ``data`` is of another form or empty; ``name`` says which part it was.
+    """
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        return TensorSplit(*data)
+    if isinstance(data, DataLoader):
+        return LoaderSplit(data)
+    if hasattr(data, "batches") and hasattr(data, "n_samples"):
+        return cast(Split, data)
+    raise ValueError(f"{name}= must be a DataLoader or a pair of tensors (x, y), not {type(data).__name__}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's outputs on a split, and the metric's score of them.
+
+    Attributes:
+        score: The metric, e.g. 0.971.
+        outputs: Logits of shape ``(n, classes)``.
+        targets: Classes of shape ``(n,)``.
+    """
+
+    score: float
+    outputs: Outputs
+    targets: Targets
+
+
+class Task:
+    """A trained model, its data, and how it is judged.
+
+    Args:
+        model: The trained dense model: logits of shape ``(n, classes)`` from a batch.
+        train: What recovery trains on. A DataLoader or a pair of tensors ``(x, y)``.
+        val: What the search sees.
+        test: What only the verdict sees, once.
+        loss: Maps logits and targets to a scalar; cross-entropy by default.
+        metric: The score that the bound on the drop is about; accuracy by default.
+        name: Names the task in the study, the tables and MLflow.
+        architecture: How `autocompress.load` can make the dense architecture again without being handed it;
+            only tasks that autocompress itself makes have one.
+
+    Raises:
+        ValueError: If a split is empty or of a form that is not understood.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Data,
+        val: Data,
+        test: Data,
+        *,
+        loss: Loss = nn.functional.cross_entropy,
+        metric: Metric = accuracy,
+        name: str = "task",
+        architecture: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
+        self.model = model
+        self.train = as_split(train, "train")
+        self.val = as_split(val, "val")
+        self.test = as_split(test, "test")
+        self.loss = loss
+        self.metric = metric
+        self.name = name
+        self.architecture = architecture
+
+    @property
+    def example_input(self) -> Tensor:
+        """One validation sample as a batch of shape ``(1, ...)``."""
+        x, _ = next(self.val.batches())
+        return x[:1]
+
+    def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
+        """Runs ``model`` in eval mode over ``split``, on the model's device, and scores it."""
+        outputs, targets = predict(model, split)
+        return Evaluation(self.metric.score(targets, outputs), outputs, targets)
+
+
+def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:
+    """Logits ``(n, classes)`` and targets ``(n,)`` over a split; the model's mode is left as it was."""
+    device = device_of(model)
+    outputs, targets = [], []
+    with evaluating(model), torch.inference_mode():
+        for x, y in split.batches():
+            outputs.append(model(x.to(device)).float().cpu())
+            targets.append(y.cpu())
+    return torch.cat(outputs).numpy().astype(np.float32), torch.cat(targets).numpy().astype(np.int64)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU when it has none."""
+    first = next(model.parameters(), None)
+    first = next(model.buffers(), None) if first is None else first
+    return torch.device("cpu") if first is None else first.device
+
+
+class evaluating:  # noqa: N801  a context manager that reads as a verb
+    """Puts a model in eval mode for a ``with`` block and gives every module its own mode back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self._modes:
+            module.training = training

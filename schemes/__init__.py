@@ -1,0 +1,1 @@
+"""The schemes that ship with autocompress, one family a file. Importing this registers them."""
