@@ -1,0 +1,70 @@
+"""The smallest version of a trained PyTorch network within an accuracy bound, proven on held-out data.
+
+>>> import autocompress as ac
+>>> result = ac.tune(ac.digits(), scheme="StructPrune", max_drop=0.01)  # doctest: +SKIP
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autocompress.data import digits
+    from autocompress.goal import Objective, objective
+    from autocompress.lc import LearningCompression
+    from autocompress.measurement import Latency, Measurement, compare, measure
+    from autocompress.metrics import Metric, accuracy, balanced_accuracy
+    from autocompress.result import Result, Watcher
+    from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
+    from autocompress.study import load, tune
+    from autocompress.task import Task, TensorSplit
+
+# Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
+_HOMES = {
+    "data": ("digits",),
+    "lc": ("LearningCompression",),
+    "measurement": ("Latency", "Measurement", "compare", "measure"),
+    "metrics": ("Metric", "accuracy", "balanced_accuracy"),
+    "goal": ("Objective", "objective"),
+    "result": ("Result", "Watcher"),
+    "scheme": ("Compose", "Scheme", "Theta", "parse_scheme", "register_scheme"),
+    "study": ("load", "tune"),
+    "task": ("Task", "TensorSplit"),
+}
+
+__all__ = [
+    "Compose",
+    "Latency",
+    "LearningCompression",
+    "Measurement",
+    "Metric",
+    "Objective",
+    "Result",
+    "Scheme",
+    "Task",
+    "TensorSplit",
+    "Theta",
+    "Watcher",
+    "accuracy",
+    "balanced_accuracy",
+    "compare",
+    "digits",
+    "load",
+    "measure",
+    "objective",
+    "parse_scheme",
+    "register_scheme",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"autocompress.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'autocompress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

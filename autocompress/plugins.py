@@ -7,11 +7,15 @@ registers what it defines when it is imported.
 
 import difflib
 import importlib.util
+import re
+import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 ENTRY_POINT_GROUP = "autocompress.plugins"
@@ -42,17 +46,26 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._items: dict[str, T] = {}
+        self._modules: dict[str, str] = {}
 
-    def add(self, name: str, item: T) -> None:
-        """Registers ``item``; the same definition may be registered again (a notebook cell run twice).
+    def add(self, name: str, item: T, definition: Any = None) -> None:
+        """Registers ``item``; its own module may register the name again (a notebook cell run twice).
+
+        Args:
+            name: What users call it.
+            item: What `get` returns.
+            definition: The class or function that a user wrote, where ``item`` was made from one.
 
         Raises:
             ValueError: If another module's definition already has the name.
         """
-        known = self._items.get(name)
-        if known is not None and _origin(known) != _origin(item):
-            raise ValueError(f"a {self.kind} named {name!r} is already registered; choose another name")
-        self._items[name] = item
+        module: str = (item if definition is None else definition).__module__
+        owner = self._modules.get(name, module)
+        if owner != module:
+            raise ValueError(
+                f"a {self.kind} named {name!r} is already registered, by {owner}; choose another name"
+            )
+        self._items[name], self._modules[name] = item, module
 
     def get(self, name: str) -> T:
         """The thing of that name.
@@ -63,40 +76,56 @@ class Registry(Generic[T]):
         load_plugins()
         if name in self._items:
             return self._items[name]
-        near = difflib.get_close_matches(name.lower(), [n.lower() for n in self._items], n=2, cutoff=0.5)
-        guesses = [n for n in self._items if n.lower() in near]
-        hint = f"; did you mean {' or '.join(guesses)}?" if guesses else ""
-        raise ValueError(f"unknown {self.kind} {name!r}{hint} (available: {', '.join(sorted(self._items))})")
+        names = {n.lower(): n for n in self._items}
+        near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(names[n] for n in near)}?" if near else ""
+        available = ", ".join(sorted(self._items)) or "none"
+        raise ValueError(f"unknown {self.kind} {name!r}{hint} (available: {available})")
 
     def __iter__(self) -> Iterator[tuple[str, T]]:
         load_plugins()
         return iter(sorted(self._items.items()))
 
 
-def _origin(item: object) -> object:
-    return getattr(item, "__module__", None)
-
-
 def load_from_file(spec: str) -> Any:
-    """The object that ``path/to/file.py:name`` names.
+    """The object that ``path/to/file.py:name`` names. The file is run, each time it is asked for.
 
     Raises:
         ValueError: If the file does not exist, fails when it is run, or has no such name.
     """
     file, _, name = spec.rpartition(":")
+    if not file or not name:
+        raise ValueError(f"{spec!r} does not say which name of which file; write path/to/file.py:name")
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{spec!r}: there is no file {file!r}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None or module_spec.loader is None:
+    if path.suffix != ".py":
         raise ValueError(f"{spec!r}: {file!r} is not a Python file; name a .py file")
-    module = importlib.util.module_from_spec(module_spec)
+    load_plugins()  # first, so that a name the file registers cannot push out an installed plugin's
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{spec!r}: running {file!r} raised {type(error).__name__}: {error}") from error
+        module = _run(path)
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{spec!r}: running {file!r} raised {type(error).__name__}: {reason}") from error
     try:
         return getattr(module, name)
     except AttributeError:
-        public = sorted(n for n in vars(module) if not n.startswith("_"))
-        raise ValueError(f"{spec!r}: {file!r} has no {name!r}; it has {', '.join(public)}") from None
+        public = (n for n, v in vars(module).items() if not n.startswith("_") and not isinstance(v, ModuleType))
+        has = ", ".join(sorted(public)) or "no public names"
+        raise ValueError(f"{spec!r}: {file!r} has no {name!r}; it has {has}") from None
+
+
+def _run(path: Path) -> ModuleType:
+    """Runs a file as a module under a name of its own: two files called model.py are two modules."""
+    digest = zlib.crc32(str(path.resolve()).encode())
+    name = f"{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{digest:08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

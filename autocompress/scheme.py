@@ -7,8 +7,8 @@ and `realize` turns the result into the model that ships.
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Scheme(Protocol):
 
     @property
     def tolerance(self) -> float:
-        """How far a realized output may lie from the masked model's, relative to the largest output.
+        """How far a realized output may lie from the masked model's, over the largest output.
 
         1e-5 for schemes that are exact, larger for those that compute in fewer bits.
         """
@@ -103,6 +103,7 @@ class Compose:
     parts: tuple[Scheme, ...]
 
     def __init__(self, *parts: Scheme) -> None:
+        parts = tuple(leaf for part in parts for leaf in parts_of(part))
         if not parts:
             raise ValueError("a composition needs at least one scheme")
         with_density = [describe(part) for part in parts if part.takes_density]
@@ -148,14 +149,25 @@ class Compose:
 
     def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
         """Realizes with one part after the other."""
-        for part, part_facts, plan in zip(self.parts, facts, theta.plan["parts"], strict=True):
-            model = part.realize(model, Theta(theta.values, theta.support, theta.kept, plan), part_facts)
+        for _, realized in realize_by_part(self, model, theta, facts):
+            model = realized
         return model
 
 
 def parts_of(scheme: Scheme) -> tuple[Scheme, ...]:
     """The parts of a composition, or the scheme itself alone."""
     return scheme.parts if isinstance(scheme, Compose) else (scheme,)
+
+
+def realize_by_part(
+    scheme: Scheme, model: nn.Module, theta: Theta, facts: Facts
+) -> Iterator[tuple[Scheme, nn.Module]]:
+    """Realizes like `Scheme.realize`, and yields the model after each part of a composition."""
+    composed = isinstance(scheme, Compose)
+    plans = theta.plan["parts"] if composed else [theta.plan]
+    for part, part_facts, plan in zip(parts_of(scheme), facts if composed else [facts], plans, strict=True):
+        model = part.realize(model, replace(theta, plan=plan), part_facts)
+        yield part, model
 
 
 SCHEMES: Registry[Callable[..., Scheme]] = Registry("scheme")
@@ -174,7 +186,7 @@ def register_scheme(make: MakesScheme) -> MakesScheme:
 
 
 def parse_scheme(spec: str) -> Scheme:
-    """The scheme that ``spec`` names: ``"Prune"``, ``"StructPrune(min_keep=4)"``, ``"StructPrune+Quantize16"``.
+    """The scheme that ``spec`` names: ``Prune``, ``StructPrune(min_keep=4)``, ``StructPrune+Quantize16``.
 
     Raises:
         ValueError: If a name is unknown, a parameter does not exist or its value is refused.
@@ -231,5 +243,7 @@ def describe(scheme: Scheme) -> str:
     name = type(scheme).__name__
     if not is_dataclass(scheme):
         return name
-    changed = [f"{f.name}={getattr(scheme, f.name)!r}" for f in fields(scheme) if getattr(scheme, f.name) != f.default]
+    changed = [
+        f"{f.name}={getattr(scheme, f.name)!r}" for f in fields(scheme) if getattr(scheme, f.name) != f.default
+    ]
     return f"{name}({', '.join(changed)})" if changed else name

@@ -1,7 +1,9 @@
 """Task: what is compressed and how it is judged."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol, TypeAlias, cast
 
 import numpy as np
@@ -159,6 +161,12 @@ class Task:
         self.name = name
         self.architecture = architecture
 
+    def on(self, device: str | torch.device) -> "Task":
+        """The same task with a copy of the model in eval mode on ``device``."""
+        moved = copy.copy(self)
+        moved.model = copy.deepcopy(self.model).to(device).eval()
+        return moved
+
     @property
     def example_input(self) -> Tensor:
         """One validation sample as a batch of shape ``(1, ...)``."""
@@ -184,12 +192,11 @@ def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU when it has none."""
-    first = next(model.parameters(), None)
-    first = next(model.buffers(), None) if first is None else first
+    first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
-class evaluating:  # noqa: N801  a context manager that reads as a verb
+class evaluating:
     """Puts a model in eval mode for a ``with`` block and gives every module its own mode back."""
 
     def __init__(self, model: nn.Module) -> None:

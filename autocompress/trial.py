@@ -1,12 +1,70 @@
-"""One trial: compress at one density, recover, realize, score on val, measure."""
+"""One trial: compress at one density, recover, realize, score on val, measure. A pure function."""
 
+import copy
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from autocompress.measure import Measurement
+from autocompress.certify import drop_standard_error
+from autocompress.goal import Objective
+from autocompress.lc import LearningCompression
+from autocompress.measurement import Measurement, measure
+from autocompress.scheme import Facts, Scheme, Theta, realize_by_part
+from autocompress.task import Evaluation, Task, device_of, evaluating
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How much of the metric may be lost.
+
+    Attributes:
+        max_drop: 0.01 is one point, or 1% of the dense model's score if ``relative``.
+        relative: Whether the drop is counted as a share of the dense model's score.
+    """
+
+    max_drop: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_drop < 1:
+            raise ValueError(f"max_drop={self.max_drop}; it must be at least 0 and below 1 (0.01 is one point)")
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything that a trial needs; the same spec gives the same result on the same machine.
+
+    Attributes:
+        number: The trial's number in its study, from 1: the dense model is 0.
+        density: What the search proposes.
+        task: The dense model, the data and the metric.
+        scheme: How to compress.
+        facts: What the scheme found out about the model, once for the study.
+        recovery: The optimizer and its budget.
+        objective: What the search optimizes.
+        bound: What may be lost.
+        dense: The dense model's evaluation on val.
+        seed: Seeds the trial.
+        device: Where it runs, as torch names it.
+        timing: Whether the objective needs latency, memory or energy.
+    """
+
+    number: int
+    density: float
+    task: Task
+    scheme: Scheme
+    facts: Facts
+    recovery: LearningCompression
+    objective: Objective
+    bound: Bound
+    dense: Evaluation
+    seed: int
+    device: str = "cpu"
+    timing: bool = False
 
 
 @dataclass(frozen=True)
@@ -14,7 +72,7 @@ class TrialResult:
     """What a trial found.
 
     Attributes:
-        number: The trial's number in its study, from 0.
+        number: The trial's number in its study, from 1: the dense model is 0.
         density_asked: The density that the search proposed.
         density: The density of the realized model, at most the one asked for.
         score: The metric on val.
@@ -43,3 +101,81 @@ class TrialResult:
     plan: Mapping[str, Any]
     curves: Mapping[str, tuple[float, ...]]
     model: nn.Module | None = None
+
+
+def run_trial(spec: TrialSpec) -> TrialResult:
+    """Runs one trial in whatever process it is called.
+
+    Raises:
+        RealizationError: If the realized model does not compute what the masked model computes.
+        FloatingPointError: If the training diverged.
+    """
+    began = time.perf_counter()
+    task, scheme = spec.task.on(spec.device), spec.scheme
+    torch.manual_seed(spec.seed)
+    model = copy.deepcopy(task.model)
+    recovered = spec.recovery.recover(model, scheme, spec.facts, spec.density, task, spec.seed)
+    realized = realize(scheme, model.eval(), recovered.theta, spec.facts, next(task.val.batches())[0])
+    evaluation = task.evaluate(realized, task.val)
+    dense_params = sum(p.numel() for p in task.model.parameters())
+    measurement = measure(
+        realized,
+        task.example_input,
+        spec.device,
+        dense_params=dense_params,
+        params=recovered.theta.kept,
+        timing=spec.timing,
+    )
+    drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
+    drop_se = drop_standard_error(task.metric, spec.dense, evaluation)
+    return TrialResult(
+        number=spec.number,
+        density_asked=spec.density,
+        density=measurement.density,
+        score=evaluation.score,
+        drop=drop,
+        drop_se=drop_se / abs(spec.dense.score) if spec.bound.relative else drop_se,
+        feasible=drop <= spec.bound.max_drop,
+        value=spec.objective(measurement),
+        seconds=time.perf_counter() - began,
+        measurement=measurement,
+        plan=recovered.theta.plan,
+        curves=recovered.curves,
+        model=realized.cpu(),
+    )
+
+
+class RealizationError(RuntimeError):
+    """A realized model does not compute what the masked model computes."""
+
+
+def realize(scheme: Scheme, masked: nn.Module, theta: Theta, facts: Facts, batch: Tensor) -> nn.Module:
+    """Realizes θ and checks, part by part of a composition, that the outputs on a batch are still the same.
+
+    Args:
+        scheme: The scheme.
+        masked: The dense architecture with the decompressed θ, in eval mode.
+        theta: The compressed weights.
+        facts: What the scheme found out about the dense model.
+        batch: Inputs of shape ``(n, ...)``.
+
+    Raises:
+        RealizationError: If an output moved by more than the scheme's tolerance.
+    """
+    model, expected = masked, _outputs(masked, batch)
+    for part, model in realize_by_part(scheme, masked, theta, facts):
+        outputs = _outputs(model, batch)
+        error = float((outputs - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not error <= part.tolerance:
+            raise RealizationError(
+                f"the model realized by {type(part).__name__} is off by {error:.1e} of the largest output "
+                f"(allowed: {part.tolerance:.0e}); it was not used"
+            )
+        expected = outputs
+    return model.eval()
+
+
+def _outputs(model: nn.Module, batch: Tensor) -> Tensor:
+    with evaluating(model), torch.inference_mode():
+        outputs: Tensor = model(batch.to(device_of(model))).float()
+    return outputs

@@ -4,12 +4,14 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, TypeAlias
 
-from autocompress.measure import Measurement
+from autocompress.measurement import Measurement
 from autocompress.plugins import Registry, load_from_file
 
 Direction = Literal["minimize", "maximize"]
+Function: TypeAlias = Callable[[Measurement], float | None]
 
 
 @dataclass(frozen=True)
@@ -18,20 +20,19 @@ class Objective:
 
     Attributes:
         name: As it appears in tables and logs.
-        function: Maps a measurement to the number.
+        function: Maps a measurement to the number, or to None when it lacks what the number is made of.
         direction: ``"minimize"`` or ``"maximize"``.
         unit: The number's unit, for tables; empty when it has none.
     """
 
     name: str
-    function: Callable[[Measurement], float]
+    function: Function
     direction: Direction = "minimize"
     unit: str = ""
 
     def __post_init__(self) -> None:
         if self.direction not in ("minimize", "maximize"):
             raise ValueError(f"direction={self.direction!r}; it must be 'minimize' or 'maximize'")
-        self.__dict__["__module__"] = getattr(self.function, "__module__", None)
 
     @property
     def description(self) -> str:
@@ -48,28 +49,23 @@ class Objective:
         try:
             value: Any = self.function(measurement)
         except Exception as error:
-            raise ValueError(
-                f"the objective {self.name!r} raised {type(error).__name__}: {error}{_absent(measurement)}"
-            ) from error
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(
-                f"the objective {self.name!r} returned {value!r}; it must return a finite number"
-                f"{_absent(measurement)}"
-            )
-        return float(value)
+            problem = f"raised {type(error).__name__}: {error}"
+            raise ValueError(f"the objective {self.name!r} {problem}{_absent(measurement)}") from error
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        problem = f"returned {value!r}; it must return a finite number"
+        raise ValueError(f"the objective {self.name!r} {problem}{_absent(measurement)}")
 
 
 def _absent(measurement: Measurement) -> str:
-    names = [name for name, value in vars(measurement).items() if value is None]
+    names = [name for name, value in vars(measurement).items() if value is None or value == ()]
     return f" (not measured here: {', '.join(names)})" if names else ""
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective")
 
 
-def objective(
-    direction: Direction = "minimize", unit: str = ""
-) -> Callable[[Callable[[Measurement], float]], Objective]:
+def objective(direction: Direction = "minimize", unit: str = "") -> Callable[[Function], Objective]:
     """Registers a function of a `Measurement` as an objective, under its own name. A decorator.
 
     Args:
@@ -77,15 +73,15 @@ def objective(
         unit: The unit of what the function returns.
     """
 
-    def register(function: Callable[[Measurement], float]) -> Objective:
+    def register(function: Function) -> Objective:
         made = Objective(function.__name__, function, direction, unit)
-        OBJECTIVES.add(made.name, made)
+        OBJECTIVES.add(made.name, made, definition=function)
         return made
 
     return register
 
 
-def as_objective(given: "str | Objective | Callable[[Measurement], float]") -> Objective:
+def as_objective(given: str | Objective | Function) -> Objective:
     """An objective from its name, ``file.py:name``, or a plain function (which is minimized).
 
     Raises:
@@ -94,14 +90,16 @@ def as_objective(given: "str | Objective | Callable[[Measurement], float]") -> O
     if isinstance(given, Objective):
         return given
     if isinstance(given, str):
-        if ".py:" not in given and not given.endswith(".py"):
-            return OBJECTIVES.get(given)
-        if given.endswith(".py"):
-            raise ValueError(f"{given!r}: say which function of the file, as in {given}:name")
-        found = load_from_file(given)
-        if not callable(found):
-            raise ValueError(f"{given!r} is a {type(found).__name__}, not a function of a Measurement")
-        return as_objective(found)
+        is_file = ":" in given or given.endswith(".py")
+        return _from_file(given) if is_file else OBJECTIVES.get(given)
     if callable(given):
-        return Objective(getattr(given, "__name__", "objective"), given)
+        name = getattr(given, "__name__", "")
+        return Objective(name if name.isidentifier() else "objective", given)  # a lambda's is <lambda>
     raise ValueError(f"objective={given!r}; give a name, file.py:name or a function of a Measurement")
+
+
+def _from_file(spec: str) -> Objective:
+    found = load_from_file(spec)
+    if not callable(found):
+        raise ValueError(f"{spec!r} is a {type(found).__name__}, not a function of a Measurement")
+    return as_objective(found)

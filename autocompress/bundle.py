@@ -1,0 +1,159 @@
+"""The compressed module on disk: ``model.safetensors``, and ``plan.json`` that says how to rebuild it.
+
+For whoever wants the module itself, to fine-tune it or to measure it again. Nothing is pickled.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress import weights
+from autocompress.parity import reason
+from autocompress.scheme import Theta, parse_scheme
+
+WEIGHTS, PLAN = "model.safetensors", "plan.json"
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model comes from; written beside it, and needed to rebuild it.
+
+    Attributes:
+        scheme: What `autocompress.scheme.parse_scheme` reads, e.g. ``"StructPrune+Quantize16"``.
+        plan: `Theta.plan` of the model: JSON types only.
+        density: Parameters kept over parameters of the dense model.
+        task: The task's name.
+        architecture: How the dense architecture can be made again, where that is known.
+        classes: Names of the logits, in order.
+        preprocessing: What was done to a sample before the model saw it, in words.
+        results: What else is worth keeping, such as the metric on val and test: JSON types only.
+    """
+
+    scheme: str
+    plan: Mapping[str, Any]
+    density: float
+    task: str
+    architecture: str | None = None
+    classes: Sequence[str] = ()
+    preprocessing: str = ""
+    results: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenance) -> None:
+    """Writes ``model.safetensors`` and ``plan.json``.
+
+    Args:
+        model: The realized model.
+        sample: A batch of one sample, for its shape and type.
+        directory: An existing directory.
+        provenance: Where the model comes from.
+
+    Raises:
+        ValueError: If the file does not give back each weight, or ``provenance`` is not JSON.
+    """
+    path = directory / WEIGHTS
+    state = model.state_dict()
+    weights.save(state, path)
+    found = weights.load(path)
+    if found.keys() != state.keys() or not all(_same(found[name], state[name]) for name in state):
+        raise ValueError(f"{path.name} does not give back the weights that were saved")
+    plan = {
+        "format": PLAN_FORMAT,
+        "scheme": provenance.scheme,
+        "density": provenance.density,
+        "task": provenance.task,
+        "architecture": provenance.architecture,
+        "classes": list(provenance.classes),
+        "preprocessing": provenance.preprocessing,
+        "dtype": dtype_name(next(model.parameters()).dtype),
+        "input": {"shape": list(sample.shape), "dtype": dtype_name(sample.dtype)},
+        "sha256": _sha256(path),
+        "versions": {name: version(name) for name in ("autocompress", "torch")},
+        "results": dict(provenance.results),
+        "plan": dict(provenance.plan),
+    }
+    try:
+        # One key a line: a plan lists thousands of channels, and the rest should stay readable.
+        lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in plan.items()]
+    except TypeError as error:
+        raise ValueError(f"the plan and the results must be JSON: {error}") from None
+    (directory / PLAN).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def load(directory: Path, model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
+    """The compressed module again.
+
+    Args:
+        directory: Where `save`, or `autocompress.export.export`, wrote.
+        model: Any instance of the dense architecture; its weights do not matter and it is not changed.
+        example_input: A batch of one sample; zeros of the stored shape by default.
+
+    Returns:
+        The realized model with the stored weights, in eval mode on the CPU.
+
+    Raises:
+        ValueError: If a file is missing, damaged or of another version, or ``model`` is of another
+            architecture.
+    """
+    plan = read_plan(directory)
+    scheme = parse_scheme(plan["scheme"])
+    if example_input is None:
+        example_input = torch.zeros(plan["input"]["shape"], dtype=getattr(torch, plan["input"]["dtype"]))
+    dense = copy.deepcopy(model).cpu().eval()
+    kept = round(plan["density"] * sum(p.numel() for p in dense.parameters()))
+    theta = Theta(values={}, support={}, kept=kept, plan=plan["plan"])
+    state = weights.load(directory / WEIGHTS)
+    try:
+        realized = scheme.realize(dense, theta, scheme.analyze(dense, example_input))
+        realized.load_state_dict(state)
+    except Exception as error:  # what does not fit may fail anywhere on the way, in a third party's scheme too
+        named = f" ({plan['architecture']})" if plan["architecture"] else ""
+        raise ValueError(
+            f"model= must have the architecture that {directory} was compressed from{named}: {reason(error)}"
+        ) from error
+    return realized.eval()
+
+
+def read_plan(directory: Path) -> dict[str, Any]:
+    """What ``plan.json`` says, once it is known to belong to the weights beside it."""
+    path, stored = directory / PLAN, directory / WEIGHTS
+    for file in (path, stored):
+        if not file.is_file():
+            raise ValueError(f"there is no {file}; name a directory that autocompress exported to")
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); export the model again") from None
+    if not isinstance(plan, dict) or plan.get("format") != PLAN_FORMAT:
+        found = plan.get("format") if isinstance(plan, dict) else None
+        raise ValueError(f"{path} has format {found}; this version of autocompress reads {PLAN_FORMAT}")
+    if _sha256(stored) != plan.get("sha256"):
+        raise ValueError(f"{stored} is not the file that {PLAN} describes (sha256); export the model again")
+    return plan
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _same(found: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN is the same as NaN, and -0.0 as 0.0."""
+    tensor = tensor.detach().cpu()
+    if found.dtype != tensor.dtype or found.shape != tensor.shape:
+        return False
+    return bool(((found == tensor) | ((found != found) & (tensor != tensor))).all())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,259 @@
+"""The verdict on held-out data: is the drop within the bound, and with what confidence can that be said."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+from scipy.stats import bootstrap
+
+from autocompress.metrics import Metric
+from autocompress.task import Evaluation
+
+Outcome: TypeAlias = Literal["certified", "not certifiable", "not met"]
+
+RESAMPLES = 2000  # for the bounds of the verdict
+RESAMPLES_SE = 100  # for the standard error of one trial: 7% accurate, and there are many trials
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What held-out data say about the drop of a metric from the dense to the compressed model.
+
+    Attributes:
+        outcome: ``certified``: the upper bound is within ``max_drop``. ``not met``: even the lower bound is
+            beyond it. ``not certifiable``: so many samples cannot tell.
+        drop: The observed drop, a fraction (0.01 is one point) or, when ``relative``, a share of the dense score.
+        upper: The drop is at most this, with ``confidence``.
+        lower: The drop is at least this, with ``confidence``.
+        n: Test samples.
+        confidence: Of each of the two one-sided bounds.
+        max_drop: The bound that was asked for, in the unit of ``drop``.
+        relative: Whether drops are shares of the dense score.
+        metric: Name of the metric.
+        higher_is_better: Whether a larger score of it is the better one.
+    """
+
+    outcome: Outcome
+    drop: float
+    upper: float
+    lower: float
+    n: int
+    confidence: float
+    max_drop: float
+    relative: bool
+    metric: str
+    higher_is_better: bool = True
+
+    @property
+    def met(self) -> bool:
+        """Whether nothing contradicts the bound: certified or not certifiable."""
+        return self.outcome != "not met"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one sentence, with its numbers."""
+        worse, better = ("drops", "gains") if self.higher_is_better else ("worsens by", "improves by")
+        change = f"{better if self.drop < 0 else worse} {_amount(abs(self.drop), self.relative)}"
+        observed = f"{self.metric.replace('_', ' ')} {change}"
+        # The upper bound is rounded up and the lower one down: the sentence claims no more than was shown.
+        upper, lower = math.ceil(self.upper * 1e4) / 1e4, math.floor(self.lower * 1e4) / 1e4
+        sure = f"with {self.confidence * 100:g}% confidence"
+        bound = f"(bound {_amount(self.max_drop, self.relative)})"
+        at_most = f"at most {_amount(upper, self.relative)} {sure}"
+        if self.outcome == "certified":
+            return f"Certified: on {self.n} test samples {observed}, {at_most} {bound}."
+        if self.outcome == "not met":
+            at_least = f"at least {_amount(lower, self.relative)} {sure}"
+            return f"Not met: on {self.n} test samples {observed}, {at_least} {bound}."
+        beyond = " on test, which is more than the bound," if self.drop > self.max_drop else " on test,"
+        return (
+            f"Met on validation, not certifiable with {self.n} test samples: {observed}{beyond} {at_most} {bound}."
+        )
+
+
+def certify(
+    metric: Metric,
+    dense: Evaluation,
+    compressed: Evaluation,
+    max_drop: float,
+    *,
+    relative: bool = False,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Verdict:
+    """Judges on held-out data whether compression cost at most ``max_drop``.
+
+    For a metric that is a mean of right and wrong answers the bounds are those of Bonett and Price,
+    see `paired_bounds`; for others they are percentiles of 2,000 paired bootstrap resamples. Each bound is
+    one-sided: a compressed model that truly drops more than ``max_drop`` is called certified in at most
+    1 - ``confidence`` of test sets (about; the bootstrap needs some ten samples in every class).
+
+    Args:
+        metric: What the bound is about.
+        dense: The dense model on the test data: outputs of shape (n, classes), targets of shape (n,).
+        compressed: The compressed model on the same samples in the same order.
+        max_drop: The bound, a fraction: 0.01 is one point, or 1% of the dense score when ``relative``.
+        relative: Count the drop as a share of the dense score. For accuracy-like metrics the dense score is
+            taken as known; the bootstrap resamples it too.
+        confidence: Of each bound, between 0.5 and 1.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If the two evaluations are not of the same samples, or ``confidence`` is out of range.
+    """
+    _check(dense, compressed, confidence)
+    drop = metric.drop(dense.score, compressed.score, relative=relative)
+    if metric.correct is not None:
+        lost, gained = _disagreements(metric, dense, compressed)
+        unit = abs(dense.score) if relative and dense.score else 1.0
+        lower, upper = (x / unit for x in paired_bounds(lost, gained, len(dense.targets), confidence))
+    else:
+        lower, upper = _bootstrap_bounds(metric, dense, compressed, relative, confidence, seed)
+    outcome: Outcome = "certified" if upper <= max_drop else "not met" if lower > max_drop else "not certifiable"
+    return Verdict(
+        outcome=outcome,
+        drop=drop,
+        upper=upper,
+        lower=lower,
+        n=len(dense.targets),
+        confidence=confidence,
+        max_drop=max_drop,
+        relative=relative,
+        metric=metric.name,
+        higher_is_better=metric.higher_is_better,
+    )
+
+
+def paired_bounds(lost: int, gained: int, n: int, confidence: float) -> tuple[float, float]:
+    """One-sided lower and upper bounds on the drop of a proportion measured twice on the same samples.
+
+    With p1 = (lost + 1) / (n + 2) and p2 = (gained + 1) / (n + 2)::
+
+        p1 - p2  -/+  z sqrt((p1 + p2 - (p1 - p2)^2) / (n + 2))
+
+    Source: Bonett and Price (2012), Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data, Journal of Educational and Behavioral Statistics 37(4).
+
+    Args:
+        lost: Samples that only the dense model gets right.
+        gained: Samples that only the compressed model gets right.
+        n: All samples.
+        confidence: Of each of the two bounds.
+
+    Example:
+        >>> lower, upper = paired_bounds(lost=8, gained=2, n=449, confidence=0.95)
+        >>> print(f"{lower:.4f} {upper:.4f}")
+        0.0007 0.0259
+    """
+    p1, p2 = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
+    margin = float(ndtri(confidence)) * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
+    return p1 - p2 - margin, p1 - p2 + margin
+
+
+def drop_standard_error(
+    metric: Metric, dense: Evaluation, compressed: Evaluation, *, relative: bool = False
+) -> float:
+    """Standard error of the observed drop over samples, in the unit of the drop.
+
+    With b and c the samples that only the dense and only the compressed model gets right it is
+    sqrt(b + c - (b - c)^2 / n) / n; for metrics that are no mean of right and wrong, a small bootstrap.
+
+    Raises:
+        ValueError: If the two evaluations are not of the same samples.
+    """
+    _check(dense, compressed, confidence=0.95)
+    if metric.correct is None:
+        drops = _bootstrap_drops(metric, dense, compressed, relative, RESAMPLES_SE, seed=0)
+        return float(drops.std(ddof=1)) if len(drops) > 1 else 0.0
+    (lost, gained), n = _disagreements(metric, dense, compressed), len(dense.targets)
+    unit = abs(dense.score) if relative and dense.score else 1.0
+    return math.sqrt(lost + gained - (lost - gained) ** 2 / n) / n / unit
+
+
+def certifiable_drop(n: int, max_drop: float, disagreement: float, confidence: float = 0.95) -> float | None:
+    """The largest observed drop that ``n`` test samples could certify, or None when not even a gain would do.
+
+    Args:
+        n: Test samples.
+        max_drop: The bound on the drop, a fraction.
+        disagreement: Share of the samples that only one of the two models gets right.
+        confidence: Of the certificate.
+
+    Example:
+        >>> print(f"{certifiable_drop(n=449, max_drop=0.01, disagreement=0.03):.4f}")
+        -0.0067
+    """
+    disagreeing = round(disagreement * n)
+    for lost in range(disagreeing, -1, -1):
+        gained = disagreeing - lost
+        if paired_bounds(lost, gained, n, confidence)[1] <= max_drop:
+            return (lost - gained) / n
+    return None
+
+
+def _check(dense: Evaluation, compressed: Evaluation, confidence: float) -> None:
+    if len(dense.targets) == 0 or not np.array_equal(dense.targets, compressed.targets):
+        raise ValueError(
+            f"the dense model was scored on {len(dense.targets)} samples and the compressed one on "
+            f"{len(compressed.targets)}, not the same in the same order; score both on an unshuffled split"
+        )
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0.5 and 1, such as 0.95")
+
+
+def _disagreements(metric: Metric, dense: Evaluation, compressed: Evaluation) -> tuple[int, int]:
+    """How many samples only the dense, and only the compressed model gets right."""
+    assert metric.correct is not None
+    before = metric.correct(dense.targets, dense.outputs)
+    after = metric.correct(compressed.targets, compressed.outputs)
+    return int((before & ~after).sum()), int((after & ~before).sum())
+
+
+def _bootstrap_bounds(
+    metric: Metric, dense: Evaluation, compressed: Evaluation, relative: bool, confidence: float, seed: int
+) -> tuple[float, float]:
+    """One-sided bounds: percentiles of the drop over paired resamples."""
+    drops = _bootstrap_drops(metric, dense, compressed, relative, RESAMPLES, seed)
+    if len(drops) < RESAMPLES / 2:  # most resamples miss a class: there is nothing to go by
+        return -math.inf, math.inf
+    lower, upper = (float(np.quantile(drops, q)) for q in (1 - confidence, confidence))
+    if drops.min() < drops.max():
+        return lower, upper
+    # No resample differs: the models agree wherever the metric looks. Fresh samples need not, so the margin
+    # is that of `paired_bounds` without a disagreement, at the size of the smallest class: conservative.
+    n = int(np.unique(dense.targets, return_counts=True)[1].min())
+    margin = paired_bounds(0, 0, n, confidence)[1]
+    return lower - margin, upper + margin
+
+
+def _bootstrap_drops(
+    metric: Metric, dense: Evaluation, compressed: Evaluation, relative: bool, resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """The drop over paired resamples; fewer than asked for when some lost a class and have no score."""
+    targets = dense.targets
+    n_classes = len(np.unique(targets))
+
+    def drop(i: NDArray[np.int64]) -> float:
+        if len(np.unique(targets[i])) < n_classes:
+            return math.nan
+        before, after = (metric.score(targets[i], e.outputs[i]) for e in (dense, compressed))
+        return metric.drop(before, after, relative=relative)
+
+    result = bootstrap(
+        (np.arange(len(targets)),),  # resampling the samples' numbers keeps both models' outputs paired
+        drop,
+        vectorized=False,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    drops = np.asarray(result.bootstrap_distribution, dtype=np.float64)
+    return drops[np.isfinite(drops)]
+
+
+def _amount(drop: float, relative: bool) -> str:
+    """To a hundredth of a point; adding 0.0 makes a minus zero plain."""
+    return f"{round(drop * 100, 2) + 0.0:g}{'%' if relative else ' pp'}"

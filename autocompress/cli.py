@@ -1,0 +1,218 @@
+"""The command line: parse, call, print. Nothing heavy is imported until a command runs."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from autocompress.result import Result
+
+NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
+
+
+class MaxDrop(click.ParamType[float]):
+    """A drop as ``1%``, ``1pp`` or ``0.01``."""
+
+    name = "drop"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The drop as a fraction: 0.01 for ``1%``."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%|pp)?\s*", value)
+        drop = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+        if not 0 <= drop < 1:
+            self.fail(f"{value!r} is not a drop from 0% up to but not including 100%; write 1%, 1pp or 0.01")
+        return drop
+
+
+class Duration(click.ParamType[float]):
+    """A time as ``90``, ``90s``, ``15m`` or ``2h``."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The time in seconds."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([smh]?)\s*", value)
+        seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+        if seconds <= 0:
+            self.fail(f"{value!r} is not a duration above 0; write 90s, 15m or 2h")
+        return seconds
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="autocompress")
+def cli() -> None:
+    """Finds the smallest version of a trained network that stays within an accuracy bound.
+
+    Start with:  autocompress tune --scheme StructPrune --max-drop 1%
+    """
+
+
+OUT = click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("autocompress-runs"),
+    show_default=True,
+    help="Folder for all studies; nothing is written outside it.",
+)
+
+
+@cli.command()
+@click.option(
+    "--scheme", default="StructPrune", show_default=True, help="How to compress: NAME, NAME(key=value), A+B."
+)
+@click.option(
+    "--max-drop",
+    type=MaxDrop(),
+    default="1%",
+    show_default=True,
+    help="What may be lost of the metric: 1%, 1pp and 0.01 all mean one point. See --drop.",
+)
+@click.option(
+    "--drop",
+    type=click.Choice(["absolute", "relative"]),
+    default="absolute",
+    show_default=True,
+    help="Count --max-drop in points of the metric, or relative to the dense model's score.",
+)
+@click.option("--objective", default="density", show_default=True, help="What to optimize: NAME or FILE.py:NAME.")
+@click.option("--trials", type=click.IntRange(min=1), default=10, show_default=True, help="Trials at most.")
+@click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
+@click.option(
+    "--epochs",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Recovery budget of one trial, in passes over the training data.",
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(["threshold", "gp", "tpe", "bisection", "grid", "random"]),
+    default="threshold",
+    show_default=True,
+    help="Which densities to try.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds search and trials.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@OUT
+@click.option("--name", help="The study's name.  [default: from task, scheme and time]")
+@click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, progress on stderr.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Show more, and tracebacks of errors.")
+@click.pass_context
+def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Search for the smallest model within the bound, prove it on test, save it.
+
+    Without a task of your own it runs on scikit-learn's scanned digits and a small ResNet.
+
+    Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
+    """
+    from autocompress import study
+    from autocompress.display import Display, make_console, show_result
+
+    if options["resume"]:
+        _take_from_study(ctx, options)
+    progress, results = make_console(stderr=as_json), make_console(stderr=False)
+    if quiet:
+        result = study.tune(**options)
+    else:
+        with Display(progress, verbose=verbose) as display:
+            result = study.tune(**options, watcher=display)
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        show_result(results, result)
+    ctx.exit(_status(result))
+
+
+def _status(result: "Result") -> int:
+    if result.interrupted:
+        return INTERRUPTED
+    return 0 if result.met else NOT_MET
+
+
+def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Fills in the options that were not given with those of the study that is resumed."""
+    from autocompress.storage import prepare_out, study_settings
+
+    if options["name"]:
+        raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
+    asked = study_settings(prepare_out(options["out"]), options["resume"])
+    asked["epochs"] = asked["recovery"]["epochs"]
+    for name in ("scheme", "max_drop", "drop", "objective", "epochs", "sampler", "seed"):
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            options[name] = asked[name]
+
+
+@cli.command()
+@OUT
+@click.option("--port", type=click.IntRange(1, 65535), help="[default: a free one]")
+def ui(out: Path, port: int | None) -> None:
+    """Open the MLflow UI on the studies, to compare schemes and trials."""
+    from autocompress.ui import serve_ui
+
+    sys.exit(serve_ui(out, port=port))
+
+
+@cli.command()
+def schemes() -> None:
+    """List the schemes."""
+    import inspect
+
+    from autocompress.scheme import SCHEMES
+
+    for name, make in SCHEMES:
+        _print_item(
+            name, inspect.getdoc(make) or "", [str(p) for p in inspect.signature(make).parameters.values()]
+        )
+
+
+@cli.command()
+def objectives() -> None:
+    """List the objectives."""
+    from autocompress.goal import OBJECTIVES
+
+    for name, objective in OBJECTIVES:
+        unit = f" [{objective.unit}]" if objective.unit else ""
+        _print_item(name, f"{objective.description} ({objective.direction}){unit}", [])
+
+
+def _print_item(name: str, doc: str, parameters: list[str]) -> None:
+    click.echo(f"{name:24s}{doc.splitlines()[0] if doc else ''}")
+    if parameters:
+        click.echo(f"{'':24s}parameters: {', '.join(parameters)}")
+
+
+def main() -> None:
+    """Runs the command line. Errors are one line on stderr; ``-v`` shows where they came from."""
+    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    try:
+        status = cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        _fail(error.format_message(), USAGE)
+    except ValueError as error:
+        if verbose:
+            raise
+        _fail(str(error), USAGE)
+    except Exception as error:
+        if verbose:
+            raise
+        _fail(f"{type(error).__name__}: {error} (run again with -v to see where)", 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(status)

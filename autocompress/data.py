@@ -1,0 +1,33 @@
+"""Data: the data sets that autocompress knows by name, as tasks."""
+
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.nn import functional as F
+
+from autocompress.models import trained
+from autocompress.task import Task, TensorSplit
+
+
+def digits(cache: Path | str | None = None, seed: int = 0) -> Task:
+    """The default task: 1,797 scanned digits of 8x8 pixels and a small residual network.
+
+    The images are the UCI "Optical Recognition of Handwritten Digits" that scikit-learn carries, scaled to
+    0…1 and split 50/25/25 into train, val and test, stratified by digit. The network is trained on first use,
+    which takes seconds.
+
+    Args:
+        cache: Folder to keep the trained network in; without one it is trained at every call.
+        seed: Seeds the split and the training.
+    """
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images / images.max(), dtype=torch.float32).view(-1, 1, 8, 8)
+    y = torch.tensor(labels, dtype=torch.long)
+    train, rest = train_test_split(range(len(y)), train_size=0.5, stratify=y, random_state=seed)
+    val, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=seed)
+    parts = [TensorSplit(x[part], y[part]) for part in (train, val, test)]
+    folder = Path(cache) if cache else None
+    model = trained("digits", parts[0], F.cross_entropy, epochs=30, lr=0.1, seed=seed, cache=folder)
+    return Task(model, *parts, name="digits", architecture="digits")

@@ -1,0 +1,254 @@
+"""The deployable artifact: files that run without autocompress.
+
+``model.pt2`` needs torch alone, ``model.onnx`` ONNX Runtime alone; both take any batch size. Each is run in a
+fresh process and is offered only if it answers as the model does. Beside them lies what gives the module
+itself back, see `autocompress.bundle`.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress import bundle
+from autocompress.bundle import Provenance, dtype_name
+from autocompress.onnx_export import weight_dtype, write_onnx
+from autocompress.parity import Arrays, FreshProcess, reason
+
+FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "safetensors": bundle.WEIGHTS}
+TOLERANCE = 1e-4
+TOLERANCE_16_BIT = 5e-2
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One exported file that has been checked.
+
+    Attributes:
+        format: ``"pt2"``, ``"onnx"`` or ``"safetensors"``.
+        path: The file.
+        size_bytes: Its size on disk.
+        max_error: The largest difference of a logit from the model's, relative to the largest logit.
+    """
+
+    format: str
+    path: Path
+    size_bytes: int
+    max_error: float
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote, and for each format that it did not, the reason in one line."""
+
+    artifacts: tuple[Artifact, ...]
+    refused: Mapping[str, str]
+
+
+def export(
+    model: nn.Module,
+    example_input: Tensor,
+    directory: Path,
+    provenance: Provenance,
+    *,
+    tolerance: float | None = None,
+) -> Export:
+    """Writes the model in every format, checks each, and keeps those that answer as the model does.
+
+    Files appear in ``directory`` one by one, each complete; those of an earlier export are replaced.
+
+    Args:
+        model: The realized model: logits of shape ``(n, classes)`` from a batch. It is not changed.
+        example_input: A batch of at least one sample. None of it is stored.
+        directory: Where to write; made if it does not exist.
+        provenance: What ``plan.json`` and ``README.md`` say of the model.
+        tolerance: The largest `Artifact.max_error` to accept; 1e-4 by default, and 5e-2 for a model in 16
+            bits, because its ONNX file has the same weights and computes in float32.
+
+    Raises:
+        ValueError: If ``example_input`` is no batch.
+    """
+    if example_input.ndim < 2 or len(example_input) == 0:
+        raise ValueError(f"example_input= must be a batch (n, ...), not of shape {tuple(example_input.shape)}")
+    stored = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    if tolerance is None:
+        tolerance = TOLERANCE if weight_dtype(stored) == torch.float32 else TOLERANCE_16_BIT
+    staging = directory / ".export"
+    shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
+    staging.mkdir(parents=True)
+    try:
+        probes = _probes(example_input.detach().cpu())
+        with torch.inference_mode():
+            expected = [stored(x).float().numpy() for x in probes]
+        errors = _write_all(stored, probes, expected, staging, provenance)
+        refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
+        _write_readme(staging / "README.md", probes[0], expected[0].shape[-1], provenance, refused)
+        _publish(staging, directory, refused)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    paths = {name: directory / FILES[name] for name in FILES if name not in refused}
+    return Export(
+        tuple(Artifact(name, path, path.stat().st_size, float(errors[name])) for name, path in paths.items()),
+        refused,
+    )
+
+
+def _probes(example: Tensor) -> list[Tensor]:
+    """Batches of one and of five samples in the range of the example."""
+    generator = torch.Generator().manual_seed(0)
+    probes = []
+    for n in (1, 5):
+        x = example[:1].expand(n, *example.shape[1:])
+        if x.dtype.is_floating_point:
+            spread = x.float().std(correction=0).item() or 1.0
+            noise = torch.randn(x.shape, generator=generator)
+            probes.append((x.float().mean() + spread * noise).to(x.dtype))
+        else:
+            order = torch.rand(x.shape, generator=generator).flatten(1).argsort(1)
+            probes.append(x.flatten(1).gather(1, order).reshape(x.shape))
+    return probes
+
+
+def _write_all(
+    model: nn.Module, probes: Sequence[Tensor], expected: Arrays, folder: Path, provenance: Provenance
+) -> dict[str, float | str]:
+    """Writes every format into ``folder``; for each its error against the model, or why there is none."""
+    # Zeros: exporters may store the input that they trace with, and the data is not ours to ship.
+    traced = torch.zeros_like(probes[-1])
+    writers: dict[str, Callable[[Path], None]] = {
+        "pt2": lambda path: _write_pt2(model, traced, path),
+        "onnx": lambda path: write_onnx(model, traced, path),
+        "safetensors": lambda path: bundle.save(model, probes[0], path.parent, provenance),
+    }
+    failed: dict[str, float | str] = {}
+    with FreshProcess(folder, [x.numpy() for x in probes]) as elsewhere:
+        for name, write in writers.items():
+            try:
+                with _quiet():
+                    write(folder / FILES[name])
+            except Exception as error:  # an exporter may raise anything; it costs this one format
+                failed[name] = reason(error)
+            else:
+                if name != "safetensors":
+                    elsewhere.start(name, folder / FILES[name])
+        answers = elsewhere.finish([name for name in ("pt2", "onnx") if name not in failed])
+    errors = {name: _error(found, expected) for name, found in answers.items()}
+    return {"safetensors": 0.0} | failed | errors
+
+
+def _write_pt2(model: nn.Module, batch: Tensor, path: Path) -> None:
+    program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # quotes the user's source, with its path
+    program.example_inputs = None
+    torch.export.save(program, path)
+
+
+def _error(found: Arrays | str, expected: Arrays) -> float | str:
+    """The largest difference relative to the largest logit; or why there is no such number."""
+    if isinstance(found, str):
+        return found
+    if [a.shape for a in found] != [a.shape for a in expected]:
+        return f"gave outputs of shape {found[-1].shape}, the model {expected[-1].shape}"
+    if not all(np.isfinite(a).all() for a in (*found, *expected)):
+        return "the logits are not all finite"
+    scale = max(float(np.abs(a).max()) for a in expected) or 1.0
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)) / scale
+
+
+def _refusal(error: float | str, tolerance: float) -> str | None:
+    if isinstance(error, str):
+        return error
+    too_far = f"its logits differ by {error:.1e} of the largest, more than the {tolerance:.0e} allowed"
+    return None if error <= tolerance else too_far
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporters' talk about their own insides off the terminal; errors come through.
+
+    They print graphs, log hints, and warn of deprecations between their own parts, which is for their
+    maintainers to act on.
+    """
+    logged = logging.root.manager.disable
+    said = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logged)
+
+
+def _publish(staging: Path, directory: Path, refused: Mapping[str, str]) -> None:
+    """Moves each file into place; what an earlier export left of a refused format goes."""
+    wanted = {file: name not in refused for name, file in FILES.items()}
+    wanted |= {bundle.PLAN: "safetensors" not in refused, "README.md": True}
+    for file, offered in wanted.items():
+        if offered:
+            (staging / file).replace(directory / file)
+        else:
+            (directory / file).unlink(missing_ok=True)
+
+
+RUN_PT2 = """With torch alone:
+
+```python
+import torch
+
+model = torch.export.load("model.pt2").module()
+with torch.inference_mode():
+    logits = model(torch.zeros({shape}, dtype=torch.{dtype}))
+```
+"""
+RUN_ONNX = """With ONNX Runtime alone:
+
+```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+(logits,) = session.run(["logits"], {{"input": np.zeros({shape}, dtype=np.{dtype})}})
+```
+"""
+REBUILD = """With autocompress, as a module to train or measure further (`model` is any instance of the dense
+architecture): `autocompress.bundle.load(Path("."), model)`, from `model.safetensors` and `plan.json`.
+"""
+INPUT_OUTPUT = """Input: {dtype} of shape (batch, {sample}), any batch size. {preprocessing}
+
+Output: float32 logits of shape (batch, {classes}). The largest is the prediction; softmax makes
+probabilities of them.{names}
+"""
+
+
+def _write_readme(
+    path: Path, sample: Tensor, classes: int, provenance: Provenance, refused: Mapping[str, str]
+) -> None:
+    """How to run what is there, and why the rest is not."""
+    shape, dtype = tuple(sample.shape), dtype_name(sample.dtype)
+    parts = [f"# {provenance.task}: {provenance.scheme} at density {provenance.density:.4g}\n"]
+    for name, text in (("pt2", RUN_PT2), ("onnx", RUN_ONNX), ("safetensors", REBUILD)):
+        there = text.format(shape=shape, dtype=dtype)
+        parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n" if name in refused else there)
+    parts.append(
+        INPUT_OUTPUT.format(
+            dtype=dtype,
+            sample=", ".join(str(n) for n in shape[1:]),
+            preprocessing=provenance.preprocessing or "Prepare it as the training data was.",
+            classes=classes,
+            names=f" In order: {', '.join(provenance.classes)}." if provenance.classes else "",
+        )
+    )
+    path.write_text("\n".join(parts), encoding="utf-8")

@@ -1,0 +1,90 @@
+"""The ONNX file: one file, float32 arithmetic, weights in as many bits as the model has."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HALVES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """The 16-bit type in which a model stores parameters, or float32."""
+    return next((p.dtype for p in model.parameters() if p.dtype in HALVES), torch.float32)
+
+
+def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
+    """Writes a model as ONNX: input ``input``, output ``logits``, any batch size.
+
+    ONNX Runtime's CPU provider has no 16-bit convolution. So a 16-bit model is written as its float32 copy,
+    and each weight that is exactly a 16-bit number is stored as one, followed by a Cast to float32. The file
+    is half as large, and ONNX Runtime does the casts once, when it loads the file.
+
+    Args:
+        model: In eval mode on the CPU; it is not changed. Its float32 copy must compute in float32.
+        batch: An input of at least two samples, so that the batch size is not taken for a constant.
+        path: The file to write.
+
+    Raises:
+        Exception: Whatever the exporter raises for a model that it cannot convert.
+    """
+    import onnx
+    import onnxscript.optimizer
+
+    dtype = weight_dtype(model)
+    converted = torch.onnx.export(
+        model if dtype == torch.float32 else copy.deepcopy(model).float(),
+        (batch,),
+        dynamo=True,
+        verbose=False,
+        optimize=False,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        input_names=["input"],
+        output_names=["logits"],
+    )
+    assert converted is not None
+    if dtype == torch.float32:
+        converted.optimize()
+    else:
+        # Simplified, but without fusing BatchNorm into the convolutions: the fused weights are no longer
+        # 16-bit numbers. ONNX Runtime fuses them when it loads the file.
+        onnxscript.optimizer.fold_constants(converted.model)
+        onnxscript.optimizer.remove_unused_nodes(converted.model)
+    proto = converted.model_proto
+    _strip(proto)
+    if dtype != torch.float32:
+        _store_in_16_bits(proto.graph, dtype)
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save_model(proto, path)
+
+
+def _strip(proto: Any) -> None:
+    """Removes what runtimes do not need: intermediate shapes, and metadata that quotes the user's source."""
+    graph = proto.graph
+    del graph.value_info[:]
+    for item in (proto, graph, *graph.input, *graph.output, *graph.initializer, *graph.node):
+        del item.metadata_props[:]
+        item.doc_string = ""
+
+
+def _store_in_16_bits(graph: Any, dtype: torch.dtype) -> None:
+    """Stores each float32 initializer that ``dtype`` holds exactly in ``dtype``, and casts it back."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for i, stored in enumerate(graph.initializer):
+        if stored.data_type != TensorProto.FLOAT or not stored.dims:
+            continue
+        values: Tensor = torch.from_numpy(numpy_helper.to_array(stored).copy())
+        half = values.to(dtype)
+        if not torch.equal(half.float(), values):
+            continue
+        name, bits = stored.name, half.view(torch.int16).numpy().tobytes()
+        kind = getattr(TensorProto, HALVES[dtype])
+        casts.append(helper.make_node("Cast", [f"{name}.16bit"], [name], to=TensorProto.FLOAT))
+        graph.initializer[i].CopyFrom(helper.make_tensor(f"{name}.16bit", kind, stored.dims, bits, raw=True))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

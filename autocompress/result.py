@@ -1,0 +1,227 @@
+"""What is asked of a study, what it reports as it goes, and what it found."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import nn
+
+from autocompress.certify import Verdict
+from autocompress.export import Export
+from autocompress.goal import Objective
+from autocompress.lc import LearningCompression
+from autocompress.measurement import Measurement
+from autocompress.sampler import Posterior
+from autocompress.scheme import Scheme, describe
+from autocompress.search import INTERRUPTED
+from autocompress.task import Task
+from autocompress.trial import Bound, TrialResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_TRIALS = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of a study.
+
+    Attributes:
+        scheme: How to compress.
+        bound: What may be lost.
+        objective: What to optimize within the bound.
+        sampler: Which densities to try, see `autocompress.sampler.SAMPLERS`.
+        recovery: The optimizer of a trial and its budget.
+        seed: Seeds the search and the trials.
+        trials: How many trials, at most.
+        timeout_s: Seconds after which no further trial begins; None for no limit.
+        device: Where trials run and measurements are taken, as torch names it.
+    """
+
+    scheme: Scheme
+    bound: Bound
+    objective: Objective
+    sampler: str = "threshold"
+    recovery: LearningCompression = field(default_factory=LearningCompression)
+    seed: int = 0
+    trials: int = DEFAULT_TRIALS
+    timeout_s: float | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ValueError(f"trials={self.trials}; it must be at least 1")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ValueError(f"timeout={self.timeout_s}; it must be positive")
+
+    def identity(self, task: Task) -> dict[str, Any]:
+        """What makes it the same study when it is resumed: JSON types only."""
+        return {
+            "task": task.name,
+            "metric": task.metric.name,
+            "scheme": describe(self.scheme),
+            "max_drop": self.bound.max_drop,
+            "drop": "relative" if self.bound.relative else "absolute",
+            "objective": self.objective.name,
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "recovery": asdict(self.recovery),
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study found.
+
+    Attributes:
+        name: The study's name.
+        verdict: ``"certified"``, ``"not certifiable"`` or ``"not met"``, see `autocompress.certify`.
+        sentence: The verdict in one sentence.
+        certificate: The numbers behind it, on test; None when no trial was feasible on val.
+        model: The compressed model, in eval mode on the CPU; the dense one when nothing met the bound.
+        density: Its density.
+        drop_val: What it loses on val, as a fraction.
+        measurements: ``"dense"`` and ``"compressed"`` side by side.
+        scores: The metric by model and split, such as ``scores["dense"]["val"]``.
+        records: All trials, in the order in which they finished.
+        threshold: The 80% interval of the lowest feasible density, where the scheme has one.
+        stopped: Why the search ended, in words.
+        seconds: Wall time of the study.
+        exported: The files of the answer and what could not be exported.
+        folder: Where everything lies.
+    """
+
+    name: str
+    verdict: Literal["certified", "not certifiable", "not met"]
+    sentence: str
+    certificate: Verdict | None
+    model: nn.Module
+    density: float
+    drop_val: float
+    measurements: Mapping[str, Measurement]
+    scores: Mapping[str, Mapping[str, float]]
+    records: Sequence[TrialResult]
+    threshold: tuple[float, float] | None
+    stopped: str
+    seconds: float
+    exported: Export
+    folder: Path
+
+    @property
+    def met(self) -> bool:
+        """Whether a compressed model meets the bound, as far as the data can tell."""
+        return self.verdict != "not met"
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the search was stopped by Ctrl-C."""
+        return self.stopped == INTERRUPTED
+
+    @property
+    def trials(self) -> "pd.DataFrame":
+        """One row a trial."""
+        import pandas as pd
+
+        return pd.DataFrame([trial_row(record) for record in self.records])
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON types: what ``--json`` prints and ``result.json`` holds."""
+        pairs = self.measurements
+        return {
+            "name": self.name,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "density": self.density,
+            "drop_pp": {
+                "val": 100 * self.drop_val,
+                "test": 100 * self.certificate.drop if self.certificate else None,
+                "upper": 100 * self.certificate.upper if self.certificate else None,
+            },
+            "scores": self.scores,
+            **{
+                name: {who: getattr(m, name) for who, m in pairs.items()}
+                for name in ("params", "size_bytes", "macs")
+            },
+            "latency_ms": {who: {str(at.batch): asdict(at) for at in m.latency} for who, m in pairs.items()},
+            "measurements": {who: asdict(m) for who, m in pairs.items()},
+            "threshold": self.threshold,
+            "stopped": self.stopped,
+            "seconds": self.seconds,
+            "trials": [trial_row(record) for record in self.records],
+            "artifacts": {a.format: str(a.path) for a in self.exported.artifacts},
+            "not_exported": dict(self.exported.refused),
+            "folder": str(self.folder),
+        }
+
+
+def trial_row(result: TrialResult) -> dict[str, Any]:
+    """A trial as one flat row."""
+    m = result.measurement
+    return {
+        "number": result.number,
+        "density_asked": result.density_asked,
+        "density": result.density,
+        "score": result.score,
+        "drop_pp": 100 * result.drop,
+        "feasible": result.feasible,
+        "value": result.value,
+        "params": m.params,
+        "size_bytes": m.size_bytes,
+        "macs": m.macs,
+        "latency_ms": m.latency_ms,
+        "seconds": result.seconds,
+    }
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known before the first trial: for whoever watches."""
+
+    name: str
+    task: Task
+    settings: Settings
+    folder: Path
+    dense: Measurement
+    dense_score: float
+    low: float
+    notes: tuple[str, ...]
+
+
+class Watcher(Protocol):
+    """Is told how a study goes, to show it."""
+
+    def doing(self, what: str) -> None:
+        """What takes time now, in words."""
+
+    def began(self, beginning: Beginning) -> None:
+        """The dense model is known; trials begin."""
+
+    def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
+        """A trial has finished; ``best`` is what the answer would be now."""
+
+    def failed(self, number: int, reason: str) -> None:
+        """A trial ended without a result."""
+
+    def warned(self, message: str) -> None:
+        """Something was left out or went wrong without ending the study."""
+
+
+class Silent:
+    """A watcher that shows nothing."""
+
+    def doing(self, what: str) -> None:
+        """Nothing."""
+
+    def began(self, beginning: Beginning) -> None:
+        """Nothing."""
+
+    def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
+        """Nothing."""
+
+    def failed(self, number: int, reason: str) -> None:
+        """Nothing."""
+
+    def warned(self, message: str) -> None:
+        """Nothing."""

@@ -1,0 +1,235 @@
+"""Search: ask for a density, submit a trial, tell the study what came of it."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, Protocol, TypeVar
+
+import optuna
+import torch
+from optuna.distributions import FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from autocompress.goal import Direction
+from autocompress.sampler import Posterior, ThresholdSampler
+from autocompress.storage import StudyFolder
+from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
+TOLERANCE = 0.15  # the search ends when the threshold's density is known to within this share
+BUDGET_SPENT = "the budget of trials is spent"
+INTERRUPTED = "interrupted"
+
+
+class InProcess(Executor):
+    """An executor that runs each call at once, in this process."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Runs the call; Ctrl-C is not caught."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Events(Protocol):
+    """What a search reports as it goes."""
+
+    def trial(self, result: TrialResult) -> None:
+        """A trial has finished; it is saved and the study knows of it."""
+
+    def failed(self, number: int, reason: str) -> None:
+        """A trial ended without a result."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is searched and for how long.
+
+    Attributes:
+        low: The lowest density to propose; 1 when the scheme has no density to search over.
+        bound: What may be lost.
+        trials: Trials in all, those of an earlier run of the study included.
+        timeout_s: Seconds after which no further trial begins; None for no limit.
+        workers: Trials at a time.
+    """
+
+    low: float
+    bound: Bound
+    trials: int
+    timeout_s: float | None = None
+    workers: int = 1
+
+
+def open_study(journal: Path, direction: Direction, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    """The study kept in ``journal``, new or as it was left."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    return optuna.create_study(
+        storage=storage, sampler=sampler, direction=direction, study_name="study", load_if_exists=True
+    )
+
+
+def add_dense(study: optuna.Study, value: float, bound: Bound) -> None:
+    """Enters the dense model as the study's trial 0: density 1 and nothing lost, at no cost."""
+    if study.get_trials(deepcopy=False):
+        return
+    study.add_trial(
+        optuna.trial.create_trial(
+            value=value,
+            params={"density": 1.0},
+            distributions={"density": FloatDistribution(1e-6, 1.0, log=True)},
+            user_attrs={"drop": 0.0, "drop_se": 0.0, "dense": True},
+            constraints={"drop": -bound.max_drop},
+        )
+    )
+
+
+def search(
+    study: optuna.Study,
+    plan: Plan,
+    make_spec: Callable[[int, float], TrialSpec],
+    executor: Executor,
+    folder: StudyFolder,
+    events: Events,
+) -> str:
+    """Runs trials until the answer is known well enough or the budget is spent; returns which, in words.
+
+    Args:
+        study: An Optuna study with the dense model as trial 0.
+        plan: What is searched and for how long.
+        make_spec: The trial of that number at that density.
+        executor: Runs the trials: in this process, a pool, or a cluster.
+        folder: Keeps every trial before the study knows of it, so that a kill loses none.
+        events: Is told of every trial, in the order in which they finish.
+    """
+    deadline = time.monotonic() + plan.timeout_s if plan.timeout_s else None
+    pending: dict[Future[TrialResult], optuna.Trial] = {}
+    try:
+        while True:
+            stop = _reason_to_stop(study, plan, deadline)
+            while stop is None and len(pending) < plan.workers and _begun(study) < plan.trials:
+                trial = study.ask()
+                density = trial.suggest_float("density", plan.low, 1.0, log=True) if plan.low < 1 else 1.0
+                pending[executor.submit(run_trial, make_spec(trial.number, density))] = trial
+            if not pending:
+                return stop or BUDGET_SPENT
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                _tell(study, pending.pop(future), future, plan.bound, folder, events)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        for trial in _running(study):
+            study.tell(trial, state=TrialState.FAIL)
+
+
+def adopt(study: optuna.Study, bound: Bound, folder: StudyFolder) -> None:
+    """Settles the trials that a killed run left open: those that were saved count, the others failed."""
+    for trial in _running(study):
+        try:
+            result = folder.load_trial(trial.number)
+        except ValueError:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            _record(study, trial, result, bound)
+
+
+def _running(study: optuna.Study) -> list[optuna.Trial]:
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [optuna.Trial(study, trial._trial_id) for trial in running]
+
+
+def _begun(study: optuna.Study) -> int:
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    return len(states) - states.count(TrialState.WAITING) - 1  # one is the dense model
+
+
+def _reason_to_stop(study: optuna.Study, plan: Plan, deadline: float | None) -> str | None:
+    """Why no further trial shall begin, in words. Sees to it that the last one is at the answer's density."""
+    left = plan.trials - _begun(study)
+    if deadline is not None and time.monotonic() > deadline:
+        return "the time is up"
+    if left <= 0:
+        return BUDGET_SPENT
+    if plan.low == 1:
+        return "the scheme has no density to search over" if _begun(study) else None
+    if not isinstance(study.sampler, ThresholdSampler) or not finished(study):
+        return None
+    known = study.sampler.done(study.get_trials(deepcopy=False), TOLERANCE)
+    if known or left == 1:
+        belief, best = posterior(study, plan), answer(study, plan)
+        assert belief is not None
+        density = belief.threshold(PROBABILITY)
+        if best is None or best.user_attrs["density"] > (1 + TOLERANCE) * density:
+            study.enqueue_trial({"density": density}, skip_if_exists=True)
+            return None
+    return known
+
+
+def _tell(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    future: "Future[TrialResult]",
+    bound: Bound,
+    folder: StudyFolder,
+    events: Events,
+) -> None:
+    """Enters a finished trial into the study. What failed for a reason of its own is recorded as failed."""
+    try:
+        result = future.result()
+    except (RealizationError, FloatingPointError, torch.OutOfMemoryError) as error:
+        trial.set_user_attr("reason", str(error))
+        study.tell(trial, state=TrialState.FAIL)
+        events.failed(trial.number, str(error))
+        return
+    folder.save_trial(result)
+    _record(study, trial, result, bound)
+    events.trial(result)
+
+
+def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound: Bound) -> None:
+    for name in ("drop", "drop_se", "score", "density", "feasible", "seconds"):
+        trial.set_user_attr(name, getattr(result, name))
+    trial.set_constraint("drop", result.drop - bound.max_drop)  # without it the trial would count as feasible
+    study.tell(trial, result.value)
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """The study's finished trials without the dense model."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in trials if not trial.user_attrs.get("dense")]
+
+
+def posterior(study: optuna.Study, plan: Plan) -> Posterior | None:
+    """What the trials say about the lowest feasible density; None for a scheme without a density."""
+    if plan.low == 1:
+        return None
+    return ThresholdSampler(plan.low, plan.bound.max_drop).posterior(study.get_trials(deepcopy=False))
+
+
+def answer(study: optuna.Study, plan: Plan) -> FrozenTrial | None:
+    """The trial that the search answers with; None if none is feasible on val.
+
+    Not the study's best trial, which its own selection has made look better than it is, but the best of those
+    whose true drop is within the bound with a probability of 90% given all the trials. Failing that the most
+    probable one.
+    """
+    feasible = [trial for trial in finished(study) if trial.user_attrs["feasible"]]
+    belief = posterior(study, plan)
+    if not feasible or belief is None:
+        return feasible[0] if feasible else None
+    p = {trial.number: belief.p_feasible(trial.user_attrs["density"]) for trial in feasible}
+    probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]
+    if not probable:
+        return max(feasible, key=lambda trial: p[trial.number])
+    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+    return min(probable, key=lambda trial: sign * (trial.value or 0.0))

@@ -1,0 +1,201 @@
+"""The home on disk: one folder a study, written so that a kill at any moment leaves whole files."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from autocompress import weights
+from autocompress.measurement import Latency, Measurement
+from autocompress.trial import TrialResult
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON by way of a temporary file, so that ``path`` is old or new but never half."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads JSON.
+
+    Raises:
+        ValueError: If the file is not whole JSON; the message names it.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return value
+
+
+def prepare_out(out: Path) -> Path:
+    """The folder for all studies, made if it is not there, as an absolute path.
+
+    Raises:
+        ValueError: If it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {str(out)!r}: {error.strerror}; choose another folder") from None
+    return out.resolve()
+
+
+class StudyFolder:
+    """A study's folder: what was asked, the journal, the trials, the best model, the result.
+
+    Held by one process at a time.
+
+    Args:
+        path: The folder; made if it is not there.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lock = filelock.FileLock(path / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ValueError(f"the study {path.name!r} is being run by another process") from None
+
+    def close(self) -> None:
+        """Lets other processes have the study."""
+        self._lock.release()
+
+    @property
+    def settings_file(self) -> Path:
+        """What was asked."""
+        return self.path / "study.json"
+
+    @property
+    def journal_file(self) -> Path:
+        """Optuna's journal."""
+        return self.path / "journal.log"
+
+    @property
+    def result_file(self) -> Path:
+        """The result."""
+        return self.path / "result.json"
+
+    @property
+    def best(self) -> Path:
+        """The folder of the answer's files."""
+        return self.path / "best"
+
+    def trial(self, number: int) -> Path:
+        """The folder of one trial."""
+        return self.path / "trials" / f"{number:04d}"
+
+    def save_trial(self, result: TrialResult) -> None:
+        """Writes a trial's weights and then its record: where there is a record the trial is whole."""
+        folder = self.trial(result.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        assert result.model is not None
+        weights.save(result.model.state_dict(), folder / "model.safetensors")
+        record = asdict(replace(result, model=None))
+        del record["model"]
+        write_json(folder / "trial.json", record)
+
+    def load_trial(self, number: int) -> TrialResult:
+        """A trial's record, without its model.
+
+        Raises:
+            ValueError: If the record is missing or damaged.
+        """
+        file = self.trial(number) / "trial.json"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        record = read_json(file)
+        try:
+            return _trial_result(record)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+
+    def load_weights(self, number: int) -> dict[str, Any]:
+        """The state dict of a trial's realized model."""
+        return weights.load(self.trial(number) / "model.safetensors")
+
+
+def _trial_result(record: dict[str, Any]) -> TrialResult:
+    measurement = record.pop("measurement")
+    latency = tuple(Latency(**one) for one in measurement.pop("latency"))
+    curves = {name: tuple(values) for name, values in record.pop("curves").items()}
+    known = {field.name for field in fields(Measurement)}
+    measured = {name: value for name, value in measurement.items() if name in known}
+    return TrialResult(measurement=Measurement(latency=latency, **measured), curves=curves, **record)
+
+
+def new_folder(home: Path, name: str | None, identity: Mapping[str, Any]) -> StudyFolder:
+    """The folder of a new study.
+
+    Args:
+        home: The folder of all studies.
+        name: The study's name; None for one made of the task, the scheme and the time.
+        identity: What is asked of the study: JSON types only.
+
+    Raises:
+        ValueError: If the name cannot be used or is taken.
+    """
+    if name is None:
+        scheme = re.sub(r"[^A-Za-z0-9]+", "-", identity["scheme"]).strip("-")
+        task = re.sub(r"[^A-Za-z0-9]+", "-", identity["task"]).strip("-")
+        name = f"{task}-{scheme}-{datetime.now():%Y%m%d-%H%M%S}"
+    elif not re.fullmatch(NAME, name) or name in RESERVED:
+        raise ValueError(f"name={name!r}; use letters, digits, '.', '_' and '-', and not {' or '.join(RESERVED)}")
+    folder = StudyFolder(home / name)
+    if folder.settings_file.exists():
+        folder.close()
+        raise ValueError(f"a study named {name!r} is in {home} already; choose another name, or resume it")
+    write_json(folder.settings_file, {**identity, "autocompress": version("autocompress")})
+    return folder
+
+
+def resume_folder(home: Path, name: str, identity: Mapping[str, Any]) -> StudyFolder:
+    """The folder of a study that goes on.
+
+    Raises:
+        ValueError: If there is none of that name, or something else was asked of it.
+    """
+    asked = study_settings(home, name)
+    for key, value in identity.items():
+        if asked.get(key) != value:
+            raise ValueError(
+                f"the study {name!r} was made with {key} {asked.get(key)!r}, not {value!r}; resume it as it was "
+                "or begin a new one"
+            )
+    return StudyFolder(home / name)
+
+
+def study_settings(home: Path, name: str) -> dict[str, Any]:
+    """What was asked of a study that exists.
+
+    Raises:
+        ValueError: If there is none of that name; the message lists those there are.
+    """
+    file = home / name / "study.json"
+    if not re.fullmatch(NAME, name) or not file.is_file():
+        known = sorted(path.parent.name for path in home.glob("*/study.json"))
+        raise ValueError(f"there is no study {name!r} in {home} (there: {', '.join(known) or 'none'})")
+    return read_json(file)

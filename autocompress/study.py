@@ -1,0 +1,407 @@
+"""A study, from the question to the artifact: the whole job in the order in which it happens."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress import bundle
+from autocompress.bundle import Provenance
+from autocompress.certify import Verdict, certify
+from autocompress.data import digits
+from autocompress.export import Export, export
+from autocompress.goal import Objective, as_objective
+from autocompress.lc import LearningCompression
+from autocompress.measurement import Measurement, compare, count_macs, measure
+from autocompress.models import ARCHITECTURES
+from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
+from autocompress.sampler import make_sampler
+from autocompress.scheme import Facts, Scheme, Theta, describe, parse_scheme
+from autocompress.search import (
+    InProcess,
+    Plan,
+    add_dense,
+    adopt,
+    answer,
+    finished,
+    open_study,
+    posterior,
+    search,
+)
+from autocompress.storage import StudyFolder, new_folder, prepare_out, read_json, resume_folder, write_json
+from autocompress.task import Task
+from autocompress.tracking import Tracker, metrics_of
+from autocompress.training import threads_for
+from autocompress.trial import Bound, TrialResult, TrialSpec
+
+LOWEST_DENSITY = 0.002  # of the search, where the scheme itself could go lower
+
+
+def tune(
+    task: Task | None = None,
+    scheme: str | Scheme = "StructPrune",
+    max_drop: float = 0.01,
+    *,
+    drop: Literal["absolute", "relative"] = "absolute",
+    objective: str | Objective | Callable[[Measurement], float] = "density",
+    trials: int = DEFAULT_TRIALS,
+    timeout: float | None = None,
+    epochs: float = LearningCompression.epochs,
+    sampler: str = "threshold",
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path = "autocompress-runs",
+    name: str | None = None,
+    resume: str | None = None,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Finds the best compressed model that loses at most ``max_drop``, proves it on test, and saves it.
+
+    Args:
+        task: What to compress; by default the digits, see `autocompress.digits`.
+        scheme: How to compress: a name, a sum of names, or a `Scheme`.
+        max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
+        drop: Whether ``max_drop`` counts points or shares of the dense model's score.
+        objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`.
+        trials: How many trials, at most.
+        timeout: Seconds after which no further trial begins.
+        epochs: Gradient steps of one trial's recovery, in passes over the training data.
+        sampler: Which densities to try: threshold, gp, tpe, bisection, grid or random.
+        seed: Seeds the search and the trials.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        out: The folder for all studies; nothing is written outside it.
+        name: The study's name; by default made of the task, the scheme and the time.
+        resume: The name of a study to go on with, in place of ``name``.
+        watcher: Is told how it goes.
+
+    Raises:
+        ValueError: If an argument is not usable; the message says what is allowed.
+    """
+    settings = Settings(
+        scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
+        bound=Bound(max_drop, relative=_is_relative(drop)),
+        objective=as_objective(objective),
+        sampler=sampler,
+        recovery=LearningCompression(epochs=epochs),
+        seed=seed,
+        trials=trials,
+        timeout_s=timeout,
+        device=_device(device),
+    )
+    watcher = watcher or Silent()
+    home = prepare_out(Path(out))
+    make_sampler(sampler, low=0.5, max_drop=max_drop, seed=seed)  # an unknown name is refused before the training
+    if task is None:
+        watcher.doing("training the dense model, or taking it from the cache")
+        task = digits(cache=home / "cache")
+    identity = settings.identity(task)
+    folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
+    try:
+        return Study(settings, task.on(settings.device), folder, home, watcher).run()
+    finally:
+        folder.close()
+
+
+class Study:
+    """One study in one folder.
+
+    Args:
+        settings: What is asked.
+        task: The task, its model on the study's device.
+        folder: Where the study lives.
+        home: The folder of all studies.
+        watcher: Is told how it goes.
+    """
+
+    def __init__(self, settings: Settings, task: Task, folder: StudyFolder, home: Path, watcher: Watcher) -> None:
+        self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
+        self.began = time.perf_counter()
+        self.tracker = Tracker(home, task.name, on_warning=watcher.warned)
+        self.records: list[TrialResult] = []
+
+    def run(self) -> Result:
+        """Does the whole job."""
+        macs = count_macs(self.task.model, self.task.example_input) * self.task.train.batch_size
+        try:
+            with threads_for(macs, self.settings.device):
+                return self._run()
+        except BaseException as error:
+            self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+
+    def _run(self) -> Result:
+        settings, task = self.settings, self.task
+        self.watcher.doing("measuring the dense model")
+        self.dense = task.evaluate(task.model, task.val)
+        self.dense_cost, self.timing = self._measure_dense()
+        self.facts, notes = self._analyze()
+        lowest = settings.scheme.lowest_density(self.facts)
+        low = max(lowest, LOWEST_DENSITY)
+        self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s)
+        dense_value = settings.objective(self.dense_cost)
+        self._report_beginning(notes, dense_value)
+        sampler = make_sampler(
+            settings.sampler, low=min(low, 0.99), max_drop=settings.bound.max_drop, seed=settings.seed
+        )
+        self.study = open_study(self.folder.journal_file, settings.objective.direction, sampler)
+        add_dense(self.study, dense_value, settings.bound)
+        adopt(self.study, settings.bound, self.folder)
+        for trial in finished(self.study):
+            self.trial(self.folder.load_trial(trial.number))
+        stopped = search(self.study, self.plan, self._spec, InProcess(), self.folder, self)
+        return self._conclude(stopped)
+
+    def _measure_dense(self) -> tuple[Measurement, bool]:
+        """What the dense model costs, and whether the objective needs more than can be counted."""
+        counted = measure(self.task.model, self.task.example_input, self.settings.device, timing=False)
+        try:
+            self.settings.objective(counted)
+        except ValueError:
+            timed = measure(self.task.model, self.task.example_input, self.settings.device)
+            self.settings.objective(timed)  # what fails here would fail in every trial
+            return timed, True
+        return counted, False
+
+    def _analyze(self) -> tuple[Facts, tuple[str, ...]]:
+        """The scheme's facts of the model, and what it warned of."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            facts = self.settings.scheme.analyze(self.task.model, self.task.example_input)
+        return facts, tuple(str(warning.message) for warning in caught)
+
+    def _report_beginning(self, notes: tuple[str, ...], dense_value: float) -> None:
+        settings, identity = self.settings, self.settings.identity(self.task)
+        self.watcher.began(
+            Beginning(
+                name=self.folder.path.name,
+                task=self.task,
+                settings=settings,
+                folder=self.folder.path,
+                dense=self.dense_cost,
+                dense_score=self.dense.score,
+                low=self.plan.low,
+                notes=notes,
+            )
+        )
+        recovery = {f"lc.{name}": value for name, value in identity.pop("recovery").items()}
+        self.tracker.start(
+            self.folder.path.name,
+            {**identity, **recovery, "trials": settings.trials, "device": settings.device},
+            task=self.task,
+            run_id=read_json(self.folder.settings_file).get("mlflow_run"),
+        )
+        self.tracker.dense(self.dense.score, self.dense_cost, dense_value)
+
+    def _spec(self, number: int, density: float) -> TrialSpec:
+        settings = self.settings
+        return TrialSpec(
+            number=number,
+            density=density,
+            task=self.task,
+            scheme=settings.scheme,
+            facts=self.facts,
+            recovery=settings.recovery,
+            objective=settings.objective,
+            bound=settings.bound,
+            dense=self.dense,
+            seed=int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]),
+            device=settings.device,
+            timing=self.timing,
+        )
+
+    def trial(self, result: TrialResult) -> None:
+        """Passes a finished trial on to the watcher and to MLflow."""
+        self.records.append(replace(result, model=None))
+        best, belief = self._best(), posterior(self.study, self.plan)
+        self.watcher.trial(result, best, belief)
+        quantiles = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
+        self.tracker.trial(self.records[-1], best.density if best else None, quantiles)
+        if len(self.records) == 1:
+            asked = read_json(self.folder.settings_file)
+            write_json(self.folder.settings_file, {**asked, "mlflow_run": self.tracker.run_id})
+
+    def failed(self, number: int, reason: str) -> None:
+        """Passes a failed trial on."""
+        self.watcher.failed(number, reason)
+        self.tracker.failed(number, reason)
+
+    def _best(self) -> TrialResult | None:
+        """The record of what the answer would be now."""
+        chosen = answer(self.study, self.plan)
+        return next((r for r in self.records if chosen and r.number == chosen.number), None)
+
+    def _conclude(self, stopped: str) -> Result:
+        """Judges the answer on test, measures it beside the dense model, and saves everything."""
+        best = self._best()
+        if best is None:
+            result = self._without_answer(stopped)
+        else:
+            self.watcher.doing("judging the answer on test")
+            result = self._with_answer(best, stopped)
+        write_json(self.folder.result_file, result.to_json())
+        self._log_result(result, best)
+        return result
+
+    def _with_answer(self, best: TrialResult, stopped: str) -> Result:
+        task, settings = self.task, self.settings
+        model = rebuild(settings.scheme, task, self.facts, best.plan, self.folder.load_weights(best.number))
+        dense_test = task.evaluate(task.model, task.test)
+        test = task.evaluate(model, task.test)
+        bound = settings.bound
+        certificate = certify(task.metric, dense_test, test, bound.max_drop, relative=bound.relative)
+        self.watcher.doing("measuring the answer beside the dense model")
+        costs = compare(
+            [task.model, model],
+            task.example_input,
+            settings.device,
+            dense_params=self.dense_cost.params,
+            params=[None, best.measurement.params],
+        )
+        scores = {
+            "dense": {"val": self.dense.score, "test": dense_test.score},
+            "compressed": {"val": best.score, "test": test.score},
+        }
+        model = model.cpu()
+        self.watcher.doing("exporting the answer")
+        exported = self._export(model, best, scores, certificate)
+        return self._result(
+            stopped,
+            verdict=certificate.outcome,
+            sentence=certificate.sentence,
+            certificate=certificate,
+            model=model,
+            density=best.density,
+            drop_val=best.drop,
+            measurements=dict(zip(("dense", "compressed"), costs, strict=True)),
+            scores=scores,
+            exported=exported,
+        )
+
+    def _without_answer(self, stopped: str) -> Result:
+        dense = {"val": self.dense.score}
+        return self._result(
+            stopped,
+            verdict="not met",
+            sentence=self._nearest_miss(),
+            certificate=None,
+            model=self.task.model,
+            density=1.0,
+            drop_val=0.0,
+            measurements={"dense": self.dense_cost},
+            scores={"dense": dense},
+            exported=Export((), {}),
+        )
+
+    def _nearest_miss(self) -> str:
+        unit = "% of the dense score" if self.settings.bound.relative else " pp"
+        bound = f"{100 * self.settings.bound.max_drop:g}{unit}"
+        if not self.records:
+            return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."
+        nearest = min(self.records, key=lambda record: record.drop)
+        return (
+            f"Not met: of {len(self.records)} trials none loses at most {bound} on val; the nearest loses "
+            f"{100 * nearest.drop:.2f}{unit} at density {nearest.density:.3g}. A larger --max-drop, more --epochs "
+            "or another --scheme may help."
+        )
+
+    def _result(self, stopped: str, **found: Any) -> Result:
+        belief = posterior(self.study, self.plan) if self.records else None
+        return Result(
+            name=self.folder.path.name,
+            records=tuple(self.records),
+            threshold=belief.interval() if belief else None,
+            stopped=stopped,
+            seconds=time.perf_counter() - self.began,
+            folder=self.folder.path,
+            **found,
+        )
+
+    def _export(
+        self, model: nn.Module, best: TrialResult, scores: Mapping[str, Any], certificate: Verdict
+    ) -> Export:
+        provenance = Provenance(
+            scheme=describe(self.settings.scheme),
+            plan=best.plan,
+            density=best.density,
+            task=self.task.name,
+            architecture=self.task.architecture,
+            results={"metric": self.task.metric.name, "scores": scores, "verdict": certificate.sentence},
+        )
+        exported = export(model, self.task.example_input, self.folder.best, provenance)
+        for name, reason in exported.refused.items():
+            self.watcher.warned(f"{name} is not offered: {reason}")
+        return exported
+
+    def _log_result(self, result: Result, best: TrialResult | None) -> None:
+        self.watcher.doing("logging to MLflow")
+        metrics = {"seconds": result.seconds}
+        for who, cost in result.measurements.items():
+            metrics |= metrics_of(result.scores[who]["val"], cost, f"{who}_")
+        if best is not None and result.certificate is not None:
+            certificate = result.certificate
+            metrics |= {"drop_val_pp": 100 * best.drop, "drop_test_pp": 100 * certificate.drop}
+            metrics |= {"drop_upper_pp": 100 * certificate.upper}
+        self.tracker.finish(
+            "KILLED" if result.interrupted else "FINISHED",
+            result.sentence,
+            metrics,
+            [self.folder.result_file],
+            result.model if best is not None else None,
+            self.task.example_input,
+        )
+
+
+def rebuild(
+    scheme: Scheme, task: Task, facts: Facts, plan: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """The realized model of a saved trial, in eval mode on the device of the task's model."""
+    theta = Theta({}, {}, 0, plan)
+    model = scheme.realize(task.model, theta, facts)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The compressed model that a study saved, in eval mode.
+
+    Args:
+        directory: A study's ``best/`` folder.
+        model: The dense architecture, with any weights; not needed for tasks that autocompress brings.
+
+    Raises:
+        ValueError: If the folder holds no saved model, is damaged, or the architecture is not known.
+    """
+    folder = Path(directory)
+    if model is None:
+        architecture = bundle.read_plan(folder)["architecture"]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"{folder} was made from an architecture of your own; pass model=, its dense form")
+        model = ARCHITECTURES[architecture]()
+    return bundle.load(folder, model)
+
+
+def _is_relative(drop: str) -> bool:
+    if drop not in ("absolute", "relative"):
+        raise ValueError(f"drop={drop!r}; it must be 'absolute' or 'relative'")
+    return drop == "relative"
+
+
+def _device(device: str) -> str:
+    """A usable device; ``auto`` is the first GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device={device!r}; it must be auto, cpu, cuda or cuda:i") from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}; it must be auto, cpu, cuda or cuda:i")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but this machine has no GPU that torch can use; try cpu")
+    return device

@@ -1,0 +1,133 @@
+"""Weights on disk: a state dict as safetensors, without pickle; zeros are not paid for.
+
+A tensor with enough zeros is stored as its non-zero values and one bit a weight that says where they go; a
+tensor that several names share is stored once; everything else is stored as any safetensors file stores it,
+so other readers see those tensors too. What a reader must know beyond that is JSON in the file's metadata::
+
+    {"sparse": {name: shape}, "same": {name: name of the tensor that is stored}}
+"""
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+_METADATA_KEY = "autocompress"
+_MASK = "#mask"
+# Values are moved as integers of their width, whatever their type: NaNs keep their bits.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What a second tensor costs in the header, beside its name.
+_HEADER_BYTES = 128
+
+
+def to_bytes(state: Mapping[str, Tensor]) -> bytes:
+    """A state dict as the bytes of a safetensors file, the same ones each time.
+
+    Args:
+        state: Tensors by name, of any shape, dtype and device; they may share memory.
+    """
+    stored: dict[str, Tensor] = {}
+    sparse: dict[str, list[int]] = {}
+    same: dict[str, str] = {}
+    first_with: dict[Any, str] = {}
+    for name, tensor in state.items():
+        first = first_with.setdefault(_memory(tensor), name) if tensor.numel() else name
+        if first != name:
+            same[name] = first
+            continue
+        # A tensor that merely overlaps another still needs memory of its own.
+        dense = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        packed = None if name + _MASK in state else _pack(dense, header=2 * len(name) + _HEADER_BYTES)
+        if packed is None:
+            stored[name] = dense
+        else:
+            stored[name], stored[name + _MASK] = packed
+            sparse[name] = list(dense.shape)
+    notes = {key: value for key, value in (("sparse", sparse), ("same", same)) if value}
+    return serialize(stored, {_METADATA_KEY: json.dumps(notes)} if notes else None)
+
+
+def save(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Writes a state dict to ``path``, all of it or nothing: a reader never sees half a file."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(to_bytes(state))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict that `save` wrote, on the CPU; also reads any other safetensors file.
+
+    Bit for bit, but for the sign of zeros in tensors that are stored sparse: -0.0 comes back as 0.0 there.
+    Names that shared a tensor share one again.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not a whole safetensors file, or was not written by `save` as it claims.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return _from_bytes(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{os.fspath(path)!r} is not a readable weights file: {reason}") from error
+
+
+def _from_bytes(data: bytes) -> dict[str, Tensor]:
+    state = parse(data)
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8:header_end]).get("__metadata__", {})
+    notes = json.loads(metadata.get(_METADATA_KEY, "{}"))
+    for name, shape in notes.get("sparse", {}).items():
+        state[name] = _unpack(state[name], state.pop(name + _MASK), shape)
+    for name, first in notes.get("same", {}).items():
+        state[name] = state[first]
+    return state
+
+
+def _memory(tensor: Tensor) -> Any:
+    """Equal for two tensors if and only if they are the same view of the same memory."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _pack(dense: Tensor, header: int) -> tuple[Tensor, Tensor] | None:
+    """The non-zero values ``(nnz,)`` and their bits ``(ceil(n / 8),)``; None where that is no smaller."""
+    if dense.itemsize not in _WORDS:
+        return None
+    words = dense.reshape(-1).view(_WORDS[dense.itemsize]).numpy()
+    # Masks that multiply leave -0.0 behind, half of all zeros: by value it is a zero like any other.
+    kept = (dense != 0).reshape(-1).numpy() if dense.dtype in _FLOATS else words != 0
+    zeros = kept.size - np.count_nonzero(kept)
+    if zeros * dense.itemsize <= math.ceil(kept.size / 8) + header:
+        return None
+    return torch.from_numpy(words[kept]).view(dense.dtype), torch.from_numpy(np.packbits(kept))
+
+
+def _unpack(values: Tensor, bits: Tensor, shape: list[int]) -> Tensor:
+    """The dense tensor of ``shape`` that `_pack` took apart."""
+    count = math.prod(shape)
+    if bits.numel() != math.ceil(count / 8):
+        raise ValueError(f"a mask of {bits.numel()} bytes does not fit the shape {shape}")
+    kept = np.unpackbits(bits.numpy(), count=count).astype(bool)
+    if np.count_nonzero(kept) != values.numel():
+        raise ValueError(f"a mask of {np.count_nonzero(kept)} weights does not fit {values.numel()} values")
+    words = torch.zeros(count, dtype=_WORDS[values.itemsize])
+    words.numpy()[kept] = values.view(words.dtype).numpy()
+    return words.view(values.dtype).reshape(shape)

@@ -1,0 +1,120 @@
+"""Structured pruning: whole channels and neurons are removed, so the model is smaller and faster as it is."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.scheme import Theta, Weights, density_error, register_scheme
+
+from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, saliency, sizes_along
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The facts of a model for structured pruning.
+
+    Attributes:
+        groups: The groups of coupled channels that may shrink.
+        shapes: The shape of every parameter of the model.
+        example_input: A batch of one sample to trace the model with.
+    """
+
+    groups: tuple[Group, ...]
+    shapes: dict[str, torch.Size]
+    example_input: Tensor
+
+
+@register_scheme
+@dataclass(frozen=True)
+class StructPrune:
+    """Removes channels and neurons with all that is coupled to them (group magnitude, one global threshold).
+
+    A channel's saliency is the squared norm of its coupled slices over the mean of its group (Fang et al.,
+    "DepGraph: Towards Any Structural Pruning", CVPR 2023). The channels of lowest saliency in the whole
+    network go, until what is left fits the density. The classes at the output are never pruned.
+
+    Args:
+        min_keep: Channels that every group keeps at least.
+    """
+
+    min_keep: int = 2
+    takes_density: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.min_keep < 1:
+            raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 channel")
+
+    def prunes(self, group: Group) -> bool:
+        """Whether the scheme removes channels of this kind."""
+        return True
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Structure:
+        """Finds the coupled groups through torch-pruning's dependency graph."""
+        groups = tuple(g for g in find_groups(model, example_input) if self.prunes(g) and g.width > self.min_keep)
+        if not groups:
+            raise ValueError(f"{type(self).__name__} finds no channels in this model that it can remove")
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        return Structure(groups, shapes, example_input.detach().clone())
+
+    def lowest_density(self, facts: Structure) -> float:
+        """The density at which every group has ``min_keep`` channels left."""
+        starts = first_channels(facts.groups)
+        removable = [torch.arange(start + self.min_keep, end) for start, end in pairwise(starts)]
+        sizes = sizes_along(facts.groups, facts.shapes, torch.cat(removable))
+        return float(sizes[-1] / sizes[0])
+
+    def pi(self, weights: Weights, density: float, facts: Structure) -> Theta:
+        """Removes the channels of lowest saliency until what is left fits ``density``."""
+        saliencies = [saliency(group, weights).cpu() for group in facts.groups]
+        floored = []
+        for s in saliencies:  # the most salient channels of each group are out of reach
+            s = s.clone()
+            s[s.topk(self.min_keep).indices] = torch.inf
+            floored.append(s)
+        ranked = torch.cat(floored).sort(stable=True)
+        order = ranked.indices[ranked.values.isfinite()]
+        sizes = sizes_along(facts.groups, facts.shapes, order)
+        fits = sizes <= density * sizes[0]
+        if not fits.any():
+            raise density_error(density, self.lowest_density(facts))
+        # Channels that are zero already go whatever the target: it is free, and it makes pi idempotent.
+        n_removed = max(int(fits.int().argmax()), int((ranked.values == 0).sum()))
+        removed = _by_group(facts.groups, order[:n_removed])
+        kept = kept_entries(facts.groups, removed, weights)
+        values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
+        return Theta(values, kept, int(sizes[n_removed]), {"removed": removed})
+
+    def delta(self, theta: Theta) -> Weights:
+        """The weights, with zeros in place of the removed channels."""
+        return theta.values
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Structure) -> nn.Module:
+        """Takes the channels out."""
+        return remove_channels(model, facts.example_input, theta.plan["removed"])
+
+
+@register_scheme
+@dataclass(frozen=True)
+class FilterPrune(StructPrune):
+    """Removes filters of convolutions with all that is coupled to them; linear layers keep their neurons.
+
+    Args:
+        min_keep: Filters that every group keeps at least.
+    """
+
+    def prunes(self, group: Group) -> bool:
+        """Only groups whose channels are filters."""
+        return group.is_filter
+
+
+def _by_group(groups: tuple[Group, ...], channels: Tensor) -> dict[str, list[int]]:
+    """Channels numbered through all groups, as sorted lists by the name of their group's root."""
+    starts = first_channels(groups)
+    return {
+        group.root: sorted((channels[(channels >= start) & (channels < end)] - start).tolist())
+        for group, start, end in zip(groups, starts, starts[1:], strict=False)
+    }

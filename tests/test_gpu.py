@@ -1,0 +1,199 @@
+import os
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from autocompress import gpu
+from autocompress.gpu import GpuUsage, GpuWindow
+
+CUDA = torch.device("cuda", 0)
+UUID = "1b2c3d4e-0000-1111-2222-333344445555"
+
+
+class FakeNvml:
+    """The handful of NVML calls, for one GPU that draws 200 W and fills up by 1 GB a sample.
+
+    Args:
+        unsupported: Names of calls that raise, as they do in a container or on a MIG slice.
+    """
+
+    class NVMLError(Exception):
+        pass
+
+    class NotSupported(NVMLError):
+        pass
+
+    def __init__(self, *unsupported: str) -> None:
+        self.unsupported = unsupported
+        self.handles: list[str] = []
+        self.open = 0
+        self.memory = 0
+        self.threads: set[str] = set()
+        self.start = time.monotonic()
+
+    def _call(self, name: str) -> None:
+        if name in self.unsupported:
+            raise self.NotSupported(name)
+
+    def nvmlInit(self) -> None:
+        self._call("nvmlInit")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        self._call("nvmlDeviceGetHandleByUUID")
+        self.handles.append(uuid)
+        return uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        self.threads.add(threading.current_thread().name)
+        self._call("nvmlDeviceGetMemoryInfo")
+        self.memory += 10**9
+        return SimpleNamespace(used=self.memory)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
+        self._call("nvmlDeviceGetUtilizationRates")
+        return SimpleNamespace(gpu=80, memory=5)
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        self._call("nvmlDeviceGetPowerUsage")
+        return 200_000
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        self._call("nvmlDeviceGetTotalEnergyConsumption")
+        return int(200_000 * (time.monotonic() - self.start))
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
+        self._call("nvmlDeviceGetComputeRunningProcesses")
+        return [
+            SimpleNamespace(pid=os.getpid(), usedGpuMemory=3 * 10**9),
+            SimpleNamespace(pid=os.getpid() + 1, usedGpuMemory=9 * 10**9),
+        ]
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for torch's side of a GPU: its UUID."""
+    monkeypatch.setattr(gpu, "_uuid", lambda device: UUID)
+
+
+def sampling_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "autocompress-gpu"]
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_window_reads_everything_in_si_units() -> None:
+    nvml = FakeNvml()
+    with GpuWindow(CUDA, nvml) as window:
+        assert len(sampling_threads()) == 1
+        begin = time.monotonic()
+        time.sleep(1.1)
+        slept = time.monotonic() - begin
+    usage = window.usage
+    assert usage.samples is not None
+    assert 2 <= usage.samples <= 10 * slept + 2  # every 100 ms; a busy machine may miss some
+    assert usage.memory_bytes == usage.samples * 10**9  # the maximum, not the mean
+    assert usage.process_memory_bytes == 3 * 10**9
+    assert usage.utilization_pct == 80
+    assert usage.power_w == 200
+    assert usage.energy_j is not None
+    assert usage.energy_j >= 200 * slept - 1
+    assert nvml.handles == [f"GPU-{UUID}"]
+    assert nvml.threads == {"autocompress-gpu"}
+    assert nvml.open == 0
+    assert sampling_threads() == []
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_short_window_has_a_sample_but_no_energy() -> None:
+    with GpuWindow(CUDA, FakeNvml()) as window:
+        pass
+    assert window.usage.samples == 1
+    assert window.usage.power_w == 200
+    assert window.usage.energy_j is None
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        ("nvmlDeviceGetMemoryInfo", "memory_bytes"),
+        ("nvmlDeviceGetComputeRunningProcesses", "process_memory_bytes"),
+        ("nvmlDeviceGetUtilizationRates", "utilization_pct"),
+        ("nvmlDeviceGetPowerUsage", "power_w"),
+        ("nvmlDeviceGetTotalEnergyConsumption", "energy_j"),
+    ],
+)
+def test_a_call_that_is_not_supported_costs_only_its_own_field(
+    call: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "MIN_ENERGY_WINDOW_S", 0.0)
+    with GpuWindow(CUDA, FakeNvml(call)) as window:
+        pass
+    assert [name for name, value in vars(window.usage).items() if value is None] == [field]
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_process_memory_that_the_driver_hides_is_none() -> None:
+    nvml = FakeNvml()
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda handle: [
+        SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)
+    ]
+    with GpuWindow(CUDA, nvml) as window:
+        pass
+    assert window.usage.process_memory_bytes is None
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetHandleByUUID"])
+def test_without_driver_or_handle_all_is_none(call: str) -> None:
+    nvml = FakeNvml(call)
+    with GpuWindow(CUDA, nvml) as window:
+        assert sampling_threads() == []
+    assert window.usage == GpuUsage()
+    assert nvml.open == 0
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_an_error_in_the_block_ends_the_window_and_comes_through() -> None:
+    nvml = FakeNvml()
+    with pytest.raises(ZeroDivisionError), GpuWindow(CUDA, nvml):
+        _ = 1 / 0
+    assert sampling_threads() == []
+    assert nvml.open == 0
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a driver")
+def test_the_real_nvml_without_a_driver() -> None:
+    with GpuWindow(CUDA) as window:
+        assert sampling_threads() == []
+    assert window.usage == GpuUsage()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_without_a_gpu_the_window_is_empty(device: str) -> None:
+    if device != "cpu" and torch.cuda.is_available():
+        pytest.skip("is about machines without a GPU")
+    with GpuWindow(torch.device(device)) as window:
+        assert sampling_threads() == []
+    assert window.usage == GpuUsage()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_window_sees_it() -> None:
+    x = torch.randn(2000, 2000, device="cuda")
+    with GpuWindow(torch.device("cuda")) as window:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            x @ x
+            torch.cuda.synchronize()
+    usage = window.usage
+    assert usage.samples is not None
+    for value in (usage.memory_bytes, usage.utilization_pct, usage.power_w, usage.energy_j):
+        assert value is None or value > 0

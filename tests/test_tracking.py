@@ -1,0 +1,387 @@
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autocompress.measurement import Latency, Measurement
+from autocompress.task import Task
+from autocompress.tracking import Tracker, metrics_of
+from autocompress.trial import TrialResult
+
+LATENCY = (Latency(1, 2.0, 2.5, 10), Latency(32, 16.0, 17.0, 10))
+DENSE = Measurement(1.0, 1000, 4000, 50_000, "cpu", LATENCY)
+
+
+def trial_result(number, density=0.25, feasible=True):
+    return TrialResult(
+        number=number,
+        density_asked=density,
+        density=density,
+        score=0.95,
+        drop=0.01,
+        drop_se=0.002,
+        feasible=feasible,
+        value=density,
+        seconds=2.5,
+        measurement=Measurement(density, 250, 1000, 12_500, "cpu", LATENCY),
+        plan={},
+        curves={"loss": (0.9, 0.5, 0.3)},
+    )
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)
+    ).eval()
+
+
+def digits_like():
+    data = (torch.randn(8, 1, 8, 8), torch.arange(8) % 10)
+    return Task(network(), data, data, data, name="digits")
+
+
+@pytest.fixture(scope="session")
+def fresh_database(tmp_path_factory):
+    """A database without runs: making one takes seconds, a copy finds its way by itself."""
+    out = tmp_path_factory.mktemp("template") / "runs"
+    Tracker(out, "digits").finish()
+    return out / "mlflow.db"
+
+
+@pytest.fixture
+def out(tmp_path, fresh_database):
+    out = tmp_path / "runs"
+    out.mkdir()
+    shutil.copy(fresh_database, out)
+    return out
+
+
+@pytest.fixture
+def refuse():
+    """Collects warnings; there must be none."""
+    warned = []
+    yield warned.append
+    assert warned == []
+
+
+@pytest.fixture
+def tracker(out, refuse):
+    tracker = Tracker(out, "digits", on_warning=refuse)
+    tracker.start(
+        "study", {"scheme": "Prune", "seed": 0, "max_drop": 0.01}, {"kind": "test"}, task=digits_like()
+    )
+    return tracker
+
+
+def client(out):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{out}/mlflow.db"
+    return MlflowClient(uri, registry_uri=uri)
+
+
+def runs(out, experiment="digits"):
+    """The experiment's runs by name."""
+    found = client(out).get_experiment_by_name(experiment)
+    listed = client(out).search_runs([found.experiment_id], order_by=["attributes.start_time"])
+    return {run.info.run_name: run for run in listed}
+
+
+def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
+    tracker.dense(0.96, DENSE, value=1.0, seconds=0.1)
+    tracker.trial(trial_result(0, 0.25), best_density=0.25, posterior={"q50": 0.2, "q90": 0.22})
+    tracker.trial(
+        trial_result(1, 0.125, feasible=False), best_density=0.25, posterior={"q50": 0.21, "q90": 0.22}
+    )
+    tracker.failed(2, "the worker died")
+    tracker.finish(
+        "FINISHED", "4 times smaller, certified.", {"compressed_density": 0.25, "dense_density": 1.0}
+    )
+
+    found = runs(out)
+    first, second = "trial 000 · density 0.25", "trial 001 · density 0.125"
+    assert set(found) == {"study", "dense", first, second, "trial 002 · failed"}
+    parent = found.pop("study")
+    assert parent.info.run_id == tracker.run_id
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {"scheme": "Prune", "seed": "0", "max_drop": "0.01"}
+    assert parent.data.tags["kind"] == "test"
+    assert parent.data.tags["mlflow.note.content"] == "4 times smaller, certified."
+    assert parent.data.metrics["compressed_density"] == 0.25
+    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {tracker.run_id}
+    history = client(out).get_metric_history(tracker.run_id, "posterior/q50")
+    assert [(m.step, m.value) for m in history] == [(0, 0.2), (1, 0.21)]
+
+    child = found[first]
+    assert child.data.params == {"scheme": "Prune", "seed": "0", "number": "0", "density_asked": "0.25"}
+    assert child.data.tags["feasible"] == "true"
+    assert child.data.tags["state"] == "complete"
+    assert child.data.metrics["drop_pp"] == 1.0
+    assert child.data.metrics["latency_ms"] == 2.0
+    assert child.data.metrics["throughput_per_s"] == 2000.0
+    assert child.info.end_time - child.info.start_time == pytest.approx(2500, abs=500)
+    assert [m.value for m in client(out).get_metric_history(child.info.run_id, "curves/loss")] == [
+        0.9,
+        0.5,
+        0.3,
+    ]
+    assert found[second].data.metrics["feasible"] == 0.0
+    assert set(found["dense"].data.metrics) == set(child.data.metrics) - {"curves/loss"}
+    assert found["dense"].data.tags["role"] == "dense"
+    assert found["trial 002 · failed"].info.status == "FAILED"
+
+
+def test_the_data_are_logged_by_name_and_count(out, tracker):
+    tracker.finish()
+    inputs = runs(out)["study"].inputs.dataset_inputs
+    assert {(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs} == {
+        ("digits train", "n=8", "train"),
+        ("digits val", "n=8", "val"),
+        ("digits test", "n=8", "test"),
+    }
+
+
+def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tracker, tmp_path):
+    report = tmp_path / "result.json"
+    report.write_text("{}")
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / "curve.svg").write_text("<svg/>")
+    model, x = network(), torch.randn(5, 1, 8, 8)
+    start = time.perf_counter()
+    tracker.finish(
+        metrics=metrics_of(0.95, DENSE, "compressed_"),
+        artifacts=[report, figures],
+        model=model,
+        example_input=x[:1],
+    )
+    assert time.perf_counter() - start < 30
+
+    store = client(out)
+    assert {file.path for file in store.list_artifacts(tracker.run_id)} == {"result.json", "curve.svg"}
+    run = store.get_run(tracker.run_id)
+    (output,) = run.outputs.model_outputs
+    logged = store.get_logged_model(output.model_id)
+    assert logged.status == "READY"
+    assert logged.source_run_id == tracker.run_id
+    assert {metric.key for metric in logged.metrics} == set(metrics_of(0.95, DENSE, "compressed_"))
+
+    import mlflow.pytorch
+
+    with torch.no_grad():
+        expected = model(x)
+        loaded = mlflow.pytorch.load_model(logged.artifact_location)
+        torch.testing.assert_close(loaded(x), expected)
+    served = mlflow.pyfunc.load_model(logged.artifact_location)
+    np.testing.assert_allclose(served.predict(x.numpy()), expected.numpy(), rtol=1e-5, atol=1e-6)
+    files = {path.name for path in Path(logged.artifact_location.removeprefix("file://")).rglob("*")}
+    assert "MLmodel" in files
+    assert not any(name.endswith((".pkl", ".pth")) for name in files)
+    assert not list(out.glob(".mlflow-*"))
+
+
+def test_a_model_that_cannot_be_exported_costs_one_warning_and_nothing_else(out):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    warned = []
+    tracker = Tracker(out, "digits", on_warning=warned.append)
+    tracker.start("study", {})
+    tracker.finish(verdict="done", model=Branches().eval(), example_input=torch.ones(1, 3))
+    assert len(warned) == 1
+    assert runs(out)["study"].info.status == "FINISHED"
+    assert runs(out)["study"].data.tags["mlflow.note.content"] == "done"
+
+
+def test_a_resumed_study_goes_on_in_its_run_without_duplicates(out, tracker, refuse):
+    tracker.dense(0.96, DENSE, value=1.0)
+    tracker.trial(trial_result(0))
+    tracker.failed(1, "the worker died")
+    run_id = tracker.run_id
+    tracker.finish("KILLED")
+
+    resumed = Tracker(out, "digits", on_warning=refuse)
+    resumed.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.02}, run_id=run_id)
+    assert resumed.run_id == run_id
+    assert runs(out)["study"].info.status == "RUNNING"
+    resumed.dense(0.96, DENSE, value=1.0)
+    for number in range(3):
+        resumed.trial(trial_result(number))
+    resumed.finish()
+    assert runs(out)["study"].info.status == "FINISHED"
+    everything = client(out).search_runs([client(out).get_experiment_by_name("digits").experiment_id])
+    assert sorted(run.info.run_name for run in everything) == [
+        "dense",
+        "study",
+        *(f"trial 00{number} · density 0.25" for number in range(3)),
+    ]
+
+
+def test_a_parent_run_that_is_gone_is_begun_anew(out, tracker, refuse):
+    tracker.finish()
+    again = Tracker(out, "digits", on_warning=refuse)
+    again.start("study", {}, run_id="0" * 32)
+    assert again.run_id not in (None, tracker.run_id, "0" * 32)
+    again.finish()
+
+
+def test_an_experiment_deleted_in_the_ui_comes_back(out, tracker, refuse):
+    tracker.finish()
+    client(out).delete_experiment(client(out).get_experiment_by_name("digits").experiment_id)
+    again = Tracker(out, "digits", on_warning=refuse)
+    again.start("second", {})
+    again.finish()
+    assert "second" in runs(out)
+
+
+def test_a_directory_that_was_moved_takes_its_artifacts_along(out, tracker, tmp_path, refuse):
+    tracker.finish(artifacts=[Path(__file__)])
+    moved = out.rename(tmp_path / "moved")
+    again = Tracker(moved, "digits", on_warning=refuse)
+    again.start("second", {})
+    again.finish(artifacts=[Path(__file__)])
+    for run_id in (tracker.run_id, again.run_id):
+        assert [file.path for file in client(moved).list_artifacts(run_id)] == [Path(__file__).name]
+    assert not out.exists()
+
+
+def damaged(out):
+    out.mkdir()
+    (out / "mlflow.db").write_bytes(b"not a database at all" * 100)
+
+
+def foreign(out):
+    out.mkdir()
+    sqlite3.connect(out / "mlflow.db").execute("CREATE TABLE other (x)").connection.close()
+
+
+def directory(out):
+    (out / "mlflow.db").mkdir(parents=True)
+
+
+def taken(out):
+    out.write_text("a file where the directory should be")
+
+
+@pytest.mark.parametrize("break_it", [damaged, foreign, directory, taken])
+def test_a_broken_store_costs_one_warning_and_no_time(tmp_path, break_it):
+    out = tmp_path / "broken"
+    break_it(out)
+    warned = []
+    start = time.perf_counter()
+    tracker = Tracker(out, "digits", on_warning=warned.append)
+    tracker.start("study", {})
+    tracker.dense(0.96, DENSE, value=1.0)
+    tracker.trial(trial_result(0))
+    assert tracker.run_id is None
+    tracker.finish(model=network(), example_input=torch.ones(1, 1, 8, 8))
+    assert time.perf_counter() - start < 5
+    assert len(warned) == 1
+    assert warned[0].startswith("MLflow: ")
+    assert "\n" not in warned[0]
+
+
+def test_calls_return_at_once_and_a_database_lost_on_the_way_is_survived(out):
+    warned = []
+    tracker = Tracker(out, "digits", on_warning=warned.append)
+    start = time.perf_counter()
+    tracker.start("study", {})
+    for number in range(3):
+        tracker.trial(trial_result(number))
+    assert time.perf_counter() - start < 0.5
+    tracker.flush()
+    (out / "mlflow.db").write_bytes(b"overwritten" * 1000)
+    for number in range(3, 9):
+        tracker.trial(trial_result(number))
+    tracker.finish()
+    assert len(warned) == 1
+
+
+def test_after_finish_nothing_raises(out):
+    warned = []
+    tracker = Tracker(out, "digits", on_warning=warned.append)
+    tracker.finish()
+    assert len(warned) == 1  # there is no run to finish
+    tracker.trial(trial_result(0))
+    tracker.finish()
+    assert len(warned) == 1
+
+
+def test_an_empty_file_left_by_a_crash_is_not_a_database(tmp_path, refuse):
+    out = tmp_path / "empty"
+    out.mkdir()
+    (out / "mlflow.db").touch()
+    (out / "mlflow.db.new").write_bytes(b"half")
+    tracker = Tracker(out, "digits", on_warning=refuse)
+    tracker.start("study", {})
+    tracker.finish()
+    assert "study" in runs(out)
+
+
+STUDY = """
+import sys
+from pathlib import Path
+from autocompress.tracking import Tracker
+assert "mlflow" not in sys.modules, "importing the tracker must not import MLflow"
+out, experiment, name = sys.argv[1:]
+tracker = Tracker(Path(out), experiment, on_warning=lambda message: sys.exit(message))
+tracker.start(name, {"scheme": "Prune"})
+for number in range(3):
+    tracker.failed(number, "no reason")
+tracker.finish(artifacts=[Path(__file__)])
+"""
+
+
+def test_four_studies_start_at_once_and_write_nothing_elsewhere(tmp_path):
+    cwd, home, scratch = tmp_path / "cwd", tmp_path / "home", tmp_path / "tmp"
+    for path in (cwd, home, scratch):
+        path.mkdir()
+    script = tmp_path / "study.py"
+    script.write_text(STUDY)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    environment |= {"HOME": str(home), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, "runs", "shared", f"study {i}"],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(4)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * 4, said
+    assert said == [""] * 4
+
+    found = client(cwd / "runs")
+    experiment = found.get_experiment_by_name("shared")
+    assert len(found.search_runs([experiment.experiment_id])) == 4 * (1 + 3)
+    assert [path.name for path in cwd.iterdir()] == ["runs"]
+    assert {path.name for path in (cwd / "runs").iterdir()} == {
+        "mlflow.db",
+        "mlflow.db.lock",
+        "mlflow-artifacts",
+    }
+    assert list(home.iterdir()) == []
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_path_that_mlflow_cannot_use_is_refused_at_once(tmp_path):
+    warned = []
+    tracker = Tracker(tmp_path / "100%", "digits", on_warning=warned.append)
+    tracker.finish()
+    assert "'%' in the path" in warned[0]
+    shutil.rmtree(tmp_path / "100%")
+    assert list(tmp_path.iterdir()) == []
