@@ -1,13 +1,13 @@
 """The verdict on held-out data: is the drop within the bound, and with what confidence can that be said."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
-from scipy.stats import bootstrap
 
 from autocompress.metrics import Metric
 from autocompress.task import Evaluation
@@ -25,7 +25,7 @@ class Verdict:
     Attributes:
         outcome: ``certified``: the upper bound is within ``max_drop``. ``not met``: even the lower bound is
             beyond it. ``not certifiable``: so many samples cannot tell.
-        drop: The observed drop, a fraction (0.01 is one point) or, when ``relative``, a share of the dense score.
+        drop: The observed drop, a fraction (0.01 is one point); when ``relative``, of the dense score.
         upper: The drop is at most this, with ``confidence``.
         lower: The drop is at least this, with ``confidence``.
         n: Test samples.
@@ -59,14 +59,13 @@ class Verdict:
         change = f"{better if self.drop < 0 else worse} {_amount(abs(self.drop), self.relative)}"
         observed = f"{self.metric.replace('_', ' ')} {change}"
         # The upper bound is rounded up and the lower one down: the sentence claims no more than was shown.
-        upper, lower = math.ceil(self.upper * 1e4) / 1e4, math.floor(self.lower * 1e4) / 1e4
         sure = f"with {self.confidence * 100:g}% confidence"
         bound = f"(bound {_amount(self.max_drop, self.relative)})"
-        at_most = f"at most {_amount(upper, self.relative)} {sure}"
+        at_most = f"at most {_amount(self.upper, self.relative, math.ceil)} {sure}"
         if self.outcome == "certified":
             return f"Certified: on {self.n} test samples {observed}, {at_most} {bound}."
         if self.outcome == "not met":
-            at_least = f"at least {_amount(lower, self.relative)} {sure}"
+            at_least = f"at least {_amount(self.lower, self.relative, math.floor)} {sure}"
             return f"Not met: on {self.n} test samples {observed}, {at_least} {bound}."
         beyond = " on test, which is more than the bound," if self.drop > self.max_drop else " on test,"
         return (
@@ -242,18 +241,14 @@ def _bootstrap_drops(
         before, after = (metric.score(targets[i], e.outputs[i]) for e in (dense, compressed))
         return metric.drop(before, after, relative=relative)
 
-    result = bootstrap(
-        (np.arange(len(targets)),),  # resampling the samples' numbers keeps both models' outputs paired
-        drop,
-        vectorized=False,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    drops = np.asarray(result.bootstrap_distribution, dtype=np.float64)
+    # Not scipy.stats.bootstrap: one resample without a score would leave it without an interval.
+    rng = np.random.default_rng(seed)
+    drops = np.array([drop(rng.integers(len(targets), size=len(targets))) for _ in range(resamples)])
     return drops[np.isfinite(drops)]
 
 
-def _amount(drop: float, relative: bool) -> str:
+def _amount(drop: float, relative: bool, rounding: Callable[[float], float] = round) -> str:
     """To a hundredth of a point; adding 0.0 makes a minus zero plain."""
-    return f"{round(drop * 100, 2) + 0.0:g}{'%' if relative else ' pp'}"
+    if not math.isfinite(drop):
+        return "an unknown amount"
+    return f"{rounding(drop * 1e4) / 100 + 0.0:g}{'%' if relative else ' pp'}"

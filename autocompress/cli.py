@@ -3,8 +3,9 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -117,9 +118,18 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     """
     from autocompress import study
     from autocompress.display import Display, make_console, show_result
+    from autocompress.goal import as_objective
+    from autocompress.scheme import parse_scheme
+    from autocompress.storage import check_name, prepare_out
 
+    options["out"] = _checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_study(ctx, options)
+    if options["name"]:
+        _checked("--name", check_name, options["name"])
+    options["scheme"] = _checked("--scheme", parse_scheme, options["scheme"])
+    options["objective"] = _checked("--objective", as_objective, options["objective"])
+    options["device"] = _checked("--device", study.usable_device, options["device"])
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
     if quiet:
         result = study.tune(**options)
@@ -139,13 +149,24 @@ def _status(result: "Result") -> int:
     return 0 if result.met else NOT_MET
 
 
+T = TypeVar("T")
+
+
+def _checked(option: str, check: Callable[..., T], *values: Any) -> T:
+    """What ``check`` makes of an option's value; its ValueError becomes one that names the option."""
+    try:
+        return check(*values)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
+
+
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the study that is resumed."""
-    from autocompress.storage import prepare_out, study_settings
+    from autocompress.storage import study_settings
 
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
-    asked = study_settings(prepare_out(options["out"]), options["resume"])
+    asked = _checked("--resume", study_settings, options["out"], options["resume"])
     asked["epochs"] = asked["recovery"]["epochs"]
     for name in ("scheme", "max_drop", "drop", "objective", "epochs", "sampler", "seed"):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
@@ -196,10 +217,11 @@ def main() -> None:
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     try:
         status = cli(standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted", INTERRUPTED)
-    except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(USAGE)
     except click.ClickException as error:
         _fail(error.format_message(), USAGE)
     except ValueError as error:

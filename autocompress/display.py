@@ -184,14 +184,11 @@ def _comparison(result: Result) -> Table:
         table.add_row(f"score on {split}", f"{a:.4f}", f"{b:.4f}", f"{100 * (b - a):+.2f} pp")
     table.add_row("density", f"{dense.density:.4f}", f"{compressed.density:.4f}", "")
     for name, get, show in ROWS:
-        a, b = get(dense), get(compressed)
-        table.add_row(name, *(("n/a" if v is None else show(v)) for v in (a, b)), _ratio(a, b))
+        costs = get(dense), get(compressed)
+        table.add_row(name, *("n/a" if cost is None else show(cost) for cost in costs), _ratio(*costs))
     for before, after in zip(dense.latency, compressed.latency, strict=True):
-        table.add_row(
-            f"latency, batch {before.batch}",
-            *(f"{at.p50_ms:.3f} ms (p95 {at.p95_ms:.3f})" for at in (before, after)),
-            _ratio(before.p50_ms, after.p50_ms),
-        )
+        times = (f"{at.p50_ms:.3f} ms (p95 {at.p95_ms:.3f})" for at in (before, after))
+        table.add_row(f"latency, batch {before.batch}", *times, _ratio(before.p50_ms, after.p50_ms))
     return table
 
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
@@ -23,12 +23,14 @@ class Objective:
         function: Maps a measurement to the number, or to None when it lacks what the number is made of.
         direction: ``"minimize"`` or ``"maximize"``.
         unit: The number's unit, for tables; empty when it has none.
+        source: ``file.py:name`` where it came from a file: what finds it again when a study is resumed.
     """
 
     name: str
     function: Function
     direction: Direction = "minimize"
     unit: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         if self.direction not in ("minimize", "maximize"):
@@ -102,4 +104,4 @@ def _from_file(spec: str) -> Objective:
     found = load_from_file(spec)
     if not callable(found):
         raise ValueError(f"{spec!r} is a {type(found).__name__}, not a function of a Measurement")
-    return as_objective(found)
+    return replace(as_objective(found), source=spec)

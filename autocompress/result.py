@@ -64,7 +64,7 @@ class Settings:
             "scheme": describe(self.scheme),
             "max_drop": self.bound.max_drop,
             "drop": "relative" if self.bound.relative else "absolute",
-            "objective": self.objective.name,
+            "objective": self.objective.source or self.objective.name,
             "sampler": self.sampler,
             "seed": self.seed,
             "recovery": asdict(self.recovery),

@@ -71,9 +71,9 @@ class Curves:
 
         drop(u) = a g(u) + (D - a g(t)) (F(u) - F(0)) / (F(t) - F(0)),    F(u) = log(1 + exp(k (u - t) + z))
 
-    a is the plateau: what compression loses (or gains, when negative) before the cliff; g(u) = 1 - exp(-u / 0.2)
-    lets every curve start from the dense model's drop of 0. F is the cliff: exponential with z well below 0, a
-    hockey stick that bends z / k before the threshold with z well above 0.
+    a is the plateau: what compression loses (or gains, when negative) before the cliff, and
+    g(u) = 1 - exp(-u / 0.2) lets every curve start from the dense model's drop of 0. F is the cliff: exponential
+    with z well below 0, a hockey stick that bends z / k before the threshold with z well above 0.
 
     Attributes:
         threshold: t, shape (n, 1).

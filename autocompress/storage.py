@@ -159,17 +159,29 @@ def new_folder(home: Path, name: str | None, identity: Mapping[str, Any]) -> Stu
         ValueError: If the name cannot be used or is taken.
     """
     if name is None:
-        scheme = re.sub(r"[^A-Za-z0-9]+", "-", identity["scheme"]).strip("-")
-        task = re.sub(r"[^A-Za-z0-9]+", "-", identity["task"]).strip("-")
-        name = f"{task}-{scheme}-{datetime.now():%Y%m%d-%H%M%S}"
-    elif not re.fullmatch(NAME, name) or name in RESERVED:
-        raise ValueError(f"name={name!r}; use letters, digits, '.', '_' and '-', and not {' or '.join(RESERVED)}")
-    folder = StudyFolder(home / name)
+        name = _default_name(identity)
+    folder = StudyFolder(home / check_name(name))
     if folder.settings_file.exists():
         folder.close()
         raise ValueError(f"a study named {name!r} is in {home} already; choose another name, or resume it")
     write_json(folder.settings_file, {**identity, "autocompress": version("autocompress")})
     return folder
+
+
+def _default_name(identity: Mapping[str, Any]) -> str:
+    task, scheme = (re.sub(r"[^A-Za-z0-9]+", "-", identity[key]).strip("-") for key in ("task", "scheme"))
+    return f"{task}-{scheme}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be a study's.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not re.fullmatch(NAME, name) or name in RESERVED:
+        raise ValueError(f"name={name!r}; use letters, digits, '.', '_' and '-', and not {' or '.join(RESERVED)}")
+    return name
 
 
 def resume_folder(home: Path, name: str, identity: Mapping[str, Any]) -> StudyFolder:

@@ -34,7 +34,15 @@ from autocompress.search import (
     posterior,
     search,
 )
-from autocompress.storage import StudyFolder, new_folder, prepare_out, read_json, resume_folder, write_json
+from autocompress.storage import (
+    StudyFolder,
+    check_name,
+    new_folder,
+    prepare_out,
+    read_json,
+    resume_folder,
+    write_json,
+)
 from autocompress.task import Task
 from autocompress.tracking import Tracker, metrics_of
 from autocompress.training import threads_for
@@ -92,9 +100,11 @@ def tune(
         seed=seed,
         trials=trials,
         timeout_s=timeout,
-        device=_device(device),
+        device=usable_device(device),
     )
     watcher = watcher or Silent()
+    if name is not None:
+        check_name(name)
     home = prepare_out(Path(out))
     make_sampler(sampler, low=0.5, max_drop=max_drop, seed=seed)  # an unknown name is refused before the training
     if task is None:
@@ -392,8 +402,12 @@ def _is_relative(drop: str) -> bool:
     return drop == "relative"
 
 
-def _device(device: str) -> str:
-    """A usable device; ``auto`` is the first GPU where there is one."""
+def usable_device(device: str) -> str:
+    """The device that was asked for; ``auto`` is the first GPU where there is one.
+
+    Raises:
+        ValueError: If it is not there.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

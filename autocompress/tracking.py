@@ -167,7 +167,7 @@ class Tracker:
         }
         self._child(
             str(result.number),
-            f"trial {result.number:03d} · density {result.density:.3g}",
+            f"trial {result.number:03d} · {result.density:.3g}",
             metrics,
             {"role": "trial", "state": "complete", "feasible": str(result.feasible).lower()},
             {"number": result.number, "density_asked": f"{result.density_asked:.6g}", **(params or {})},
@@ -325,7 +325,7 @@ class Tracker:
 
         now = _milliseconds()
         points = [
-            Metric(key, value, now, step, model_id=model_id, run_id=run_id)
+            Metric(key, _rounded(value), now, step, model_id=model_id, run_id=run_id)
             for key, value in (metrics or {}).items()
         ]
         points += [
@@ -409,6 +409,11 @@ def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict
     measured = {key: getattr(measurement, key) for key in _COSTS}
     known = {"score": score} | {key: float(value) for key, value in measured.items() if value is not None}
     return {f"{prefix}{key}": value for key, value in known.items()}
+
+
+def _rounded(value: float) -> float:
+    """Six digits of a fraction; the UI prints all there are."""
+    return value if float(value).is_integer() else float(f"{value:.6g}")
 
 
 def _milliseconds(at: float | None = None) -> int:

@@ -76,9 +76,7 @@ def refuse():
 @pytest.fixture
 def tracker(out, refuse):
     tracker = Tracker(out, "digits", on_warning=refuse)
-    tracker.start(
-        "study", {"scheme": "Prune", "seed": 0, "max_drop": 0.01}, {"kind": "test"}, task=digits_like()
-    )
+    tracker.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.01}, {"kind": "test"}, task=digits_like())
     return tracker
 
 
@@ -99,16 +97,12 @@ def runs(out, experiment="digits"):
 def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     tracker.dense(0.96, DENSE, value=1.0, seconds=0.1)
     tracker.trial(trial_result(0, 0.25), best_density=0.25, posterior={"q50": 0.2, "q90": 0.22})
-    tracker.trial(
-        trial_result(1, 0.125, feasible=False), best_density=0.25, posterior={"q50": 0.21, "q90": 0.22}
-    )
+    tracker.trial(trial_result(1, 0.125, feasible=False), best_density=0.25, posterior={"q50": 0.21, "q90": 0.22})
     tracker.failed(2, "the worker died")
-    tracker.finish(
-        "FINISHED", "4 times smaller, certified.", {"compressed_density": 0.25, "dense_density": 1.0}
-    )
+    tracker.finish("FINISHED", "4 times smaller, certified.", {"compressed_density": 0.25, "dense_density": 1.0})
 
     found = runs(out)
-    first, second = "trial 000 · density 0.25", "trial 001 · density 0.125"
+    first, second = "trial 000 · 0.25", "trial 001 · 0.125"
     assert set(found) == {"study", "dense", first, second, "trial 002 · failed"}
     parent = found.pop("study")
     assert parent.info.run_id == tracker.run_id
@@ -116,7 +110,7 @@ def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     assert parent.data.params == {"scheme": "Prune", "seed": "0", "max_drop": "0.01"}
     assert parent.data.tags["kind"] == "test"
     assert parent.data.tags["mlflow.note.content"] == "4 times smaller, certified."
-    assert parent.data.metrics["compressed_density"] == 0.25
+    assert parent.data.metrics["compressed_density"] == parent.data.metrics["density"] == 0.25
     assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {tracker.run_id}
     history = client(out).get_metric_history(tracker.run_id, "posterior/q50")
     assert [(m.step, m.value) for m in history] == [(0, 0.2), (1, 0.21)]
@@ -223,7 +217,7 @@ def test_a_resumed_study_goes_on_in_its_run_without_duplicates(out, tracker, ref
     assert sorted(run.info.run_name for run in everything) == [
         "dense",
         "study",
-        *(f"trial 00{number} · density 0.25" for number in range(3)),
+        *(f"trial 00{number} · 0.25" for number in range(3)),
     ]
 
 

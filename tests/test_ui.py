@@ -24,9 +24,7 @@ sys.exit(serve_ui(Path(sys.argv[1]), say=lambda line: print(line, flush=True)))
 
 def ask(url, body=None):
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(
-        url, body and json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(url, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
     with direct.open(request, timeout=10) as answer:
         return answer.read()
 
@@ -66,9 +64,7 @@ def test_the_ui_shows_the_runs_and_ends_without_a_trace(tmp_path):
         assert "starting MLflow" in ui.stdout.readline()
         url, page = ui.stdout.readline().split()[-1].split("/#/")
         assert ask(f"{url}/health") == b"OK"
-        experiments = json.loads(ask(f"{url}/api/2.0/mlflow/experiments/search?max_results=10"))[
-            "experiments"
-        ]
+        experiments = json.loads(ask(f"{url}/api/2.0/mlflow/experiments/search?max_results=10"))["experiments"]
         (digits,) = [e["experiment_id"] for e in experiments if e["name"] == "digits"]
         assert page.startswith(f"experiments/{digits}/runs?")
         found = json.loads(ask(f"{url}/api/2.0/mlflow/runs/search", {"experiment_ids": [digits]}))["runs"]
