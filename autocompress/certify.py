@@ -58,7 +58,7 @@ class Verdict:
         worse, better = ("drops", "gains") if self.higher_is_better else ("worsens by", "improves by")
         change = f"{better if self.drop < 0 else worse} {_amount(abs(self.drop), self.relative)}"
         observed = f"{self.metric.replace('_', ' ')} {change}"
-        # The upper bound is rounded up and the lower one down: the sentence claims no more than was shown.
+        # The upper bound is rounded up, the lower one down: the sentence claims no more than was shown.
         sure = f"with {self.confidence * 100:g}% confidence"
         bound = f"(bound {_amount(self.max_drop, self.relative)})"
         at_most = f"at most {_amount(self.upper, self.relative, math.ceil)} {sure}"
@@ -243,8 +243,8 @@ def _bootstrap_drops(
 
     # Not scipy.stats.bootstrap: one resample without a score would leave it without an interval.
     rng = np.random.default_rng(seed)
-    drops = np.array([drop(rng.integers(len(targets), size=len(targets))) for _ in range(resamples)])
-    return drops[np.isfinite(drops)]
+    drops = [drop(rng.integers(len(targets), size=len(targets))) for _ in range(resamples)]
+    return np.array([d for d in drops if math.isfinite(d)], dtype=np.float64)
 
 
 def _amount(drop: float, relative: bool, rounding: Callable[[float], float] = round) -> str:

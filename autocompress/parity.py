@@ -7,6 +7,7 @@ path, and the name autocompress is blocked in it.
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +40,15 @@ class FreshProcess:
     def __enter__(self) -> Self:
         # -P keeps this script's folder off the path: a module of autocompress must not stand in for another.
         command = [sys.executable, "-P", __file__, str(self._folder)]
+        # ONNX Runtime's telemetry would leave files in the home directory; both names are in use.
+        quiet = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | quiet,
         )
         return self
 

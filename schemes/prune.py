@@ -64,7 +64,11 @@ class Prune:
 
     def pi(self, weights: Weights, density: float, facts: Layers) -> Theta:
         """Keeps the largest weights: the nearest point, in the Euclidean norm, with that many non-zeros."""
-        n_kept = int(density * (facts.n_prunable + facts.n_others)) - facts.n_others
+        n_params = facts.n_prunable + facts.n_others
+        n_kept = int(density * n_params) + 1
+        while n_kept / n_params > density:  # not the product's rounding decides, but the density reached
+            n_kept -= 1
+        n_kept -= facts.n_others
         if n_kept < self.min_keep * len(facts.prunable):
             raise density_error(density, self.lowest_density(facts))
         magnitudes = []

@@ -65,7 +65,7 @@ class StructPrune:
         starts = first_channels(facts.groups)
         removable = [torch.arange(start + self.min_keep, end) for start, end in pairwise(starts)]
         sizes = sizes_along(facts.groups, facts.shapes, torch.cat(removable))
-        return float(sizes[-1] / sizes[0])
+        return int(sizes[-1]) / int(sizes[0])
 
     def pi(self, weights: Weights, density: float, facts: Structure) -> Theta:
         """Removes the channels of lowest saliency until what is left fits ``density``."""
@@ -78,7 +78,7 @@ class StructPrune:
         ranked = torch.cat(floored).sort(stable=True)
         order = ranked.indices[ranked.values.isfinite()]
         sizes = sizes_along(facts.groups, facts.shapes, order)
-        fits = sizes <= density * sizes[0]
+        fits = sizes.double() / int(sizes[0]) <= density  # float32 cannot tell millions of parameters apart
         if not fits.any():
             raise density_error(density, self.lowest_density(facts))
         # Channels that are zero already go whatever the target: it is free, and it makes pi idempotent.

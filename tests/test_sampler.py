@@ -174,15 +174,15 @@ def test_with_noise_the_estimate_is_no_worse_than_that_of_bisection(shared: floa
 
 
 @pytest.mark.slow
-def test_with_noise_answer_and_estimate_are_no_worse_than_those_of_a_gaussian_process() -> None:
+def test_with_noise_the_estimate_is_no_worse_than_that_of_a_gaussian_process() -> None:
     cases = [(kind, seed) for kind in KINDS for seed in range(10)]
     errors = []
     for kind, seed in cases:
         simulation = Simulation(kind, 1000 + seed, 2000)
         study = search(make_sampler("gp", low=LOW, max_drop=BOUND, seed=seed), simulation, 16)
         errors.append(log_error(study.best_trial.params["density"], simulation))
-    ours = np.mean([noisy(*case, shared=0.0)[1:] for case in cases], axis=0)
-    assert (ours <= np.mean(errors)).all()
+    # The estimate, not the 90% answer: that stays on the safe side on purpose, which these give up.
+    assert np.mean([noisy(*case, shared=0.0)[2] for case in cases]) <= np.mean(errors)
 
 
 # The posterior.

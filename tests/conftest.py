@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch import nn
+
+from autocompress.task import Task
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Small operations gain nothing from a second thread, and one alone is reproducible anywhere."""
+    torch.set_num_threads(1)
+
+
+def striped(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images of three classes: horizontal stripes, vertical stripes, none."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    x = torch.randn(n, 1, 8, 8, generator=generator)
+    x[y == 0, :, ::2] += 1.5
+    x[y == 1, :, :, ::2] += 1.5
+    return x, y
+
+
+@pytest.fixture
+def tiny_task() -> Task:
+    """60 samples of 1x8x8 in three classes, and a network of two convolutions trained on them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+    task = Task(model, striped(60, 1), striped(60, 2), striped(60, 3), name="stripes")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.train()
+    for _ in range(40):
+        optimizer.zero_grad()
+        x, y = next(task.train.batches())
+        task.loss(model(x), y).backward()
+        optimizer.step()
+    model.eval()
+    return task
