@@ -223,8 +223,8 @@ session = onnxruntime.InferenceSession("model.onnx")
 (logits,) = session.run(["logits"], {{"input": np.zeros({shape}, dtype=np.{dtype})}})
 ```
 """
-REBUILD = """With autocompress, as a module to train or measure further (`model` is any instance of the dense
-architecture): `autocompress.bundle.load(Path("."), model)`, from `model.safetensors` and `plan.json`.
+REBUILD = """With autocompress, as a module to train or measure further: `autocompress.load(".", model)`, from
+`model.safetensors` and `plan.json`. `model` is any instance of the dense architecture.
 """
 INPUT_OUTPUT = """Input: {dtype} of shape (batch, {sample}), any batch size. {preprocessing}
 

@@ -94,10 +94,10 @@ def density_error(density: float, lowest: float) -> ValueError:
 
 @dataclass(frozen=True, init=False)
 class Compose:
-    """Several schemes, applied in order; ``A+B`` on the command line. At most one of them takes a density.
+    """Several schemes, applied in order; ``A+B`` on the command line. Only the first may take a density.
 
     Raises:
-        ValueError: If there are no parts or several of them take a density.
+        ValueError: If there are no parts, several of them take a density, or one that does is not the first.
     """
 
     parts: tuple[Scheme, ...]
@@ -109,6 +109,8 @@ class Compose:
         with_density = [describe(part) for part in parts if part.takes_density]
         if len(with_density) > 1:
             raise ValueError(f"{' and '.join(with_density)} each take a density; compose at most one of them")
+        if with_density and not parts[0].takes_density:
+            raise ValueError(f"{with_density[0]} takes a density and must come first; begin the composition with it")
         object.__setattr__(self, "parts", parts)
 
     @property

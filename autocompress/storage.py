@@ -23,12 +23,12 @@ RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes JSON by way of a temporary file, so that ``path`` is old or new but never half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    Path(temporary).replace(path)
+    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

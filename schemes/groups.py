@@ -9,7 +9,7 @@ Pruning", CVPR 2023) of torch-pruning finds these sets; here they become index t
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -60,16 +60,17 @@ class Group:
 def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
     """The coupled groups of a model, without those that reach its output: classes are not pruned.
 
-    A layer whose channels cannot be removed one by one (a grouped convolution) keeps its group whole; a
-    warning names it.
+    A layer whose channels cannot be removed one by one (a grouped convolution), that mixes them (GroupNorm,
+    LayerNorm) or that shares its weights with another layer keeps its group whole; a warning names it.
     """
     model = copy.deepcopy(model)
     graph = _dependency_graph(model, example_input)
     names = {module: name for name, module in model.named_modules()}
+    bound = _bound_modules(model)
     groups, whole = [], []
     for found in graph.get_all_groups(ignored_layers=_output_layers(graph)):
         root = found[0].dep.target.module
-        slices = _slices_of(found, graph, names)
+        slices = _slices_of(found, graph, names, bound)
         if slices is None:
             whole.append(names[root])
             continue
@@ -79,7 +80,7 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
         )
         groups.append(Group(names[root], len(found[0].idxs), slices, is_filter))
     if whole:
-        warnings.warn(f"left at full width (their channels are tied in blocks): {', '.join(whole)}", stacklevel=2)
+        warnings.warn(f"left at full width (their channels do not go one by one): {', '.join(whole)}", stacklevel=2)
     return tuple(groups)
 
 
@@ -129,15 +130,17 @@ def _output_layers(graph: Any) -> list[nn.Module]:
     return layers
 
 
-def _slices_of(found: Any, graph: Any, names: Mapping[nn.Module, str]) -> tuple[Slices, ...] | None:
-    """What the items of a torch-pruning group remove; None if a tensor's channels are tied in blocks."""
+def _slices_of(
+    found: Any, graph: Any, names: Mapping[nn.Module, str], bound: Collection[nn.Module]
+) -> tuple[Slices, ...] | None:
+    """What the items of a torch-pruning group remove; None if channels of it cannot go one by one."""
     slices = []
     for item in found:
         target, channels = item.dep.target, torch.tensor(item.root_idxs)
         if isinstance(target.module, nn.Parameter):
             places = [(graph._param_to_name[target.module], target.pruning_dim)]
             sizes = [target.module.shape[target.pruning_dim]]
-        elif _is_tied_in_blocks(target.module):
+        elif target.module in bound:
             return None
         elif target.module in names:
             prefix = names[target.module] + "."
@@ -155,9 +158,16 @@ def _slices_of(found: Any, graph: Any, names: Mapping[nn.Module, str]) -> tuple[
     return tuple(slices)
 
 
-def _is_tied_in_blocks(module: Any) -> bool:
-    """Whether the channels of a layer can only go in equal numbers from each of its blocks."""
-    return isinstance(module, CONVOLUTIONS) and 1 < module.groups < module.out_channels
+def _bound_modules(model: nn.Module) -> set[nn.Module]:
+    """The layers whose channels cannot go one by one, or whose other channels would change if one went."""
+    owners = defaultdict(list)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].append(module)
+    sharing = {module for modules in owners.values() if len(modules) > 1 for module in modules}
+    mixing = {module for module in model.modules() if isinstance(module, (nn.GroupNorm, nn.LayerNorm))}
+    grouped = {m for m in model.modules() if isinstance(m, CONVOLUTIONS) and 1 < m.groups < m.out_channels}
+    return sharing | mixing | grouped
 
 
 def _shrunk_dims(module: nn.Module, prune: Any, idxs: Sequence[int]) -> list[tuple[str, int, int, int]]:
