@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,7 @@ def _print_item(name: str, doc: str, parameters: list[str]) -> None:
 def main() -> None:
     """Runs the command line. Errors are one line on stderr; ``-v`` shows where they came from."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     try:
         status = cli(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):

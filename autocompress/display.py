@@ -76,7 +76,7 @@ class Display:
         )
         for note in beginning.notes:
             self.warned(note)
-        self.doing("trial 1")
+        self._footer = "trial 1"
 
     def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
         """One row, or one line."""

@@ -177,7 +177,18 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What is known before the first trial: for whoever watches."""
+    """What is known before the first trial, for whoever watches.
+
+    Attributes:
+        name: The study's name.
+        task: What is compressed.
+        settings: What is asked.
+        folder: Where the study lives.
+        dense: What the dense model costs; no time is taken unless the objective needs it.
+        dense_score: Its score on val.
+        low: The lowest density that the search may propose.
+        notes: What the scheme had to leave out, and what the test data can certify.
+    """
 
     name: str
     task: Task

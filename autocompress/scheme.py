@@ -110,7 +110,9 @@ class Compose:
         if len(with_density) > 1:
             raise ValueError(f"{' and '.join(with_density)} each take a density; compose at most one of them")
         if with_density and not parts[0].takes_density:
-            raise ValueError(f"{with_density[0]} takes a density and must come first; begin the composition with it")
+            raise ValueError(
+                f"{with_density[0]} takes a density and must come first; begin the composition with it"
+            )
         object.__setattr__(self, "parts", parts)
 
     @property

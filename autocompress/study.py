@@ -13,7 +13,7 @@ from torch import nn
 
 from autocompress import bundle
 from autocompress.bundle import Provenance
-from autocompress.certify import Verdict, certify
+from autocompress.certify import Verdict, certifiable_drop, certify
 from autocompress.data import digits
 from autocompress.export import Export, export
 from autocompress.goal import Objective, as_objective
@@ -48,6 +48,7 @@ from autocompress.tracking import Tracker, metrics_of
 from autocompress.training import threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec
 
+DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree
 LOWEST_DENSITY = 0.002  # of the search, where the scheme itself could go lower
 
 
@@ -196,7 +197,7 @@ class Study:
                 dense=self.dense_cost,
                 dense_score=self.dense.score,
                 low=self.plan.low,
-                notes=notes,
+                notes=(*notes, *self._prospect()),
             )
         )
         recovery = {f"lc.{name}": value for name, value in identity.pop("recovery").items()}
@@ -207,6 +208,16 @@ class Study:
             run_id=read_json(self.folder.settings_file).get("mlflow_run"),
         )
         self.tracker.dense(self.dense.score, self.dense_cost, dense_value)
+
+    def _prospect(self) -> tuple[str, ...]:
+        """What the test data can certify at all, in one sentence, where that can be foreseen."""
+        n, bound = self.task.test.n_samples, self.settings.bound
+        if self.task.metric.correct is None or bound.relative:
+            return ()
+        observed = certifiable_drop(n, bound.max_drop, DISAGREEMENT)
+        must = "nothing could be" if observed is None else f"a drop of {100 * observed:.2f} pp or less can be"
+        where = f"with {n} test samples, and models that disagree on {DISAGREEMENT:.0%} of them"
+        return (f"{where}, {must} certified to be within {100 * bound.max_drop:g} pp",)
 
     def _spec(self, number: int, density: float) -> TrialSpec:
         settings = self.settings

@@ -80,7 +80,9 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
         )
         groups.append(Group(names[root], len(found[0].idxs), slices, is_filter))
     if whole:
-        warnings.warn(f"left at full width (their channels do not go one by one): {', '.join(whole)}", stacklevel=2)
+        warnings.warn(
+            f"left at full width (their channels do not go one by one): {', '.join(whole)}", stacklevel=2
+        )
     return tuple(groups)
 
 

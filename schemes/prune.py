@@ -50,7 +50,8 @@ class Prune:
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
         """Finds the weights of linear and convolutional layers."""
         sizes = {name: p.numel() for name, p in model.named_parameters()}
-        layers = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PRUNABLE))
+        named = model.named_modules()  # the model itself is named ""
+        layers = (f"{name}.weight".lstrip(".") for name, module in named if isinstance(module, PRUNABLE))
         prunable = tuple(name for name in layers if sizes.get(name, 0) > self.min_keep)
         if not prunable:
             raise ValueError("Prune finds no linear or convolutional weights in this model")

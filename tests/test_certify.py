@@ -138,7 +138,7 @@ def test_the_bootstrap_agrees_with_the_closed_form() -> None:
     assert resampled.lower == pytest.approx(exact.lower, abs=0.001)
 
 
-def test_the_bootstrap_is_repeatable_and_resamples_a_relative_drop() -> None:
+def test_the_bootstrap_is_repeatable_and_resamples_a_relative_drop(few_resamples: None) -> None:
     models = pair(300, lost=20, gained=10, metric=balanced_accuracy, both_wrong=60)
     first, second = (certify(balanced_accuracy, *models, max_drop=0.05, seed=7) for _ in "ab")
     assert first == second

@@ -1,0 +1,147 @@
+import pytest
+import torch
+from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16, StructPrune
+from torch import Tensor, nn
+
+from autocompress.scheme import (
+    Compose,
+    Scheme,
+    Theta,
+    density_error,
+    describe,
+    parse_scheme,
+    parts_of,
+    realize_by_part,
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "scheme"),
+    [
+        ("Prune", Prune()),
+        (" StructPrune ", StructPrune()),
+        ("StructPrune()", StructPrune()),
+        ("FilterPrune(min_keep=4)", FilterPrune(min_keep=4)),
+        ("Quantize16(dtype=bf16)", Quantize16(dtype="bf16")),
+        ("Quantize16(dtype='fp16')", Quantize16(dtype="fp16")),
+        ("StructPrune+Quantize16", Compose(StructPrune(), Quantize16())),
+        ("Prune(min_keep=3) + Quantize16(dtype=fp16)", Compose(Prune(min_keep=3), Quantize16(dtype="fp16"))),
+        ("PruneQuantize16", PruneQuantize16()),
+        ("PruneQuantize16", Compose(Prune(), Quantize16())),
+    ],
+)
+def test_specs_are_parsed_and_described(spec: str, scheme: Scheme) -> None:
+    assert parse_scheme(spec) == scheme
+    assert parse_scheme(describe(scheme)) == scheme
+
+
+def test_describe_leaves_out_defaults() -> None:
+    assert describe(StructPrune()) == "StructPrune"
+    assert describe(StructPrune(min_keep=4)) == "StructPrune(min_keep=4)"
+    assert describe(PruneQuantize16()) == "Prune+Quantize16"
+    assert describe(Compose(Prune(), Quantize16(dtype="bf16"))) == "Prune+Quantize16(dtype='bf16')"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("StructPrun", r"unknown scheme 'StructPrun'; did you mean StructPrune.*available: FilterPrune, "),
+        ("structprune", r"did you mean StructPrune"),
+        ("Magic", r"unknown scheme 'Magic'.*available"),
+        ("", r"'' is not a scheme"),
+        ("Prune+", r"'Prune\+' is not a scheme"),
+        ("Prune-Quantize16", r"'Prune-Quantize16' is not a scheme"),
+        ("Prune(3)", r"parameters as Name\(parameter=value\)"),
+        ("a.Prune", r"is not a scheme"),
+        ("Prune(keep=3)", r"Prune has no parameter 'keep' \(it has: min_keep\)"),
+        ("PruneQuantize16(min_keep=3)", r"PruneQuantize16 has no parameter 'min_keep' \(it has: none\)"),
+        ("Prune(**x)", r"has no parameter None"),
+        ("Prune(min_keep=0)", r"min_keep=0; every layer must keep at least 1 weight"),
+        ("Prune(min_keep=many)", r"min_keep"),
+        ("Prune(min_keep=2*3)", r"'2 \* 3' is not a plain value"),
+        ("Prune(min_keep=__import__('os'))", r"is not a plain value"),
+        ("Quantize16(dtype=int8)", r"dtype='int8'; it must be auto, fp16 or bf16"),
+        ("Prune+StructPrune", r"Prune and StructPrune each take a density; compose at most one"),
+        ("Quantize16+Prune(min_keep=2)", r"Prune\(min_keep=2\) takes a density and must come first"),
+        ("Prune+Nothing", r"unknown scheme 'Nothing'"),
+    ],
+)
+def test_what_cannot_be_parsed_is_refused_in_one_line(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        parse_scheme(spec)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_density_error_names_what_is_possible() -> None:
+    assert str(density_error(0.01, 0.02345)) == (
+        "density 0.01 cannot be reached; the lowest possible here is 0.02345"
+    )
+
+
+def test_compositions_are_flat() -> None:
+    inner = Compose(Prune(), Quantize16())
+    assert Compose(inner, Quantize16(dtype="fp16")).parts == (Prune(), Quantize16(), Quantize16(dtype="fp16"))
+    assert parts_of(inner) == (Prune(), Quantize16())
+    assert parts_of(Prune()) == (Prune(),)
+    with pytest.raises(ValueError, match="at least one"):
+        Compose()
+
+
+def test_a_composition_takes_over_density_and_the_loosest_tolerance() -> None:
+    assert Compose(Prune(), Quantize16()).takes_density
+    assert not Compose(Quantize16()).takes_density
+    assert Compose(Prune(), Quantize16()).tolerance == Quantize16().tolerance
+    assert Compose(StructPrune()).tolerance == StructPrune().tolerance
+
+
+class Scale:
+    """Multiplies by a factor, so that the order of a composition shows."""
+
+    takes_density, tolerance = False, 1e-5
+
+    def __init__(self, factor: float, power: int = 1) -> None:
+        self.factor, self.power = factor, power
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> float:
+        return self.factor
+
+    def lowest_density(self, facts: float) -> float:
+        return 1.0
+
+    def pi(self, weights: dict[str, Tensor], density: float, facts: float) -> Theta:
+        return Theta({n: facts * w**self.power for n, w in weights.items()}, {}, 12, {"factor": facts})
+
+    def delta(self, theta: Theta) -> dict[str, Tensor]:
+        return theta.values
+
+    def realize(self, model: nn.Module, theta: Theta, facts: float) -> nn.Module:
+        return nn.Sequential(model, nn.Hardtanh(-theta.plan["factor"], theta.plan["factor"]))
+
+
+def test_the_parts_of_a_composition_are_applied_in_order() -> None:
+    model = nn.Linear(3, 4, bias=False)
+    weights = {"weight": torch.full((4, 3), 3.0)}
+    for parts, value in (((Scale(2), Scale(1, power=2)), 36.0), ((Scale(1, power=2), Scale(2)), 18.0)):
+        scheme = Compose(*parts)
+        facts = scheme.analyze(model, torch.zeros(1, 3))
+        theta = scheme.pi(weights, 1.0, facts)
+        assert theta.values["weight"].eq(value).all()
+        assert theta.plan == {"parts": [{"factor": part.factor} for part in parts]}
+        steps = list(realize_by_part(scheme, model, theta, facts))
+        assert [part for part, _ in steps] == list(parts)
+        assert steps[1][1][0] is steps[0][1]
+        assert scheme.realize(model, theta, facts)[1].max_val == parts[1].factor
+
+
+def test_a_composition_keeps_what_all_of_its_parts_keep() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    scheme = Compose(Prune(), Quantize16(dtype="bf16"))
+    facts = scheme.analyze(model, torch.zeros(1, 5))
+    theta, pruned = scheme.pi(weights, 0.5, facts), Prune().pi(weights, 0.5, facts[0])
+    assert theta.kept == pruned.kept == 32
+    assert all(torch.equal(theta.support[name], mask) for name, mask in pruned.support.items())
+    for name, value in scheme.delta(theta).items():
+        assert torch.equal(value, pruned.values[name].bfloat16().float())
+    assert scheme.lowest_density(facts) == Prune().lowest_density(facts[0])
