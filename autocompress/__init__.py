@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autocompress.bundle import load
     from autocompress.data import digits
     from autocompress.goal import Objective, objective
     from autocompress.lc import LearningCompression
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from autocompress.metrics import Metric, accuracy, balanced_accuracy
     from autocompress.result import Result, Watcher
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
-    from autocompress.study import load, tune
+    from autocompress.study import tune
     from autocompress.task import Task, TensorSplit
 
 # Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
 _HOMES = {
+    "bundle": ("load",),
     "data": ("digits",),
     "lc": ("LearningCompression",),
     "measurement": ("Latency", "Measurement", "compare", "measure"),
@@ -27,7 +29,7 @@ _HOMES = {
     "goal": ("Objective", "objective"),
     "result": ("Result", "Watcher"),
     "scheme": ("Compose", "Scheme", "Theta", "parse_scheme", "register_scheme"),
-    "study": ("load", "tune"),
+    "study": ("tune",),
     "task": ("Task", "TensorSplit"),
 }
 

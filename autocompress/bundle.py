@@ -89,12 +89,13 @@ def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenan
     (directory / PLAN).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def load(directory: Path, model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
+def load(directory: str | Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:
     """The compressed module again.
 
     Args:
-        directory: Where `save`, or `autocompress.export.export`, wrote.
-        model: Any instance of the dense architecture; its weights do not matter and it is not changed.
+        directory: Where `save`, or `autocompress.export.export`, wrote: a study's ``best/``.
+        model: Any instance of the dense architecture; its weights do not matter and it is not changed. Not
+            needed for tasks that autocompress brings.
         example_input: A batch of one sample; zeros of the stored shape by default.
 
     Returns:
@@ -104,7 +105,10 @@ def load(directory: Path, model: nn.Module, example_input: Tensor | None = None)
         ValueError: If a file is missing, damaged or of another version, or ``model`` is of another
             architecture.
     """
+    directory = Path(directory)
     plan = read_plan(directory)
+    if model is None:
+        model = _known_architecture(plan["architecture"], directory)
     scheme = parse_scheme(plan["scheme"])
     if example_input is None:
         example_input = torch.zeros(plan["input"]["shape"], dtype=getattr(torch, plan["input"]["dtype"]))
@@ -121,6 +125,16 @@ def load(directory: Path, model: nn.Module, example_input: Tensor | None = None)
             f"model= must have the architecture that {directory} was compressed from{named}: {reason(error)}"
         ) from error
     return realized.eval()
+
+
+def _known_architecture(name: str | None, directory: Path) -> nn.Module:
+    from autocompress.models import ARCHITECTURES  # torchvision takes a second to import
+
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"{directory} was compressed from an architecture of your own; pass model=, its dense form"
+        )
+    return ARCHITECTURES[name]()
 
 
 def read_plan(directory: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from autocompress.measurement import Measurement
+from autocompress.posterior import Posterior
 from autocompress.result import Beginning, Result
-from autocompress.sampler import Posterior
 from autocompress.trial import TrialResult
 
 PLAIN_WIDTH = 110  # of a console that is not a terminal and so has no width of its own

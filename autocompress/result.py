@@ -12,7 +12,7 @@ from autocompress.export import Export
 from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement
-from autocompress.sampler import Posterior
+from autocompress.posterior import Posterior
 from autocompress.scheme import Scheme, describe
 from autocompress.search import INTERRUPTED
 from autocompress.task import Task

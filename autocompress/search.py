@@ -15,7 +15,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.goal import Direction
-from autocompress.sampler import Posterior, ThresholdSampler
+from autocompress.posterior import Posterior
+from autocompress.sampler import ThresholdSampler
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 
@@ -162,6 +163,8 @@ def _reason_to_stop(study: optuna.Study, plan: Plan, deadline: float | None) -> 
         return BUDGET_SPENT
     if plan.low == 1:
         return "the scheme has no density to search over" if _begun(study) else None
+    if isinstance(study.sampler, optuna.samplers.GridSampler) and study.sampler.is_exhausted(study):
+        return "the grid is complete"
     if not isinstance(study.sampler, ThresholdSampler) or not finished(study):
         return None
     known = study.sampler.done(study.get_trials(deepcopy=False), TOLERANCE)
@@ -213,7 +216,10 @@ def posterior(study: optuna.Study, plan: Plan) -> Posterior | None:
     """What the trials say about the lowest feasible density; None for a scheme without a density."""
     if plan.low == 1:
         return None
-    return ThresholdSampler(plan.low, plan.bound.max_drop).posterior(study.get_trials(deepcopy=False))
+    sampler = study.sampler
+    if not isinstance(sampler, ThresholdSampler):
+        sampler = ThresholdSampler(plan.low, plan.bound.max_drop)
+    return sampler.posterior(study.get_trials(deepcopy=False))
 
 
 def answer(study: optuna.Study, plan: Plan) -> FrozenTrial | None:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress import bundle
 from autocompress.bundle import Provenance
 from autocompress.certify import Verdict, certifiable_drop, certify
 from autocompress.data import digits
@@ -19,7 +18,6 @@ from autocompress.export import Export, export
 from autocompress.goal import Objective, as_objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement, compare, count_macs, measure
-from autocompress.models import ARCHITECTURES
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.sampler import make_sampler
 from autocompress.scheme import Facts, Scheme, Theta, describe, parse_scheme
@@ -386,25 +384,6 @@ def rebuild(
     model = scheme.realize(task.model, theta, facts)
     model.load_state_dict(state)
     return model.eval()
-
-
-def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The compressed model that a study saved, in eval mode.
-
-    Args:
-        directory: A study's ``best/`` folder.
-        model: The dense architecture, with any weights; not needed for tasks that autocompress brings.
-
-    Raises:
-        ValueError: If the folder holds no saved model, is damaged, or the architecture is not known.
-    """
-    folder = Path(directory)
-    if model is None:
-        architecture = bundle.read_plan(folder)["architecture"]
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"{folder} was made from an architecture of your own; pass model=, its dense form")
-        model = ARCHITECTURES[architecture]()
-    return bundle.load(folder, model)
 
 
 def _is_relative(drop: str) -> bool:

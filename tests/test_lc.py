@@ -1,0 +1,375 @@
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from autocompress.schemes import Prune, Quantize16, StructPrune, StructPruneQuantize16
+from torch import Tensor, nn
+
+from autocompress.lc import (
+    Learner,
+    LearningCompression,
+    Penalty,
+    bound_entries,
+    c_step,
+    freeze,
+    multiplier_step,
+    residual,
+)
+from autocompress.measurement import count_params
+from autocompress.scheme import Scheme, Theta
+from autocompress.task import Batch, Task
+from autocompress.testing import masked_model
+from autocompress.training import n_steps
+
+# The three updates, against numbers worked out by hand.
+
+
+class KeepOne:
+    """Keeps the largest entry of each weight: a C step that can be done by hand."""
+
+    def pi(self, weights: dict[str, Tensor], density: float, facts: None) -> Theta:
+        kept = {name: w.abs() == w.abs().max() for name, w in weights.items()}
+        return Theta({name: w * kept[name] for name, w in weights.items()}, kept, len(weights))
+
+
+def test_c_step_projects_w_minus_multipliers_over_mu() -> None:
+    # w - λ/μ = (1 - 4/2, 0.5 + 3/2, -1.5 - 0) = (-1, 2, -1.5), of which the second is the largest.
+    weights = {"w": torch.tensor([1.0, 0.5, -1.5])}
+    multipliers = {"w": torch.tensor([4.0, -3.0, 0.0])}
+    theta = c_step(KeepOne(), weights, multipliers, mu=2.0, density=0.3, facts=None)
+    assert theta.values["w"].tolist() == [0.0, 2.0, 0.0]
+    assert theta.support["w"].tolist() == [False, True, False]
+    assert weights["w"].tolist() == [1.0, 0.5, -1.5]
+
+
+def test_multipliers_follow_the_residual_where_theta_binds() -> None:
+    # λ - μ(w - θ) = (1 - 2 (3 - 0), 5 - 2 (4 - 4), 0 - 2 (-1 - 0)) = (-5, 5, 2); the second is free.
+    new = multiplier_step(
+        {"w": torch.tensor([1.0, 5.0, 0.0]), "b": torch.tensor([7.0])},
+        2.0,
+        {"w": torch.tensor([3.0, 4.0, -1.0]), "b": torch.tensor([1.0])},
+        {"w": torch.tensor([0.0, 4.0, 0.0]), "b": torch.tensor([1.0])},
+        {"w": torch.tensor([1.0, 0.0, 1.0])},
+    )
+    assert new["w"].tolist() == [-5.0, 0.0, 2.0]
+    assert new["b"].tolist() == [0.0]  # nothing of b is bound
+
+
+def test_penalty_takes_an_implicit_step() -> None:
+    # Drawn to θ + λ/μ = 1 + 2/4 = 1.5 with ημ/(1 + ημ) = 0.4/1.4 = 2/7: 5 - 2/7 x 3.5 = 4. The rest is free.
+    theta, multipliers = {"w": torch.tensor([1.0, 9.0])}, {"w": torch.tensor([2.0, 3.0])}
+    bound = {"w": torch.tensor([1.0, 0.0])}
+    penalty = Penalty.towards(theta, multipliers, 4.0, bound)
+    assert penalty.target["w"].tolist() == [1.5, 9.0]
+    weights = {"w": torch.tensor([5.0, 6.0]), "b": torch.tensor([8.0])}
+    penalty.apply(weights, lr=0.1)
+    torch.testing.assert_close(weights["w"], torch.tensor([4.0, 6.0]))
+    assert weights["b"].tolist() == [8.0]
+
+
+def test_the_implicit_step_minimizes_the_proximal_problem() -> None:
+    """w' = argmin 1/(2η) (w' - w)² - λ(w' - θ) + μ/2 (w' - θ)², checked by its derivative."""
+    w, theta, multiplier, mu, lr = 5.0, 1.0, 2.0, 4.0, 0.1
+    weights = {"w": torch.tensor([w], dtype=torch.float64)}
+    one = torch.ones(1, dtype=torch.float64)
+    Penalty.towards({"w": theta * one}, {"w": multiplier * one}, mu, {"w": one}).apply(weights, lr)
+    new = float(weights["w"])
+    assert (new - w) / lr - multiplier + mu * (new - theta) == pytest.approx(0, abs=1e-12)
+
+
+def test_penalty_at_the_ends() -> None:
+    theta, bound = {"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])}
+    weights = {"w": torch.tensor([5.0, 6.0])}
+    Penalty.towards(theta, {"w": torch.zeros(2)}, 3.0, bound).apply(weights, lr=0.0)
+    assert weights["w"].tolist() == [5.0, 6.0]  # without a step nothing moves
+    frozen = Penalty.frozen(theta, bound)
+    assert math.isinf(frozen.mu)
+    frozen.apply(weights, lr=0.1)
+    assert weights["w"].tolist() == [0.0, 6.0]  # at μ = ∞ what is bound is at θ
+    frozen.apply(weights, lr=0.0)
+    assert weights["w"].tolist() == [0.0, 6.0]
+    Penalty.frozen(theta, {}).apply(weights, lr=0.1)  # nothing is bound: a scheme without a support
+    assert weights["w"].tolist() == [0.0, 6.0]
+
+
+def test_residual_and_bound_entries() -> None:
+    theta = Theta({}, {"w": torch.tensor([[True, False], [False, True]])}, 2)
+    bound = bound_entries(theta)
+    assert bound["w"].tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    weights = {"w": torch.tensor([[2.0, 3.0], [4.0, 2.0]]), "b": torch.tensor([100.0])}
+    # The bound entries are 3 and 4 away from θ = 0; the norm of w is sqrt(4 + 9 + 16 + 4).
+    zero = {"w": torch.zeros(2, 2), "b": torch.zeros(1)}
+    assert residual(weights, zero, bound) == pytest.approx(5 / math.sqrt(33))
+    assert residual(weights, zero, {}) == 0.0
+
+
+# The L step on problems that have a closed form.
+
+
+@pytest.mark.parametrize("mu", [0.5, 20.0, 1e6])
+def test_l_step_reaches_the_minimum_of_the_augmented_lagrangian(mu: float) -> None:
+    """L(w) = a/2 (w - c)²: the minimum of L - λ(w - θ) + μ/2 (w - θ)² is (a c + λ + μ θ) / (a + μ)."""
+    a, c, theta, multiplier, lr = 3.0, 2.0, -1.0, 0.7, 0.05
+    w = torch.tensor([5.0], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    penalty = Penalty.towards({"w": theta * one}, {"w": multiplier * one}, mu, {"w": one})
+    for _ in range(2000):
+        (gradient,) = torch.autograd.grad((a / 2 * (w - c) ** 2).sum(), w)
+        with torch.no_grad():
+            w -= lr * gradient
+        penalty.apply({"w": w}, lr)
+    # The step on L comes first: a stationary point is off by the order of the learning rate, not by that of μ.
+    stationary = (a * c * (1 + lr * mu) - lr * mu * a * c + multiplier + mu * theta) / (
+        a * (1 + lr * mu) + mu - lr * mu * a
+    )
+    assert float(w.detach()) == pytest.approx(stationary, abs=1e-9)
+
+
+class Regression(nn.Module):
+    """Outputs of a linear model as logits of one "class"."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs[:, 0] - targets).square().mean() / 2
+
+
+def regression(seed: int, correlation: float, n: int = 64, features: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(n, 1, generator=generator)
+    x = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * torch.randn(
+        n, features, generator=generator
+    )
+    truth = torch.randn(features, generator=generator)
+    return x, x @ truth + 0.1 * torch.randn(n, generator=generator)
+
+
+def least_squares(x: Tensor, y: Tensor, support: tuple[int, ...]) -> tuple[float, Tensor]:
+    """The smallest loss with these features, and the weights."""
+    w = torch.zeros(x.shape[1])
+    w[list(support)] = torch.linalg.lstsq(x[:, list(support)], y[:, None]).solution[:, 0]
+    return float(((x @ w - y) ** 2).mean() / 2), w
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+def test_recovery_solves_best_subset_regression(seed: int, correlation: float) -> None:
+    """Least squares with 3 of 6 weights: the optimum over all 20 supports, found by brute force."""
+    x, y = regression(seed, correlation)
+    ranked = sorted(
+        (least_squares(x, y, support) for support in itertools.combinations(range(6), 3)), key=lambda r: r[0]
+    )
+    model = Regression(6)
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.linalg.lstsq(x, y[:, None]).solution.T)
+    task = Task(model, (x, y), (x, y), (x, y), loss=squared_error)
+    recovery = LearningCompression(epochs=600, lr=0.05, momentum=0.0, weight_decay=0.0, distill=0.0)
+    compressed = copy.deepcopy(model)
+    scheme = Prune()
+    recovery.recover(compressed, scheme, scheme.analyze(model, x[:1]), 0.5, task, seed=0)
+    w = compressed.linear.weight.detach()[0]
+    support = tuple(w.nonzero()[:, 0].tolist())
+    assert len(support) == 3
+    # It is a KKT point: the weights are the best there are on their support ...
+    loss, best = least_squares(x, y, support)
+    torch.testing.assert_close(w, best, atol=2e-3, rtol=0)
+    # ... and no support is better.
+    assert loss == pytest.approx(ranked[0][0], rel=1e-4)
+
+
+# Recovery as a whole.
+
+
+QUICK = LearningCompression(epochs=6, c_steps=3, lr=0.05)
+
+
+def recovered(task: Task, scheme: Scheme, density: float, config: LearningCompression = QUICK, seed: int = 0):
+    torch.manual_seed(0)
+    facts = scheme.analyze(task.model, task.example_input)
+    model = copy.deepcopy(task.model)
+    return config.recover(model, scheme, facts, density, task, seed), model, facts
+
+
+@pytest.mark.parametrize("scheme", [Prune(), StructPrune()])
+@pytest.mark.parametrize("density", [0.6, 0.3])
+def test_recovered_model_is_compressed(tiny_task: Task, scheme: Scheme, density: float) -> None:
+    found, model, facts = recovered(tiny_task, scheme, density)
+    assert 0 < found.theta.kept / count_params(tiny_task.model) <= density
+    for name, p in model.named_parameters():
+        assert torch.equal(p.detach(), found.theta.values[name]), name
+        if name in found.theta.support:
+            assert not p.detach()[~found.theta.support[name]].any(), name
+    again = scheme.pi({name: p.detach() for name, p in model.named_parameters()}, density, facts)
+    assert again.plan == found.theta.plan and again.kept == found.theta.kept
+
+
+def test_recovery_of_a_composition_leaves_numbers_of_16_bits(tiny_task: Task) -> None:
+    found, model, _ = recovered(tiny_task, StructPruneQuantize16(), 0.4)
+    assert found.theta.kept / count_params(tiny_task.model) <= 0.4
+    for p in model.parameters():
+        assert torch.equal(p.detach(), p.detach().bfloat16().float())
+
+
+def test_the_support_is_frozen_in_the_polish(tiny_task: Task) -> None:
+    """From the freeze on no gradient step moves what was pruned, and the kept weights do move."""
+    scheme, config = StructPrune(), QUICK
+    facts = scheme.analyze(tiny_task.model, tiny_task.example_input)
+    model = copy.deepcopy(tiny_task.model)
+    learner = Learner(config, model, tiny_task, seed=0)
+    theta = freeze(scheme, learner.weights, 0.4, facts)
+    before = {name: w.detach().clone() for name, w in learner.weights.items()}
+    learner.l_step(5, Penalty.frozen(scheme.delta(theta), bound_entries(theta)))
+    for name, w in learner.weights.items():
+        pruned = ~theta.support[name] if name in theta.support else torch.zeros_like(w, dtype=torch.bool)
+        assert not w.detach()[pruned].any(), name
+        assert (w.detach() != before[name])[~pruned].any(), name
+
+
+def test_the_dense_model_is_untouched(tiny_task: Task) -> None:
+    before = copy.deepcopy(tiny_task.model.state_dict())
+    recovered(tiny_task, StructPrune(), 0.3)
+    assert all(torch.equal(before[name], t) for name, t in tiny_task.model.state_dict().items())
+    assert not any(module.training for module in tiny_task.model.modules())
+
+
+def test_same_seed_same_weights_bit_for_bit(tiny_task: Task) -> None:
+    (a, model_a, _), (b, model_b, _) = (recovered(tiny_task, StructPrune(), 0.4, seed=5) for _ in range(2))
+    assert a.theta.plan == b.theta.plan
+    assert a.curves == b.curves
+    assert all(torch.equal(t, model_b.state_dict()[name]) for name, t in model_a.state_dict().items())
+    _, other, _ = recovered(tiny_task, StructPrune(), 0.4, seed=6)
+    assert any(not torch.equal(t, other.state_dict()[name]) for name, t in model_a.state_dict().items())
+
+
+class CountedSplit:
+    """Passes batches on and counts those that training took."""
+
+    def __init__(self, split: object) -> None:
+        self._split = split
+        self.taken = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._split, name)
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        for batch in self._split.batches(generator):
+            self.taken += generator is not None
+            yield batch
+
+
+@pytest.mark.parametrize(
+    "config", [QUICK, LearningCompression(epochs=2.5, c_steps=7), LearningCompression(epochs=1)]
+)
+def test_the_budget_is_kept_exactly(tiny_task: Task, config: LearningCompression) -> None:
+    x, y = next(tiny_task.train.batches())
+    small_batches = Task(tiny_task.model, (x, y), (x, y), (x, y))
+    small_batches.train = CountedSplit(torch_split(x, y, 12))
+    recovered(small_batches, StructPrune(), 0.4, config)
+    assert small_batches.train.taken == n_steps(torch_split(x, y, 12), config.epochs) == round(5 * config.epochs)
+
+
+def torch_split(x: Tensor, y: Tensor, batch_size: int):
+    from autocompress.task import TensorSplit
+
+    return TensorSplit(x, y, batch_size)
+
+
+def test_density_falls_to_the_target_and_mu_grows(tiny_task: Task) -> None:
+    config = LearningCompression(c_steps=5, mu=2.0, mu_growth=3.0, lr=0.1)
+    densities = [config.density_at(k, 0.1) for k in range(5)]
+    assert densities == sorted(densities, reverse=True)
+    assert densities[-1] == pytest.approx(0.1)
+    # After C step k + 1 of 5 the share of log density that is gone is 1 - (1 - (k + 1) / 5)³.
+    assert densities[0] == pytest.approx(0.1 ** (1 - 0.8**3))
+    assert config.mu_at(0, steps=10) == pytest.approx(2.0)  # 2 / (0.1 x 10)
+    assert config.mu_at(2, steps=10) == pytest.approx(18.0)
+    found, _, _ = recovered(tiny_task, StructPrune(), 0.3, LearningCompression(epochs=4, c_steps=5))
+    assert [len(values) for values in found.curves.values()] == [5, 5, 5]
+    assert found.curves["lc_density"][-1] == pytest.approx(0.3)
+
+
+def test_w_and_theta_come_together(tiny_task: Task) -> None:
+    """At a fixed density the primal residual falls to nothing while μ grows."""
+
+    class AtOnce(LearningCompression):
+        def density_at(self, k: int, density: float) -> float:
+            return density
+
+    found, _, _ = recovered(tiny_task, StructPrune(), 0.5, AtOnce(epochs=60, c_steps=10, lr=0.05, mu_growth=2.0))
+    residuals = found.curves["lc_residual"]
+    assert residuals[-1] < 0.05 * residuals[0]
+    assert residuals[-1] < 0.01
+
+
+def test_batchnorm_statistics_are_those_of_the_compressed_model(tiny_task: Task) -> None:
+    found, model, facts = recovered(tiny_task, Prune(), 0.5)
+    x, _ = tiny_task.train.x, tiny_task.train.y
+    inputs: list[Tensor] = []
+    model[1].register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].detach()))
+    with torch.no_grad():
+        model.eval()(x)
+    expected = inputs[0].mean((0, 2, 3))
+    torch.testing.assert_close(model[1].running_mean, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model[1].running_var, inputs[0].var((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    realized = Prune().realize(masked_model(Prune(), model, found.theta), found.theta, facts)
+    torch.testing.assert_close(realized[1].running_mean, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_scheme_without_density_is_polished_only(tiny_task: Task) -> None:
+    found, model, _ = recovered(tiny_task, Quantize16(dtype="bf16"), 1.0)
+    assert found.theta.kept == count_params(tiny_task.model)
+    assert set(found.curves["lc_residual"]) == {0.0}
+    assert all(torch.equal(p.detach(), p.detach().bfloat16().float()) for p in model.parameters())
+
+
+def test_frozen_parameters_are_not_trained(tiny_task: Task) -> None:
+    tiny_task.model[1].weight.requires_grad_(False)
+    found, model, _ = recovered(tiny_task, Prune(), 0.5)
+    assert torch.equal(model[1].weight, tiny_task.model[1].weight)
+    assert not torch.equal(model[4].weight, tiny_task.model[4].weight)
+
+
+def test_recovery_is_worth_its_epochs(tiny_task: Task) -> None:
+    """The loss on train after recovery is far below that of the same compression without training."""
+    scheme, density = StructPrune(), 0.4
+    found, model, facts = recovered(tiny_task, scheme, density, LearningCompression(epochs=30, lr=0.05))
+    weights = {name: p.detach() for name, p in tiny_task.model.named_parameters()}
+    one_shot = masked_model(scheme, tiny_task.model, scheme.pi(weights, density, facts))
+    x, y = tiny_task.train.x, tiny_task.train.y
+    with torch.no_grad():
+        losses = [float(tiny_task.loss(m.eval()(x), y)) for m in (tiny_task.model, model, one_shot)]
+    assert losses[1] < 0.5 * losses[2]
+
+
+def test_divergence_is_an_error(tiny_task: Task) -> None:
+    with pytest.raises(FloatingPointError, match="the training diverged"):
+        recovered(tiny_task, Prune(), 0.5, LearningCompression(epochs=20, lr=1e20))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", math.nan),
+        ("c_steps", 0),
+        ("mu", -1.0),
+        ("mu_growth", 0),
+        ("lr", 0),
+        ("temperature", 0),
+        ("alternating", 1.5),
+        ("distill", -0.1),
+        ("momentum", 2),
+    ],
+)
+def test_settings_out_of_range_are_refused(argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{argument}={value}; it must"):
+        LearningCompression(**{argument: value})
