@@ -38,6 +38,7 @@ class Display:
         self._live: Live | None = None
         self._rows: list[tuple[str, ...]] = []
         self._footer = ""
+        self._unit = ""
         self._beginning: Beginning | None = None
         self._began_at = time.monotonic()
         self._seconds: list[float] = []
@@ -62,10 +63,11 @@ class Display:
     def began(self, beginning: Beginning) -> None:
         """Says what is asked and what the dense model is."""
         self._beginning, self._began_at = beginning, time.monotonic()
+        self._unit = beginning.settings.unit
         settings, dense, metric = beginning.settings, beginning.dense, beginning.task.metric.name
         identity = settings.identity(beginning.task)
-        kind = "of the dense model's score" if settings.bound.relative else "(absolute points)"
-        amount = f"{100 * settings.bound.max_drop:g}{'%' if settings.bound.relative else ' pp'}"
+        kind = "relative to the dense model's" if settings.bound.relative else "(absolute points)"
+        amount = f"{100 * settings.bound.max_drop:g}{settings.unit}"
         self._print(
             f"{beginning.task.name}: {identity['scheme']}, lowest {settings.objective.name} "
             f"that loses at most {amount} of {metric} {kind}"
@@ -86,7 +88,7 @@ class Display:
                 f"{result.number}",
                 f"{result.density:.4f}",
                 f"{result.score:.4f}",
-                f"{100 * result.drop:+.2f}",
+                f"{100 * result.drop:+.2f}{self._unit}",
                 "yes" if result.feasible else "no",
                 f"{result.seconds:.1f}",
                 f"{best.density:.4f}" if best else "none yet",
@@ -96,7 +98,7 @@ class Display:
         self._footer = f"next trial · {self._time_left()}"
         self._show(
             f"trial {cells['trial']:>2}  density {cells['density']}  val {cells['val']}  "
-            f"drop {cells['drop pp']} pp  feasible {cells['feasible']:<3}  {cells['seconds']:>5} s  "
+            f"drop {cells['drop']}  feasible {cells['feasible']:<3}  {cells['seconds']:>5} s  "
             f"best {cells['best']}  {self._time_left()}"
         )
         if self.verbose:
@@ -143,7 +145,7 @@ class Display:
         return Group(*parts, *([Spinner("dots", Text(self._footer))] if self._footer else []))
 
 
-COLUMNS = ("trial", "density", "val", "drop pp", "feasible", "seconds", "best")
+COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best")
 
 
 def show_result(console: Console, result: Result) -> None:
@@ -155,7 +157,9 @@ def show_result(console: Console, result: Result) -> None:
     style = "bold green" if result.verdict == "certified" else "bold yellow" if result.met else "bold red"
     console.print(escape(result.sentence), style=style, soft_wrap=True)
     n = len(result.records)
-    console.print(f"{n} trials in {result.seconds:.0f} s; {escape(result.stopped)}.", soft_wrap=True)
+    console.print(
+        f"{n} trial{'' if n == 1 else 's'} in {result.seconds:.0f} s; {escape(result.stopped)}.", soft_wrap=True
+    )
     for artifact in result.exported.artifacts:
         console.print(
             f"  {artifact.format:12s} {as_bytes(artifact.size_bytes):>9s}  {artifact.path}", soft_wrap=True

@@ -50,6 +50,11 @@ class Settings:
     timeout_s: float | None = None
     device: str = "cpu"
 
+    @property
+    def unit(self) -> str:
+        """What a drop times 100 is counted in: points, or percent of the dense model's score."""
+        return "%" if self.bound.relative else " pp"
+
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise ValueError(f"trials={self.trials}; it must be at least 1")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -84,6 +85,11 @@ class StudyFolder:
         """Lets other processes have the study."""
         self._lock.release()
 
+    def remove(self) -> None:
+        """Deletes the folder and all that is in it."""
+        self.close()
+        shutil.rmtree(self.path)
+
     @property
     def settings_file(self) -> Path:
         """What was asked."""
@@ -130,7 +136,7 @@ class StudyFolder:
         record = read_json(file)
         try:
             return _trial_result(record)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
 
     def load_weights(self, number: int) -> dict[str, Any]:

@@ -114,7 +114,10 @@ def tune(
     try:
         return Study(settings, task.on(settings.device), folder, home, watcher).run()
     finally:
-        folder.close()
+        if folder.journal_file.exists():
+            folder.close()
+        else:  # it ended before its first trial: the name shall be free again
+            folder.remove()
 
 
 class Study:
@@ -318,7 +321,7 @@ class Study:
         )
 
     def _nearest_miss(self) -> str:
-        unit = "% of the dense score" if self.settings.bound.relative else " pp"
+        unit = self.settings.unit
         bound = f"{100 * self.settings.bound.max_drop:g}{unit}"
         if not self.records:
             return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."

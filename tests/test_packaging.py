@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-import autocompress.objectives
-import autocompress.schemes
+import autocompress
+from autocompress import objectives, schemes
 from autocompress.cli import cli
 from autocompress.goal import OBJECTIVES
 from autocompress.scheme import SCHEMES
@@ -55,10 +55,19 @@ def third_party_imports(*folders: str) -> set[str]:
     return found - sys.stdlib_module_names - {"autocompress"}
 
 
-def distributions_of(modules: set[str]) -> set[str]:
-    """The names of the distributions that bring these modules, as they are installed here."""
-    installed = packages_distributions()
-    return {normalized(name) for module in modules for name in installed[module]}
+def distributions_of(module: str) -> set[str]:
+    """The distributions that bring a module, as they are installed here; several share ``mlflow``."""
+    return {normalized(name) for name in packages_distributions().get(module, ())}
+
+
+def undeclared(modules: set[str], declared: set[str]) -> list[str]:
+    """The modules that no declared distribution brings."""
+    return sorted(module for module in modules if not distributions_of(module) & declared)
+
+
+def unused(declared: set[str], modules: set[str]) -> list[str]:
+    """The declared distributions that bring none of the modules."""
+    return sorted(declared - {name for module in modules for name in distributions_of(module)})
 
 
 class TestPyproject:
@@ -78,7 +87,7 @@ class TestPyproject:
             "autocompress.schemes": "schemes",
             "autocompress.objectives": "objectives",
         }
-        assert Path(autocompress.schemes.__path__[0]) == ROOT / "schemes"
+        assert Path(schemes.__path__[0]) == ROOT / "schemes"
 
     def test_the_package_is_typed(self) -> None:
         assert SETUPTOOLS["package-data"] == {"autocompress": ["py.typed"]}
@@ -86,15 +95,23 @@ class TestPyproject:
 
     def test_dependencies_are_what_the_code_imports(self) -> None:
         declared = {normalized(requirement) for requirement in PROJECT["dependencies"]}
-        assert declared == distributions_of(third_party_imports(*HOMES))
+        imported = third_party_imports(*HOMES)
+        assert undeclared(imported, declared) == []
+        assert unused(declared, imported) == []
 
     def test_the_test_extra_is_what_the_tests_import_and_ci_runs(self) -> None:
+        declared = {normalized(requirement) for requirement in PROJECT["dependencies"]}
         extra = {normalized(requirement) for requirement in PROJECT["optional-dependencies"]["test"]}
-        used = third_party_imports("tests", "examples") - third_party_imports(*HOMES)
-        assert extra == distributions_of(used) | TOOLS
+        imported = third_party_imports("tests", "examples")
+        assert undeclared(imported, declared | extra) == []
+        assert unused(extra - TOOLS, imported) == []
         ci = (ROOT / ".ci" / "run").read_text()
         for tool in TOOLS:
-            assert re.search(rf"\.venv/bin/(python -m )?{tool}\b", ci), f"{tool} is installed for nothing"
+            assert re.search(rf"\.venv/bin/(python -m )?{tool}\b", ci), f".ci/run does not run {tool}"
+
+    def test_what_is_undeclared_or_unused_is_found(self) -> None:
+        assert undeclared({"numpy", "sklearn", "unheard_of"}, {"numpy"}) == ["sklearn", "unheard_of"]
+        assert unused({"numpy", "scikit-learn", "nvidia-ml-py"}, {"numpy", "pynvml"}) == ["scikit-learn"]
 
     def test_the_changelog_knows_the_version(self) -> None:
         assert f"\n## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
@@ -163,8 +180,8 @@ def listed(output: str) -> dict[str, str]:
 class TestListings:
     def test_schemes_come_with_what_they_do_and_take(self) -> None:
         items = listed(run(command(), "schemes"))
-        assert set(autocompress.schemes.__all__) <= set(items)
-        for name in autocompress.schemes.__all__:
+        assert set(schemes.__all__) <= set(items)
+        for name in schemes.__all__:
             make = SCHEMES.get(name)
             doc = inspect.getdoc(make)
             assert doc and doc.splitlines()[0] in items[name]
@@ -173,8 +190,8 @@ class TestListings:
 
     def test_objectives_come_with_what_they_are(self) -> None:
         items = listed(run(command(), "objectives"))
-        assert set(autocompress.objectives.__all__) <= set(items)
-        for name in autocompress.objectives.__all__:
+        assert set(objectives.__all__) <= set(items)
+        for name in objectives.__all__:
             objective = OBJECTIVES.get(name)
             assert objective.description and objective.description in items[name]
             assert objective.direction in items[name] and objective.unit in items[name]

@@ -1,0 +1,767 @@
+"""The command line as its users start it: a process of its own, the real digits, nothing replaced."""
+
+import json
+import os
+import queue
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from safetensors.numpy import load_file
+
+import autocompress as ac
+
+AUTOCOMPRESS = Path(sys.executable).with_name("autocompress")
+MET, USAGE, NOT_MET, INTERRUPTED = 0, 2, 3, 130
+PATIENCE_S = 300  # for one process; it takes a tenth on a machine with nothing else to do
+COSTS = ("params", "size_bytes", "macs")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Folders for one process: everything that a program may take for granted, empty."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        for folder in (self.home, self.tmp, self.cwd):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def home(self) -> Path:
+        return self.root / "home"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / "tmp"
+
+    @property
+    def cwd(self) -> Path:
+        return self.root / "cwd"
+
+    @property
+    def out(self) -> Path:
+        return self.cwd / "autocompress-runs"
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MLFLOW_"))}
+        return kept | {"HOME": str(self.home), "TMPDIR": str(self.tmp), "COLUMNS": "80"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    wall_s: float
+    cpu_s: float
+
+    @property
+    def json(self) -> dict:
+        """What ``--json`` printed: one object, of standard JSON, on one line."""
+        assert self.stdout.count("\n") == 1, self.stdout
+        return json.loads(self.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+    @property
+    def error(self) -> str:
+        """The one line of an error, after whatever progress came before it."""
+        *progress, error = self.stderr.splitlines()
+        assert error.startswith("Error: "), self.stderr
+        assert not [line for line in progress if not is_progress(line)], self.stderr
+        assert "Traceback" not in self.stderr
+        return error
+
+
+def is_progress(line: str) -> bool:
+    return line.startswith(("training ", "measuring ", "digits: ", "dense: ", "trial ", "note: "))
+
+
+def autocompress(place: Place, *args: object) -> Ended:
+    """Runs the command to its end."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    command = [str(AUTOCOMPRESS), *map(str, args)]
+    done = subprocess.run(
+        command, cwd=place.cwd, env=place.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began, cpu_s)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the README's command, and where it ran."""
+
+    place: Place
+    ended: Ended
+
+    @property
+    def study(self) -> Path:
+        return self.place.out / "demo"
+
+    @property
+    def best(self) -> Path:
+        return self.study / "best"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    place = Place(tmp_path_factory.mktemp("job"))
+    ended = autocompress(place, "tune", "--scheme", "StructPrune", "--max-drop", "1%", "--json", "--name", "demo")
+    assert ended.status == MET, ended.stderr
+    return Job(place, ended)
+
+
+@pytest.fixture(scope="module")
+def found(job: Job) -> dict:
+    return job.ended.json
+
+
+@pytest.fixture(scope="module")
+def place(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Where the dense model and the database are made already, without a study: it saves each run seconds."""
+    seeded = Place(tmp_path_factory.mktemp("seeded"))
+    shutil.copytree(job.place.out / "cache", seeded.out / "cache")
+    ended = autocompress(seeded, "schemes")
+    assert ended.status == 0
+    return seeded
+
+
+# The default job
+
+
+def test_the_default_job_finds_a_small_model_within_the_bound_in_a_minute(job, found):
+    assert found["density"] <= 0.12
+    assert found["drop_pp"]["val"] <= 1.0
+    assert found["verdict"] in ("certified", "not certifiable")
+    # Not the wall time: on a machine that is shared it says more of the neighbours.
+    print(f"the default job: {job.ended.wall_s:.1f} s of wall time, {job.ended.cpu_s:.1f} s of CPU time")
+    assert job.ended.cpu_s <= 60
+
+
+def test_stdout_is_one_json_object_with_dense_beside_compressed(job, found):
+    wanted = {"verdict", "density", "drop_pp", *COSTS, "latency_ms", "trials", "artifacts"}
+    assert wanted <= set(found)
+    assert set(found["drop_pp"]) == {"val", "test", "upper"}
+    assert found["drop_pp"]["upper"] > found["drop_pp"]["test"]
+    for cost in COSTS:
+        assert 0 < found[cost]["compressed"] < found[cost]["dense"]
+    for latency in found["latency_ms"].values():
+        assert set(latency) == {"1", "32"}
+        assert all(0 < at["p50_ms"] <= at["p95_ms"] and at["repeats"] >= 20 for at in latency.values())
+    assert found["density"] == found["params"]["compressed"] / found["params"]["dense"]
+    assert found["drop_pp"]["val"] == pytest.approx(lost(found, "val"))
+    assert found["drop_pp"]["test"] == pytest.approx(lost(found, "test"))
+    assert found == json.loads((job.study / "result.json").read_text())
+
+
+def lost(found: dict, split: str) -> float:
+    scores = found["scores"]
+    return 100 * (scores["dense"][split] - scores["compressed"][split])
+
+
+def test_the_trials_are_what_the_answer_was_chosen_from(found):
+    trials = found["trials"]
+    assert 1 <= len(trials) <= 10
+    assert [trial["number"] for trial in trials] == list(range(1, len(trials) + 1))
+    for trial in trials:
+        assert trial["density"] <= trial["density_asked"]
+        assert trial["feasible"] == (trial["drop_pp"] <= 1.0)
+        assert trial["density"] == trial["params"] / found["params"]["dense"]
+    (chosen,) = [trial for trial in trials if trial["density"] == found["density"] and trial["feasible"]][:1]
+    assert chosen["drop_pp"] == found["drop_pp"]["val"]
+
+
+def test_progress_goes_to_stderr_a_line_for_each_trial(job, found):
+    lines = job.ended.stderr.splitlines()
+    trials = [line for line in lines if re.match(r"trial +\d+ ", line)]
+    assert len(trials) == len(found["trials"])
+    for line, trial in zip(trials, found["trials"], strict=True):
+        assert f"density {trial['density']:.4f}" in line
+        assert f"feasible {'yes' if trial['feasible'] else 'no'}" in line
+        assert "best " in line and "left" in line
+    assert "(absolute points)" in job.ended.stderr
+    assert not [line for line in lines if "warn" in line.lower()]
+
+
+def test_everything_lies_under_out_and_nothing_elsewhere(job):
+    place, study = job.place, job.study
+    assert {path.name for path in place.cwd.iterdir()} == {"autocompress-runs"}
+    assert list(place.home.iterdir()) == []
+    # torch makes this folder, and leaves it empty, whenever it exports a model.
+    left = [path for path in place.tmp.rglob("*") if not path.name.startswith("torchinductor_")]
+    assert left == []
+    assert {path.name for path in place.out.iterdir()} == {
+        "mlflow.db",
+        "mlflow.db.lock",
+        "mlflow-artifacts",
+        "cache",
+        "demo",
+    }
+    assert {path.name for path in study.iterdir()} == {
+        "study.json",
+        "journal.log",
+        "lock",
+        "trials",
+        "best",
+        "result.json",
+    }
+    best = {"model.pt2", "model.onnx", "model.safetensors", "plan.json", "README.md"}
+    assert {path.name for path in job.best.iterdir()} == best
+    for trial in (study / "trials").iterdir():
+        assert {path.name for path in trial.iterdir()} == {"trial.json", "model.safetensors"}
+
+
+def test_the_saved_model_really_is_smaller(job, found):
+    weights = load_file(job.best / "model.safetensors")
+    statistics = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: buffers, no parameters
+    kept = sum(array.size for name, array in weights.items() if not name.endswith(statistics))
+    assert kept == found["params"]["compressed"]
+    assert (job.best / "model.safetensors").stat().st_size == found["size_bytes"]["compressed"]
+    (dense,) = (job.place.out / "cache").glob("*.safetensors")
+    assert dense.stat().st_size == found["size_bytes"]["dense"]
+    assert set(found["artifacts"]) == {"pt2", "onnx", "safetensors"}
+    assert {Path(path) for path in found["artifacts"].values()} == {
+        job.best / name for name in ("model.pt2", "model.onnx", "model.safetensors")
+    }
+
+
+WITHOUT_AUTOCOMPRESS = """
+import json, sys
+sys.modules["autocompress"] = None  # an import of it fails
+import numpy as np, onnxruntime, torch
+
+x, y = (np.load("test.npz")[name] for name in "xy")
+model = torch.export.load("model.pt2").module()
+with torch.inference_mode():
+    torch_logits = model(torch.from_numpy(x)).numpy()
+(onnx_logits,) = onnxruntime.InferenceSession("model.onnx").run(["logits"], {"input": x})
+scores = [float((logits.argmax(1) == y).mean()) for logits in (torch_logits, onnx_logits)]
+difference = float(abs(torch_logits - onnx_logits).max() / abs(torch_logits).max())
+print(json.dumps({"scores": scores, "difference": difference}))
+"""
+
+
+@pytest.fixture(scope="module")
+def test_images(job) -> tuple[np.ndarray, np.ndarray]:
+    task = ac.digits(cache=job.place.out / "cache")
+    return task.test.x.numpy(), task.test.y.numpy()
+
+
+def test_the_artifacts_run_without_autocompress_and_score_what_was_reported(job, found, test_images, tmp_path):
+    elsewhere = Place(tmp_path)
+    for name in ("model.pt2", "model.onnx"):
+        shutil.copy(job.best / name, elsewhere.cwd)
+    x, y = test_images
+    np.savez(elsewhere.cwd / "test.npz", x=x, y=y)
+    env = elsewhere.env | {"ORT_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-I", "-c", WITHOUT_AUTOCOMPRESS]
+    done = subprocess.run(command, cwd=elsewhere.cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["scores"] == [found["scores"]["compressed"]["test"]] * 2
+    assert answer["difference"] < 1e-4
+
+
+def test_autocompress_reloads_the_module(job, found, test_images):
+    import torch
+
+    model = ac.load(job.best)
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) == found["params"]["compressed"]
+    x, y = test_images
+    with torch.inference_mode():
+        predicted = model(torch.from_numpy(x)).argmax(1).numpy()
+    assert (predicted == y).mean() == found["scores"]["compressed"]["test"]
+
+
+def test_mlflow_holds_the_study_and_its_trials_side_by_side(job, found):
+    from autocompress.mlflow_store import quiet_mlflow
+
+    with quiet_mlflow():
+        from mlflow import MlflowClient
+    uri = f"sqlite:///{job.place.out}/mlflow.db"
+    store = MlflowClient(uri, registry_uri=uri)
+    experiments = [e for e in store.search_experiments() if e.name != "Default"]
+    assert [experiment.name for experiment in experiments] == ["digits"]
+    runs = store.search_runs([experiments[0].experiment_id], max_results=1000)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert parent.info.run_name == "demo"
+    assert parent.data.params["scheme"] == "StructPrune"
+    assert parent.data.tags["mlflow.note.content"] == found["sentence"]
+    assert parent.data.metrics["compressed_params"] == found["params"]["compressed"]
+
+    (dense,) = [run for run in children if run.data.tags["role"] == "dense"]
+    trials = {run.data.params["number"]: run.data for run in children if run is not dense}
+    assert set(trials) == {str(trial["number"]) for trial in found["trials"]}
+    for row in found["trials"]:
+        metrics = trials[str(row["number"])].metrics
+        curves = {name for name in metrics if name.startswith("curves/")}
+        assert set(metrics) - curves == set(dense.data.metrics)
+        assert metrics["density"] == pytest.approx(row["density"], rel=1e-5)
+        assert metrics["drop_pp"] == pytest.approx(row["drop_pp"], rel=1e-5)
+
+    (output,) = store.get_run(parent.info.run_id).outputs.model_outputs
+    logged = store.get_logged_model(output.model_id)
+    assert logged.status == "READY"
+    folder = Path(logged.artifact_location.removeprefix("file://"))
+    assert folder.is_relative_to(job.place.out)
+    assert (folder / "MLmodel").is_file()
+    assert {file.path for file in store.list_artifacts(parent.info.run_id)} == {"result.json"}
+
+
+def test_plain_optuna_reads_the_study(job, found):
+    backend = optuna.storages.journal.JournalFileBackend(str(job.study / "journal.log"))
+    study = optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(backend))
+    dense, *trials = study.trials
+    assert dense.params == {"density": 1.0}
+    assert len(trials) == len(found["trials"])
+    for trial, row in zip(trials, found["trials"], strict=True):
+        assert trial.state == optuna.trial.TrialState.COMPLETE
+        assert trial.params["density"] == row["density_asked"]
+        assert trial.value == row["value"] == row["density"]
+        assert trial.constraints["drop"] == pytest.approx(row["drop_pp"] / 100 - 0.01)
+        assert trial.user_attrs["feasible"] == row["feasible"]
+
+
+# Determinism
+
+
+def saved_trials(study: Path) -> dict[str, bytes]:
+    return {file.parent.name: file.read_bytes() for file in sorted(study.glob("trials/*/model.safetensors"))}
+
+
+def outcome(found: dict) -> list[tuple[float, float]]:
+    return [(trial["density"], trial["score"]) for trial in found["trials"]]
+
+
+def test_the_same_seed_gives_the_same_result_bit_for_bit_and_another_does_not(job, place, tmp_path):
+    def run(place: Place, seed: int) -> tuple[dict, dict[str, bytes]]:
+        options = ("--trials", 2, "--epochs", 2, "--max-drop", "20%", "--seed", seed, "--name", f"seed{seed}")
+        ended = autocompress(place, "tune", *options, "--json", "--quiet")
+        assert ended.status in (MET, NOT_MET), ended.stderr
+        assert ended.stderr == ""
+        return ended.json, saved_trials(place.out / f"seed{seed}")
+
+    first, weights = run(place, 5)
+    fresh = Place(tmp_path)  # trains the dense model anew
+    again, weights_again = run(fresh, 5)
+    assert outcome(again) == outcome(first)
+    assert weights_again == weights
+    assert len(weights) == 2
+    (dense,) = (fresh.out / "cache").iterdir()
+    assert dense.read_bytes() == (job.place.out / "cache" / dense.name).read_bytes()
+    for name in ("scores", "drop_pp", "verdict", "density", *COSTS):
+        assert again[name] == first[name]
+
+    other, other_weights = run(place, 6)
+    assert outcome(other) != outcome(first)
+    assert not set(other_weights.values()) & set(weights.values())
+
+
+# Interrupted and killed
+
+
+class Running:
+    """A study that runs in the background, its stderr read line by line."""
+
+    def __init__(self, place: Place, *args: object) -> None:
+        command = [str(AUTOCOMPRESS), "tune", *map(str, args)]
+        self.process = subprocess.Popen(
+            command, cwd=place.cwd, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._queue.put(line)
+        self._queue.put("")
+
+    def wait_for(self, pattern: str) -> str:
+        """The first line, from here on, in which the pattern is found."""
+        while line := self._queue.get(timeout=PATIENCE_S):
+            self.lines.append(line)
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"no line has {pattern!r} in {self.lines}")
+
+    def end(self, with_signal: signal.Signals) -> tuple[int, str, str]:
+        """Sends the signal; the exit status, stdout and the whole of stderr."""
+        self.process.send_signal(with_signal)
+        assert self.process.stdout is not None
+        stdout = self.process.stdout.read()
+        status = self.process.wait(PATIENCE_S)
+        self._reader.join()
+        rest = iter(self._queue.get, "")
+        return status, stdout, "".join([*self.lines, *rest])
+
+
+@pytest.fixture
+def running(place: Place) -> Iterator[list[Running]]:
+    started: list[Running] = []
+    yield started
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+FINISHED_TRIAL = r"^trial +\d+ .* best "
+
+
+def test_a_study_survives_a_kill_and_an_interrupt(place, running):
+    """Killed in its second trial, resumed, interrupted in its third or so, resumed again to its end."""
+    asked = ("--epochs", 4, "--max-drop", "5%", "--scheme", "StructPrune", "--json")
+    killed = Running(place, *asked, "--trials", 30, "--name", "lasting")
+    running.append(killed)
+    killed.wait_for(FINISHED_TRIAL)
+    status, _, _ = killed.end(signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    study = place.out / "lasting"
+    assert not (study / "result.json").exists()
+    survived = saved_trials(study)
+    assert "0001" in survived
+
+    interrupted = Running(place, "--resume", "lasting", "--trials", 30, "--json")
+    running.append(interrupted)
+    first = interrupted.wait_for(FINISHED_TRIAL)
+    assert first.startswith("trial  1 ")  # what was done is shown, and not done again
+    for _ in survived:
+        interrupted.wait_for(FINISHED_TRIAL)
+    status, stdout, stderr = interrupted.end(signal.SIGINT)
+    assert status == INTERRUPTED, stderr
+    assert "Traceback" not in stderr
+    found = json.loads(stdout)
+    assert found["stopped"] == "interrupted"
+    assert found == json.loads((study / "result.json").read_text())
+    assert saved_trials(study).items() >= survived.items()
+    assert found["trials"][0]["number"] == 1
+    assert all(trial["number"] != found["trials"][0]["number"] for trial in found["trials"][1:])
+    if found["verdict"] != "not met":
+        assert Path(found["artifacts"]["onnx"]).is_file()
+        assert (study / "best" / "model.pt2").is_file()
+
+    before = json.loads(stdout)["trials"]
+    begun = max(int(folder.name) for folder in (study / "trials").iterdir())
+    resumed = autocompress(place, "tune", "--resume", "lasting", "--trials", begun + 2, "--json")
+    assert resumed.status in (MET, NOT_MET), resumed.stderr
+    after = resumed.json["trials"]
+    assert after[: len(before)] == before
+    assert resumed.json["stopped"] != "interrupted"
+    assert saved_trials(study).items() >= survived.items()
+
+    other = autocompress(place, "tune", "--resume", "lasting", "--scheme", "Prune")
+    assert other.status == USAGE
+    assert "'StructPrune'" in other.error and "'Prune'" in other.error
+
+
+def test_an_interrupt_before_the_first_trial_is_said_in_one_line(place, running):
+    early = Running(place, "--name", "early")
+    running.append(early)
+    early.process.stdout.readline()  # progress goes to stdout where stdout is not for JSON
+    status, stdout, stderr = early.end(signal.SIGINT)
+    assert status == INTERRUPTED
+    assert "Traceback" not in stdout + stderr
+    assert len(stderr.splitlines()) <= 1
+
+
+# Nothing meets the bound
+
+
+def test_when_nothing_meets_the_bound_the_nearest_miss_is_named(place):
+    options = ("--trials", 1, "--epochs", 0.1, "--max-drop", "0%", "--name", "missed")
+    ended = autocompress(place, "tune", *options)
+    assert ended.status == NOT_MET, ended.stderr
+    assert ended.stderr == ""
+    assert "Traceback" not in ended.stdout
+    found = json.loads((place.out / "missed" / "result.json").read_text())
+    (trial,) = found["trials"]
+    (sentence,) = [line for line in ended.stdout.splitlines() if line.startswith("Not met: ")]
+    assert f"{trial['drop_pp']:.2f} pp" in sentence
+    assert f"density {trial['density']:.3g}" in sentence
+    assert "--max-drop" in sentence
+    assert found["verdict"] == "not met"
+    assert found["sentence"] == sentence
+    assert found["artifacts"] == {}
+    assert set(found["params"]) == {"dense"}
+    assert not (place.out / "missed" / "best").exists()
+
+
+# Schemes and objectives, each with an option of the command line
+
+
+OBJECTIVE_FILE = '''
+import autocompress as ac
+
+@ac.objective(direction="maximize")
+def spared(m):
+    """Multiply-accumulates that are spared."""
+    return 763520 - m.macs
+'''
+
+
+@pytest.fixture(scope="module")
+def short(place: Place):
+    """Runs a short study of a scheme."""
+    (place.cwd / "my_file.py").write_text(OBJECTIVE_FILE)
+
+    def run(scheme: str, *options: object, name: str) -> tuple[Ended, dict]:
+        budget = ("--trials", 2, "--epochs", 2, "--max-drop", "20%")
+        ended = autocompress(place, "tune", "--scheme", scheme, *budget, "--name", name, *options)
+        assert ended.status == MET, ended.stdout + ended.stderr
+        return ended, json.loads((place.out / name / "result.json").read_text())
+
+    return run
+
+
+def check_sizes(place: Place, name: str, found: dict) -> float:
+    """How many times smaller the file on disk really is."""
+    stored = place.out / name / "best" / "model.safetensors"
+    assert stored.stat().st_size == found["size_bytes"]["compressed"]
+    (dense,) = (place.out / "cache").iterdir()
+    return dense.stat().st_size / stored.stat().st_size
+
+
+def test_prune_for_size_and_what_a_person_reads(place, short):
+    ended, found = short("Prune", "--objective", "size", name="prune")
+    assert check_sizes(place, "prune", found) > 4
+    assert ended.stderr == ""
+    assert "lowest size that loses at most 20 pp of accuracy (absolute points)" in ended.stdout
+    assert [trial["value"] for trial in found["trials"]] == [trial["size_bytes"] for trial in found["trials"]]
+    table = ended.stdout[ended.stdout.index("dense  ") :]
+    for row in ("score on val", "score on test", "parameters", "weights on disk", "MACs", "latency, batch 32"):
+        assert row in table
+    assert f"{found['params']['compressed']:,}" in table
+    assert "n/a" in table  # no GPU is measured where the run is on the CPU
+    assert found["sentence"] in ended.stdout
+    for path in found["artifacts"].values():
+        assert path in ended.stdout
+    assert f"Everything is in {place.out / 'prune'}" in ended.stdout
+    assert "Next: " in ended.stdout
+
+
+def test_filter_prune_for_an_objective_of_ones_own(place, short):
+    ended, found = short("FilterPrune", "--objective", "my_file.py:spared", "--json", name="filters")
+    assert ended.json == found
+    assert [t["value"] for t in found["trials"]] == [763520 - t["macs"] for t in found["trials"]]
+    assert check_sizes(place, "filters", found) > 2
+    assert found["macs"]["compressed"] < found["macs"]["dense"]
+
+
+def test_quantize16_alone_is_tried_once_and_quietly(place, short):
+    ended, found = short("Quantize16", "--quiet", name="sixteen")
+    assert ended.stderr == ""
+    assert not [line for line in ended.stdout.splitlines() if is_progress(line)]
+    assert found["sentence"] in ended.stdout
+    assert len(found["trials"]) == 1
+    assert found["density"] == 1.0
+    assert check_sizes(place, "sixteen", found) > 1.8
+
+
+def test_a_sum_of_schemes_for_latency(place, short):
+    ended, found = short("StructPrune+Quantize16", "--objective", "latency", name="sum")
+    assert "StructPrune+Quantize16, lowest latency" in ended.stdout
+    assert all(trial["value"] == trial["latency_ms"] > 0 for trial in found["trials"])
+    assert found["density"] < 0.5
+    assert check_sizes(place, "sum", found) > 2 / found["density"] / 2
+
+
+def test_a_composition_by_name_with_a_relative_drop(place, short):
+    ended, found = short("PruneQuantize16", "--drop", "relative", "-v", name="both")
+    assert "at most 20% of accuracy of the dense model's score" in ended.stdout
+    assert "lowest feasible density: " in ended.stdout  # -v shows what the search believes
+    dense, compressed = (found["scores"][who]["val"] for who in ("dense", "compressed"))
+    assert found["drop_pp"]["val"] == pytest.approx(100 * (dense - compressed) / dense)
+    assert check_sizes(place, "both", found) > 4
+
+
+# Bad input
+
+
+REFUSED_AT_ONCE = {  # by click, before anything heavy is imported
+    "letters for a drop": ("--max-drop abc", "'--max-drop'", "'abc'"),
+    "a negative drop": ("--max-drop=-1%", "'--max-drop'", "'-1%'"),
+    "everything may be lost": ("--max-drop 100%", "'--max-drop'", "'100%'"),
+    "no trials": ("--trials 0", "'--trials'", "0"),
+    "no epochs": ("--epochs 0", "'--epochs'", "0.0"),
+    "no time": ("--timeout 0s", "'--timeout'", "'0s'"),
+    "a negative seed": ("--seed -1", "'--seed'", "-1"),
+    "unknown sampler": ("--sampler nope", "'--sampler'", "'nope'", "threshold"),
+    "unknown drop": ("--drop both", "'--drop'", "'both'", "relative"),
+    "out is a file": ("--out a_file", "'--out'", "'a_file'"),
+    "unknown option": ("--max-dorp 1%", "--max-dorp", "--max-drop"),
+    "a stray word": ("StructPrune", "StructPrune"),
+}
+REFUSED = {
+    "unknown scheme": ("--scheme StructPrun", "'--scheme'", "'StructPrun'", "did you mean StructPrune"),
+    "no scheme at all": ("--scheme Prune(", "'--scheme'", "'Prune('"),
+    "unknown parameter": ("--scheme Prune(x=1)", "'--scheme'", "'x'", "min_keep"),
+    "two densities": ("--scheme Prune+StructPrune", "'--scheme'", "Prune and StructPrune each take a density"),
+    "unknown objective": ("--objective densty", "'--objective'", "'densty'", "did you mean density?"),
+    "no file": ("--objective none.py:f", "'--objective'", "'none.py:f'", "there is no file"),
+    "a file that raises": ("--objective raises.py:f", "'--objective'", "'raises.py:f'", "ZeroDivisionError"),
+    "a name not in the file": ("--objective bad.py:zzz", "'--objective'", "'zzz'", "empty, text"),
+    "out below a file": ("--out a_file/runs", "'--out'", "'a_file/runs'", "Not a directory"),
+    "nothing to resume": ("--resume nothing", "'--resume'", "'nothing'", "(there: "),
+    "a study outside": ("--resume ../cwd", "'--resume'", "'../cwd'"),
+    "name and resume": ("--name a --resume b", "--name", "--resume"),
+    "unknown device": ("--device tpu", "'--device'", "'tpu'", "cuda"),
+    "a name with a path": ("--name ../x", "'--name'", "'../x'"),
+    "a reserved name": ("--name cache", "'--name'", "'cache'"),
+}
+OBJECTIVES_THAT_FAIL = {
+    "nan": ("--objective bad.py:empty", "empty", "nan", "finite number"),
+    "a string": ("--objective bad.py:text", "text", "'small'", "finite number"),
+}
+
+ONE_BY_ONE = """
+import os, sys, time
+from autocompress import cli, display, goal, scheme, storage, study  # what every one of them would import
+
+for number, line in enumerate(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), fd)
+        sys.argv = ["autocompress", "tune", *line.split()]
+        cli.main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Every bad command's end. Each is a process of its own, forked off one that has imported torch."""
+    place = bad_place(tmp_path_factory.mktemp("refused"))
+    shutil.copytree(job.place.out / "cache", place.out / "cache")
+    cases = REFUSED | OBJECTIVES_THAT_FAIL
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE],
+        cwd=place.cwd,
+        env=place.env,
+        input="\n".join(case[0] for case in cases.values()),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(place.home.iterdir()) == []
+    read = [[(place.cwd / f"{n}.{name}").read_text() for name in ("stdout", "stderr")] for n in range(len(cases))]
+    statuses = map(int, done.stdout.split())
+    ended = [Ended(status, *texts, 0.0, 0.0) for status, texts in zip(statuses, read, strict=True)]
+    studies = [path.parent.name for path in place.out.glob("*/study.json")]
+    assert studies == []  # nothing is left that would take a name
+    return dict(zip(cases, ended, strict=True))
+
+
+def bad_place(root: Path) -> Place:
+    place = Place(root)
+    (place.cwd / "a_file").touch()
+    (place.cwd / "raises.py").write_text("1 / 0\n")
+    text = "def empty(m):\n    return float('nan')\n\n\ndef text(m):\n    return 'small'\n"
+    (place.cwd / "bad.py").write_text(text)
+    return place
+
+
+@pytest.mark.parametrize("case", REFUSED_AT_ONCE)
+def test_bad_usage_is_one_line_at_once(case, tmp_path):
+    command, *named = REFUSED_AT_ONCE[case]
+    place = bad_place(tmp_path)
+    ended = autocompress(place, "tune", *command.split())
+    assert_refused(ended, named)
+    assert ended.stderr == f"{ended.error}\n"
+    assert ended.cpu_s < 1.5
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_that_names_the_option_and_the_value(case, refusals):
+    ended = refusals[case]
+    assert_refused(ended, REFUSED[case][1:])
+    assert ended.stderr == f"{ended.error}\n"
+
+
+@pytest.mark.parametrize("case", OBJECTIVES_THAT_FAIL)
+def test_an_objective_that_gives_no_number_is_refused_before_any_trial(case, refusals):
+    ended = refusals[case]
+    assert ended.status == USAGE
+    assert all(words in ended.error for words in OBJECTIVES_THAT_FAIL[case][1:])
+    assert "note:" not in ended.stdout + ended.stderr
+    assert "trial" not in ended.stdout
+
+
+def assert_refused(ended: Ended, named: list[str] | tuple[str, ...]) -> None:
+    assert ended.status == USAGE
+    assert ended.stdout == ""
+    assert all(words in ended.error for words in named), ended.error
+
+
+def test_an_error_after_an_import_of_everything_is_one_line_too(place):
+    ended = autocompress(place, "tune", "--scheme", "structprun", "--json")
+    assert_refused(ended, ["'--scheme'", "'structprun'", "did you mean StructPrune"])
+    assert ended.stderr == f"{ended.error}\n"
+
+
+# The small commands
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ((), ("tune", "ui", "schemes", "objectives")),
+        (("tune",), ("[default: StructPrune]", "[default: 1%]", "[default: 10]", "[default: absolute]")),
+        (("tune",), ("[default: threshold]", "[default: density]", "[default: 0]", "130 interrupted")),
+        (("ui",), ("[default: autocompress-runs]", "[default: a free one]")),
+        (("schemes",), ("--help",)),
+        (("objectives",), ("--help",)),
+    ],
+)
+def test_help_names_the_defaults_and_comes_at_once(command, named, tmp_path):
+    ended = autocompress(Place(tmp_path), *command, "--help")
+    assert ended.status == 0
+    said = " ".join(ended.stdout.split())
+    assert all(words in said for words in named), said
+    assert ended.stderr == ""
+    assert ended.cpu_s < 1.5  # half a second of wall time where nothing else runs
+
+
+def test_schemes_and_objectives_are_listed_with_what_they_are(tmp_path):
+    place = Place(tmp_path)
+    schemes = autocompress(place, "schemes")
+    assert schemes.status == 0
+    for name in ("Prune", "StructPrune", "FilterPrune", "Quantize16", "StructPruneQuantize16"):
+        assert re.search(rf"^{name} +\w+", schemes.stdout, re.MULTILINE), schemes.stdout
+    assert "parameters: " in schemes.stdout
+    objectives = autocompress(place, "objectives")
+    assert objectives.status == 0
+    for name in ("density", "size", "macs", "latency"):
+        assert re.search(rf"^{name} +\w.*\(minimize\)", objectives.stdout, re.MULTILINE), objectives.stdout
+    assert schemes.stderr == objectives.stderr == ""
+    assert [*place.home.iterdir(), *place.cwd.iterdir(), *place.tmp.iterdir()] == []
+
+
+def test_the_version_is_the_package_s(tmp_path):
+    from importlib.metadata import version
+
+    assert version("autocompress") in autocompress(Place(tmp_path), "--version").stdout

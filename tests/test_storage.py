@@ -1,0 +1,243 @@
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autocompress.goal import as_objective
+from autocompress.storage import (
+    StudyFolder,
+    new_folder,
+    prepare_out,
+    read_json,
+    resume_folder,
+    study_settings,
+    write_json,
+)
+from autocompress.trial import TrialResult, TrialSpec, run_trial
+
+IDENTITY = {"task": "my task", "scheme": "StructPrune(min_keep=4)+Quantize16", "max_drop": 0.01, "seed": 0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[StudyFolder]:
+    folder = StudyFolder(tmp_path / "study")
+    yield folder
+    folder.close()
+
+
+@pytest.fixture
+def result(make_spec: Callable[..., TrialSpec]) -> TrialResult:
+    return run_trial(make_spec(number=3, timing=True, objective=as_objective("latency")))
+
+
+# JSON
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1, "umlaut": "ä"})
+    assert read_json(file) == {"a": 1, "umlaut": "ä"}
+    with pytest.raises(TypeError):
+        write_json(file, {"a": 2, "b": object()})  # fails half-way
+    assert read_json(file) == {"a": 1, "umlaut": "ä"}
+    write_json(file, {"a": 3})
+    assert read_json(file) == {"a": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"nonsense"])
+def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.json is damaged: ") as refused:
+        read_json(tmp_path / "x.json")
+    assert "\n" not in str(refused.value)
+
+
+# Trials
+
+
+def test_a_trial_comes_back_as_it_was_saved(folder: StudyFolder, result: TrialResult) -> None:
+    assert result.model is not None and result.measurement.latency
+    folder.save_trial(result)
+    assert folder.load_trial(3) == replace(result, model=None)
+    state = folder.load_weights(3)
+    assert state.keys() == result.model.state_dict().keys()
+    assert all(torch.equal(tensor, result.model.state_dict()[name]) for name, tensor in state.items())
+    assert sorted(path.name for path in folder.trial(3).iterdir()) == ["model.safetensors", "trial.json"]
+
+
+def test_a_trial_without_a_record_is_missing(folder: StudyFolder, result: TrialResult) -> None:
+    folder.save_trial(result)
+    (folder.trial(3) / "trial.json").unlink()  # killed between the weights and the record
+    with pytest.raises(ValueError, match=r"0003/trial\.json is missing"):
+        folder.load_trial(3)
+    folder.save_trial(result)
+    assert folder.load_trial(3).number == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "null",
+        lambda text: "[]",
+        lambda text: json.dumps({**json.loads(text), "measurement": None}),
+        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "score"}),
+        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "curves"}),
+        lambda text: json.dumps({**json.loads(text), "surplus": 1}),
+    ],
+)
+def test_a_damaged_record_is_an_error_that_names_the_file(
+    folder: StudyFolder, result: TrialResult, damage: Callable[[str], str]
+) -> None:
+    folder.save_trial(result)
+    file = folder.trial(3) / "trial.json"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(ValueError, match=r"0003/trial\.json is damaged") as refused:
+        folder.load_trial(3)
+    assert "\n" not in str(refused.value)
+
+
+def test_damaged_weights_are_an_error_that_names_the_file(folder: StudyFolder, result: TrialResult) -> None:
+    folder.save_trial(result)
+    file = folder.trial(3) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"0003/model\.safetensors.* is not a readable weights file"):
+        folder.load_weights(3)
+
+
+def test_records_of_later_versions_with_more_measurements_are_read(
+    folder: StudyFolder, result: TrialResult
+) -> None:
+    folder.save_trial(result)
+    file = folder.trial(3) / "trial.json"
+    record = json.loads(file.read_text())
+    record["measurement"]["colour"] = "blue"
+    file.write_text(json.dumps(record))
+    assert folder.load_trial(3) == replace(result, model=None)
+
+
+# Studies
+
+
+def test_a_new_study_keeps_what_was_asked(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path, "mine", IDENTITY)
+    assert folder.path == tmp_path / "mine"
+    settings = study_settings(tmp_path, "mine")
+    assert settings.items() >= IDENTITY.items()
+    assert settings["autocompress"]
+    folder.close()
+
+
+def test_a_study_without_a_name_is_named_after_task_scheme_and_time(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path, None, IDENTITY)
+    assert folder.path.name.startswith("my-task-StructPrune-min-keep-4-Quantize16-20")
+    folder.close()
+    resume_folder(tmp_path, folder.path.name, IDENTITY).close()  # a name that it takes back
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "../x",
+        "a/b",
+        "/x",
+        ".",
+        "..",
+        ".hidden",
+        "-x",
+        "a b",
+        "x\n",
+        "ä",
+        "cache",
+        "mlflow.db",
+        "mlflow-artifacts",
+    ],
+)
+def test_names_that_would_land_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with pytest.raises(ValueError, match="use letters, digits"):
+        new_folder(home, name, IDENTITY)
+    with pytest.raises(ValueError, match="there is no study"):
+        resume_folder(home, name, IDENTITY)
+    assert list(home.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [home]
+
+
+def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    new_folder(tmp_path, "mine", IDENTITY).close()
+    with pytest.raises(ValueError, match=r"named 'mine' is in .* already; choose another name, or resume it"):
+        new_folder(tmp_path, "mine", IDENTITY)
+    resume_folder(tmp_path, "mine", IDENTITY).close()  # the refusal let go of the lock
+
+
+def test_resuming_asks_for_the_same(tmp_path: Path) -> None:
+    new_folder(tmp_path, "mine", IDENTITY).close()
+    resume_folder(tmp_path, "mine", IDENTITY).close()
+    with pytest.raises(
+        ValueError, match=r"'mine' was made with scheme 'StructPrune.*', not 'Prune'; resume it as it"
+    ):
+        resume_folder(tmp_path, "mine", {**IDENTITY, "scheme": "Prune"})
+    with pytest.raises(ValueError, match=r"made with max_drop 0\.01, not 0\.02"):
+        resume_folder(tmp_path, "mine", {**IDENTITY, "max_drop": 0.02})
+
+
+def test_resuming_what_is_not_there_lists_what_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no study 'x' in .* \(there: none\)"):
+        resume_folder(tmp_path, "x", IDENTITY)
+    for name in ("two", "one"):
+        new_folder(tmp_path, name, IDENTITY).close()
+    with pytest.raises(ValueError, match=r"\(there: one, two\)"):
+        resume_folder(tmp_path, "x", IDENTITY)
+
+
+def test_a_study_has_one_holder(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path, "mine", IDENTITY)
+    with pytest.raises(ValueError, match="the study 'mine' is being run by another process"):
+        resume_folder(tmp_path, "mine", IDENTITY)
+    folder.close()
+    resume_folder(tmp_path, "mine", IDENTITY).close()
+
+
+def hold_and_die(path: Path, held: "multiprocessing.synchronize.Event") -> None:
+    StudyFolder(path)
+    held.set()
+    multiprocessing.Event().wait()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold_and_die, args=(tmp_path / "study", held), daemon=True)
+    process.start()
+    assert held.wait(30)
+    with pytest.raises(ValueError, match="is being run by another process"):
+        StudyFolder(tmp_path / "study")
+    process.kill()
+    process.join()
+    StudyFolder(tmp_path / "study").close()
+
+
+# The home
+
+
+def test_the_home_is_made_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = prepare_out(Path("a/b"))
+    assert home == tmp_path / "a" / "b" and home.is_dir()
+    assert list(home.iterdir()) == []
+    assert prepare_out(home) == home
+
+
+def test_a_home_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to '.*file.*': .*; choose another folder"):
+        prepare_out(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot write to"):
+        prepare_out(tmp_path / "file" / "below")

@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from autocompress.metrics import balanced_accuracy
+from autocompress.task import LoaderSplit, Task, TensorSplit, as_split, device_of, evaluating, predict
+
+
+def data(n: int = 10) -> tuple[Tensor, Tensor]:
+    return torch.arange(n * 3.0).view(n, 3), torch.arange(n) % 2
+
+
+def loader(n: int = 10, **options: object) -> DataLoader:
+    return DataLoader(TensorDataset(*data(n)), batch_size=4, **options)
+
+
+def test_tensor_split_in_order_serves_every_sample_once() -> None:
+    split = TensorSplit(*data(), batch_size=4)
+    batches = list(split.batches())
+    assert [len(x) for x, _ in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([x for x, _ in batches]), split.x)
+    assert torch.equal(torch.cat([y for _, y in batches]), split.y)
+
+
+def test_tensor_split_shuffled_drops_the_last_and_keeps_pairs() -> None:
+    split = TensorSplit(*data(), batch_size=4)
+    batches = list(split.batches(torch.Generator().manual_seed(0)))
+    assert [len(x) for x, _ in batches] == [4, 4]
+    served = torch.cat([x[:, 0] for x, _ in batches]) / 3
+    assert len(set(served.tolist())) == 8
+    assert served.tolist() != sorted(served.tolist())
+    assert torch.equal(torch.cat([y for _, y in batches]), served.long() % 2)
+    again = list(split.batches(torch.Generator().manual_seed(0)))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
+
+
+def test_fewer_samples_than_a_batch_are_one_batch() -> None:
+    split = TensorSplit(*data(3), batch_size=64)
+    assert [len(x) for x, _ in split.batches()] == [3]
+    assert [len(x) for x, _ in split.batches(torch.Generator().manual_seed(0))] == [3]
+
+
+def test_loader_split_serves_what_the_loader_serves() -> None:
+    split = as_split(loader(), "train")
+    assert isinstance(split, LoaderSplit)
+    assert (split.n_samples, split.batch_size) == (10, 4)
+    assert [len(x) for x, _ in split.batches()] == [4, 4, 2]
+
+
+def test_a_generator_seeds_the_loaders_own_shuffling() -> None:
+    split = as_split(loader(shuffle=True), "train")
+
+    def order(seed: int) -> list[float]:
+        return torch.cat([x[:, 0] for x, _ in split.batches(torch.Generator().manual_seed(seed))]).tolist()
+
+    assert order(0) == order(0) != order(1)
+    assert sorted(order(0)) == data()[0][:, 0].tolist()
+
+
+def test_three_forms_of_data_make_the_same_task() -> None:
+    model = nn.Linear(3, 2)
+    pairs, loaders, splits = data(), loader(), TensorSplit(*data())
+    scores = {
+        Task(model, form, form, form).evaluate(model, as_split(form, "val")).score
+        for form in (pairs, loaders, splits)
+    }
+    assert len(scores) == 1
+    assert Task(model, splits, splits, splits).train is splits
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ([1, 2], "val= must be a DataLoader or a pair of tensors.*not list"),
+        ((np.zeros((2, 3)), np.zeros(2)), "val= must be .*not tuple"),
+        (None, "val= must be .*not NoneType"),
+        ((torch.zeros(3, 2), torch.zeros(4)), "x holds 3 samples and y 4"),
+        ((torch.zeros(0, 2), torch.zeros(0)), "holds no samples"),
+    ],
+)
+def test_other_forms_are_refused(form: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(nn.Linear(3, 2), data(), form, data())
+
+
+def test_a_model_must_be_a_module() -> None:
+    with pytest.raises(ValueError, match="not str"):
+        Task("resnet18", data(), data(), data())
+
+
+def test_evaluate_scores_logits_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.9)).train()
+    x, y = data()
+    task = Task(model, (x, y), (x, y), (x, y), metric=balanced_accuracy)
+    evaluation = task.evaluate(model, task.val)
+    with torch.no_grad():
+        expected = model[0](x).numpy()
+    np.testing.assert_allclose(evaluation.outputs, expected, rtol=1e-5)
+    assert (evaluation.outputs.dtype, evaluation.targets.dtype) == (np.float32, np.int64)
+    right = expected.argmax(1) == y.numpy()
+    assert evaluation.score == pytest.approx((right[::2].mean() + right[1::2].mean()) / 2)
+    assert model.training and model[1].training
+
+
+def test_predict_leaves_no_gradient_and_takes_16_bit_logits() -> None:
+    model = nn.Linear(3, 2).bfloat16()
+    x, y = data()
+    outputs, _ = predict(model, TensorSplit(x.bfloat16(), y))
+    assert outputs.dtype == np.float32
+    assert model.weight.grad is None
+
+
+def test_evaluating_gives_every_module_its_own_mode_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()))
+    model.train()
+    model[1][0].eval()  # a frozen BatchNorm in a model that trains
+    before = [m.training for m in model.modules()]
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == before
+    with pytest.raises(RuntimeError), evaluating(model):
+        raise RuntimeError
+    assert [m.training for m in model.modules()] == before
+
+
+def test_on_another_device_is_a_copy_in_eval_mode() -> None:
+    model = nn.Linear(3, 2).train()
+    task = Task(model, data(), data(), data(), name="mine", architecture="digits")
+    moved = task.on("cpu")
+    assert moved.model is not model and torch.equal(moved.model.weight, model.weight)
+    assert model.training and not moved.model.training
+    assert (moved.name, moved.architecture, moved.train) == ("mine", "digits", task.train)
+    on_meta = task.on("meta")
+    assert device_of(on_meta.model).type == "meta" and device_of(model).type == "cpu"
+
+
+def test_device_of_a_model_without_parameters() -> None:
+    assert device_of(nn.ReLU()).type == "cpu"
+    with_buffer = nn.BatchNorm1d(2, affine=False).to("meta")
+    assert device_of(with_buffer).type == "meta"
+
+
+def test_example_input_is_one_validation_sample() -> None:
+    val = (torch.full((5, 3), 7.0), torch.zeros(5, dtype=torch.long))
+    assert Task(nn.Linear(3, 2), data(), val, data()).example_input.tolist() == [[7.0, 7.0, 7.0]]

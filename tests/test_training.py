@@ -1,0 +1,245 @@
+import copy
+import math
+from itertools import chain, islice
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from autocompress.task import Task, TensorSplit, as_split
+from autocompress.training import (
+    WORTH_SHARING,
+    Descent,
+    distillation_loss,
+    endless,
+    endless_taught,
+    fit,
+    n_steps,
+    one_cycle,
+    recalibrate_batchnorm,
+    threads_for,
+)
+
+
+def numbered(n: int, batch_size: int) -> TensorSplit:
+    return TensorSplit(torch.arange(float(n))[:, None], torch.arange(n), batch_size)
+
+
+# The schedule
+
+
+def test_one_cycle_at_points_of_its_closed_form() -> None:
+    # Of 100 steps 10 rise: to 1/11, 2/11, ... of the peak; then half a cosine over the other 90.
+    assert one_cycle(0, 100, 0.5) == pytest.approx(0.5 / 11)
+    assert one_cycle(9, 100, 0.5) == pytest.approx(0.5 * 10 / 11)
+    assert one_cycle(10, 100, 0.5) == pytest.approx(0.5)
+    assert one_cycle(55, 100, 0.5) == pytest.approx(0.25)
+    assert one_cycle(40, 100, 0.5) == pytest.approx(0.5 * 0.75)  # a third of the way down: cos 60° = 1/2
+    assert one_cycle(70, 100, 0.5) == pytest.approx(0.5 * 0.25)
+    assert one_cycle(100, 100, 0.5) == pytest.approx(0, abs=1e-12)
+    assert one_cycle(3, 10, 1.0, warmup=0.0) == pytest.approx(0.5 * (1 + math.cos(0.3 * math.pi)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+def test_one_cycle_stays_between_zero_and_the_peak(steps: int) -> None:
+    rates = [one_cycle(step, steps, 0.1) for step in range(steps)]
+    assert all(0 < lr <= 0.1 for lr in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_descent_is_nesterov_sgd_along_the_cycle() -> None:
+    w = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        w.weight.fill_(1.0)
+    descent = Descent(w, steps=3, lr=0.1, momentum=0.9, weight_decay=0.5)
+    value, velocity = 1.0, 0.0
+    for step in range(3):
+        assert descent.steps_left == 3 - step
+        lr = descent.step((2 * w.weight).sum())
+        assert lr == one_cycle(step, 3, 0.1)
+        gradient = 2 + 0.5 * value
+        velocity = 0.9 * velocity + gradient
+        value -= lr * (gradient + 0.9 * velocity)
+        assert float(w.weight.detach()) == pytest.approx(value, rel=1e-5)
+    assert descent.steps_left == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "epochs", "steps"),
+    [
+        (100, 10, 3, 30),
+        (105, 10, 3, 30),
+        (5, 10, 3, 3),
+        (100, 10, 0.5, 5),
+        (100, 10, 0.25, 2),
+        (100, 10, 0.001, 1),
+    ],
+)
+def test_steps_of_a_number_of_epochs(n: int, batch_size: int, epochs: float, steps: int) -> None:
+    assert n_steps(numbered(n, batch_size), epochs) == steps
+
+
+# Batches
+
+
+def test_endless_passes_are_each_shuffled_and_whole() -> None:
+    split = numbered(12, 4)
+    batches = [y.tolist() for _, y in islice(endless(split, torch.Generator().manual_seed(0)), 9)]
+    passes = [list(chain(*batches[i : i + 3])) for i in (0, 3, 6)]
+    assert all(sorted(one) == list(range(12)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 3
+
+
+def test_endless_is_deterministic() -> None:
+    def first(seed: int) -> list[list[int]]:
+        return [y.tolist() for _, y in islice(endless(numbered(12, 4), torch.Generator().manual_seed(seed)), 7)]
+
+    assert first(3) == first(3) != first(4)
+
+
+class Counting(nn.Module):
+    """A teacher that counts the samples it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 3)
+        self.dropout = nn.Dropout(0.5)
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return self.dropout(self.linear(x))
+
+
+def test_the_teacher_sees_tensors_once() -> None:
+    teacher, split = Counting().train(), numbered(12, 4)
+    for x, y, taught in islice(endless_taught(split, teacher, torch.Generator().manual_seed(0)), 10):
+        assert torch.equal(y, x[:, 0].long())
+        torch.testing.assert_close(taught, teacher.linear(x).detach())
+        assert not taught.requires_grad
+    assert teacher.seen == 12
+    assert teacher.training
+
+
+def test_batches_with_and_without_a_teacher_are_the_same() -> None:
+    plain = islice(endless(numbered(12, 4), torch.Generator().manual_seed(0)), 7)
+    taught = islice(endless_taught(numbered(12, 4), Counting(), torch.Generator().manual_seed(0)), 7)
+    for (x, y), (tx, ty, _) in zip(plain, taught, strict=True):
+        assert torch.equal(x, tx) and torch.equal(y, ty)
+
+
+def test_the_teacher_sees_every_batch_of_a_loader() -> None:
+    """A loader may augment: yesterday's logits are not today's."""
+    loader = DataLoader(TensorDataset(*next(numbered(12, 12).batches())), batch_size=4, shuffle=True)
+    teacher = Counting().train()
+    for x, y, taught in islice(
+        endless_taught(as_split(loader, "train"), teacher, torch.Generator().manual_seed(0)), 6
+    ):
+        assert torch.equal(y, x[:, 0].long())
+        torch.testing.assert_close(taught, teacher.linear(x).detach())  # in eval mode: no dropout
+    assert teacher.seen == 24
+    assert teacher.training and teacher.dropout.training
+
+
+# Distillation
+
+
+def test_distillation_is_the_divergence_of_softened_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64) * 3
+    for temperature in (1.0, 2.0, 4.0):
+        q = (teacher / temperature).exp() / (teacher / temperature).exp().sum(1, keepdim=True)
+        p = (student / temperature).exp() / (student / temperature).exp().sum(1, keepdim=True)
+        by_hand = float((q * (q.log() - p.log())).sum(1).mean()) * temperature**2
+        assert float(distillation_loss(student, teacher, temperature)) == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_distillation_vanishes_at_the_teacher_with_its_gradient() -> None:
+    teacher = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    student = (teacher + 3.0).requires_grad_()  # softmax does not see the shift
+    loss = distillation_loss(student, teacher, 2.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None and float(student.grad.abs().max()) < 1e-6
+
+
+def test_distillation_gradients_hardly_depend_on_the_temperature() -> None:
+    """For small logits T² KL has the gradient of half the squared distance over the classes (Hinton et al.)."""
+    student = (1e-3 * torch.randn(1, 5, dtype=torch.float64)).requires_grad_()
+    teacher = 1e-3 * torch.randn(1, 5, dtype=torch.float64)
+    away = (student - teacher).detach()
+    expected = (away - away.mean()) / 5
+    for temperature in (1.0, 4.0):
+        (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, temperature), student)
+        torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-7)
+
+
+# Training and calibration
+
+
+def test_fit_trains_deterministically(tiny_task: Task) -> None:
+    models = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(tiny_task.model)
+        for layer in model:
+            if hasattr(layer, "reset_parameters"):
+                torch.manual_seed(7)
+                layer.reset_parameters()
+        untrained = tiny_task.evaluate(model, tiny_task.train).score
+        split = TensorSplit(tiny_task.train.x, tiny_task.train.y, batch_size=12)
+        fit(model, split, tiny_task.loss, epochs=12, lr=0.1, seed=seed)
+        assert tiny_task.evaluate(model, tiny_task.train).score > max(0.8, untrained)
+        assert not any(module.training for module in model.modules())
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert any(not torch.equal(models[0][name], models[2][name]) for name in models[0])
+
+
+def test_recalibration_equals_brute_force() -> None:
+    """The statistics of the second layer are those of what the first one, in train mode, hands it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    model[0].momentum, model[2].momentum = 0.1, None
+    x = 5 + 3 * torch.randn(32, 3)
+    split = TensorSplit(x, torch.zeros(32, dtype=torch.long), batch_size=8)
+    recalibrate_batchnorm(model, split)
+    means, variances = [], []
+    for batch, _ in split.batches():
+        normed = (batch - batch.mean(0)) / (batch.var(0, unbiased=False) + 1e-5).sqrt()
+        inner = model[1](normed).detach()
+        means.append(inner.mean(0))
+        variances.append(inner.var(0))
+    torch.testing.assert_close(model[2].running_mean, torch.stack(means).mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model[2].running_var, torch.stack(variances).mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model[0].running_mean, x.mean(0), atol=1e-5, rtol=1e-4)
+    assert (model[0].momentum, model[2].momentum) == (0.1, None)
+    assert not any(module.training for module in model.modules())
+
+
+def test_recalibration_forgets_what_was_there() -> None:
+    split = TensorSplit(torch.randn(16, 3), torch.zeros(16, dtype=torch.long))
+    fresh, spoiled = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    spoiled.running_mean.fill_(1e6)
+    for model in (fresh, spoiled):
+        recalibrate_batchnorm(model, split)
+    assert torch.equal(fresh.running_mean, spoiled.running_mean)
+
+
+@pytest.mark.parametrize(("macs", "threads"), [(WORTH_SHARING - 1, 1), (WORTH_SHARING, 2)])
+def test_small_batches_run_on_one_thread(macs: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for(macs):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
+        with threads_for(1, device="cuda"):
+            assert torch.get_num_threads() == 2  # the GPU does the work
+        with pytest.raises(RuntimeError), threads_for(1):
+            raise RuntimeError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,146 @@
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from autocompress.schemes import Prune, Quantize16, StructPrune
+from torch import nn
+
+from autocompress.certify import drop_standard_error
+from autocompress.goal import as_objective
+from autocompress.lc import LearningCompression
+from autocompress.measurement import count_macs, count_params
+from autocompress.scheme import Compose, Facts, Theta, parse_scheme
+from autocompress.task import Task
+from autocompress.testing import fingerprint, masked_model, run
+from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, realize, run_trial
+
+MakeSpec = Callable[..., TrialSpec]
+
+
+def same(a: TrialResult, b: TrialResult) -> bool:
+    """Whether two results are equal bit for bit, apart from the seconds they took."""
+    assert a.model is not None and b.model is not None
+    weights = zip(a.model.state_dict().items(), b.model.state_dict().items(), strict=True)
+    without = [replace(result, model=None, seconds=0.0) for result in (a, b)]
+    return without[0] == without[1] and all(n == m and torch.equal(v, w) for (n, v), (m, w) in weights)
+
+
+@pytest.mark.parametrize("scheme", ["StructPrune", "Prune", "Quantize16", "StructPruneQuantize16"])
+def test_a_trial_is_a_pure_function_of_its_spec(make_spec: MakeSpec, tiny_task: Task, scheme: str) -> None:
+    tiny_task.model.train()
+    tiny_task.model[1].eval()
+    spec = make_spec(scheme=parse_scheme(scheme), density=0.5 if "Prune" in scheme else 1.0)
+    before = fingerprint(tiny_task.model)
+    first = run_trial(spec)
+    torch.manual_seed(99)  # the state of the global generator is nobody's business
+    assert same(run_trial(spec), first)
+    assert fingerprint(tiny_task.model) == before
+
+
+def test_another_seed_is_another_trial(make_spec: MakeSpec) -> None:
+    assert not same(run_trial(make_spec(seed=1)), run_trial(make_spec(seed=2)))
+
+
+def test_a_result_says_what_its_model_does(make_spec: MakeSpec, tiny_task: Task) -> None:
+    spec = make_spec(number=7, density=0.45, objective=as_objective("macs"))
+    result = run_trial(spec)
+    assert result.model is not None and not any(m.training for m in result.model.modules())
+    evaluation = tiny_task.evaluate(result.model, tiny_task.val)
+    assert (result.number, result.density_asked) == (7, 0.45)
+    assert result.density == count_params(result.model) / count_params(tiny_task.model) <= 0.45
+    assert result.density == result.measurement.density
+    assert result.score == evaluation.score
+    assert result.drop == pytest.approx(spec.dense.score - evaluation.score)
+    assert result.drop_se == drop_standard_error(tiny_task.metric, spec.dense, evaluation)
+    assert result.value == count_macs(result.model, tiny_task.example_input)
+    assert result.measurement.latency == ()  # nothing was timed: the objective did not ask
+    assert result.seconds > 0
+    assert {len(values) for values in result.curves.values()} == {2}
+    rebuilt = StructPrune().realize(tiny_task.model, Theta({}, {}, 0, result.plan), spec.facts)
+    rebuilt.load_state_dict(result.model.state_dict())
+    assert torch.equal(run(rebuilt.eval(), tiny_task.example_input), run(result.model, tiny_task.example_input))
+
+
+def test_unstructured_density_counts_what_is_not_zero(make_spec: MakeSpec, tiny_task: Task) -> None:
+    result = run_trial(make_spec(scheme=Prune(), density=0.4))
+    assert result.model is not None
+    nonzero = sum(int(p.count_nonzero()) for p in result.model.parameters())
+    assert result.measurement.params == int(0.4 * count_params(tiny_task.model)) >= nonzero
+    assert count_params(result.model) == count_params(tiny_task.model)
+
+
+def test_feasible_is_within_the_bound_absolute_or_relative(make_spec: MakeSpec) -> None:
+    absolute = run_trial(make_spec(density=0.2, recovery=LearningCompression(epochs=1)))
+    assert absolute.drop > 0
+    dense = make_spec().dense.score
+    relative = run_trial(
+        make_spec(density=0.2, recovery=LearningCompression(epochs=1), bound=Bound(absolute.drop, relative=True))
+    )
+    assert relative.drop == pytest.approx(absolute.drop / dense)
+    assert relative.drop_se == pytest.approx(absolute.drop_se / dense)
+    for max_drop, feasible in ((absolute.drop, True), (absolute.drop - 1e-6, False)):
+        spec = make_spec(density=0.2, recovery=LearningCompression(epochs=1), bound=Bound(max_drop))
+        assert run_trial(spec).feasible is feasible
+
+
+@pytest.mark.parametrize("max_drop", [-0.01, 1.0, 1.5, float("nan")])
+def test_bounds_out_of_range_are_refused(max_drop: float) -> None:
+    with pytest.raises(ValueError, match=f"max_drop={max_drop}; it must be at least 0 and below 1"):
+        Bound(max_drop)
+
+
+@dataclass(frozen=True)
+class Broken(StructPrune):
+    """Takes the channels out and then moves what is left by ``shift``."""
+
+    shift: float = 1.0
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        model = super().realize(model, theta, facts)
+        with torch.no_grad():
+            model[-1].bias += self.shift
+        return model
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.01, float("nan")])
+def test_a_realized_model_that_computes_something_else_is_refused(make_spec: MakeSpec, shift: float) -> None:
+    with pytest.raises(
+        RealizationError, match=r"realized by Broken is off by .*allowed: 1e-05.*not used"
+    ) as refused:
+        run_trial(make_spec(scheme=Broken(shift=shift)))
+    assert "\n" not in str(refused.value)
+
+
+def test_each_part_of_a_composition_is_held_to_its_own_tolerance(make_spec: MakeSpec, tiny_task: Task) -> None:
+    """An error that 16 bits would be allowed is found in the part before them."""
+    with pytest.raises(RealizationError, match="realized by Broken"):
+        run_trial(make_spec(scheme=Compose(Broken(shift=0.01), Quantize16())))
+
+
+def test_realize_checks_and_leaves_the_masked_model(tiny_task: Task) -> None:
+    scheme, model = StructPrune(), tiny_task.model
+    facts = scheme.analyze(model, tiny_task.example_input)
+    theta = scheme.pi({name: p.detach() for name, p in model.named_parameters()}, 0.4, facts)
+    masked = masked_model(scheme, model, theta)
+    before = copy.deepcopy(masked.state_dict())
+    batch = next(tiny_task.val.batches())[0]
+    realized = realize(scheme, masked, theta, facts, batch)
+    torch.testing.assert_close(run(realized, batch), run(masked, batch), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in masked.state_dict().items())
+
+
+def test_an_objective_that_fails_says_so(make_spec: MakeSpec) -> None:
+    with pytest.raises(ValueError, match="the objective 'fails' raised KeyError"):
+        run_trial(make_spec(objective=as_objective(fails)))
+
+
+def fails(measurement: object) -> float:
+    raise KeyError("x")
+
+
+def test_results_survive_pickle(make_spec: MakeSpec) -> None:
+    result = run_trial(make_spec())
+    assert same(pickle.loads(pickle.dumps(result)), result)
