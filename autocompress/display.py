@@ -68,8 +68,9 @@ class Display:
         identity = settings.identity(beginning.task)
         kind = "relative to the dense model's" if settings.bound.relative else "(absolute points)"
         amount = f"{100 * settings.bound.max_drop:g}{settings.unit}"
+        extreme = "lowest" if settings.objective.direction == "minimize" else "highest"
         self._print(
-            f"{beginning.task.name}: {identity['scheme']}, lowest {settings.objective.name} "
+            f"{beginning.task.name}: {identity['scheme']}, {extreme} {settings.objective.name} "
             f"that loses at most {amount} of {metric} {kind}"
         )
         self._print(
@@ -156,14 +157,11 @@ def show_result(console: Console, result: Result) -> None:
     console.print()
     style = "bold green" if result.verdict == "certified" else "bold yellow" if result.met else "bold red"
     console.print(escape(result.sentence), style=style, soft_wrap=True)
-    n = len(result.records)
-    console.print(
-        f"{n} trial{'' if n == 1 else 's'} in {result.seconds:.0f} s; {escape(result.stopped)}.", soft_wrap=True
-    )
+    trials = "1 trial" if len(result.records) == 1 else f"{len(result.records)} trials"
+    console.print(escape(f"{trials} in {result.seconds:.0f} s; {result.stopped}."), soft_wrap=True)
     for artifact in result.exported.artifacts:
-        console.print(
-            f"  {artifact.format:12s} {as_bytes(artifact.size_bytes):>9s}  {artifact.path}", soft_wrap=True
-        )
+        line = f"  {artifact.format:12s} {as_bytes(artifact.size_bytes):>9s}  {artifact.path}"
+        console.print(escape(line), soft_wrap=True)
     for name, reason in result.exported.refused.items():
         console.print(escape(f"  {name:12s} not offered: {reason}"), soft_wrap=True)
     console.print(escape(f"Everything is in {result.folder}"), soft_wrap=True)
@@ -203,19 +201,19 @@ def _ratio(dense: float | None, compressed: float | None) -> str:
 def as_bytes(n: float) -> str:
     """A size in the unit that suits it."""
     for unit in ("B", "kB", "MB"):
-        if n < 1000:
+        if round(n, 1) < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.2f} GB"
 
 
 def as_count(n: float) -> str:
-    """A count in thousands, millions or billions."""
-    for unit in ("", "k", "M"):
-        if n < 1000:
+    """A count in thousands, millions, billions or trillions."""
+    for unit in ("", "k", "M", "G"):
+        if float(f"{n:.4g}") < 1000:
             return f"{n:.4g}{unit}"
         n /= 1000
-    return f"{n:.4g}G"
+    return f"{n:.4g}T"
 
 
 ROWS: tuple[tuple[str, Callable[[Measurement], float | None], Callable[[float], str]], ...] = (

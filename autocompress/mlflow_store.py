@@ -1,6 +1,7 @@
 """How MLflow keeps its records: one SQLite database and one artifact directory per output directory."""
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -142,8 +143,9 @@ def save_model(
     )
     with torch.no_grad():
         outputs = model(pair)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # torch warns of any other layout
     mlflow.pytorch.save_model(
-        model,
+        plain,
         directory,
         mlflow_model=described,
         signature=ModelSignature(_schema(pair), _schema(outputs)),

@@ -41,7 +41,7 @@ from autocompress.storage import (
     resume_folder,
     write_json,
 )
-from autocompress.task import Task
+from autocompress.task import Task, channels_last
 from autocompress.tracking import Tracker, metrics_of
 from autocompress.training import threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec
@@ -134,6 +134,9 @@ class Study:
     def __init__(self, settings: Settings, task: Task, folder: StudyFolder, home: Path, watcher: Watcher) -> None:
         self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
         self.began = time.perf_counter()
+        watcher.doing("analyzing the dense model")
+        # Before the tracker: its thread imports MLflow, and threads share Python's warning filters.
+        self.facts, self.notes = analyze(settings.scheme, task)
         self.tracker = Tracker(home, task.name, on_warning=watcher.warned)
         self.records: list[TrialResult] = []
 
@@ -152,12 +155,11 @@ class Study:
         self.watcher.doing("measuring the dense model")
         self.dense = task.evaluate(task.model, task.val)
         self.dense_cost, self.timing = self._measure_dense()
-        self.facts, notes = self._analyze()
         lowest = settings.scheme.lowest_density(self.facts)
         low = max(lowest, LOWEST_DENSITY)
         self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s)
         dense_value = settings.objective(self.dense_cost)
-        self._report_beginning(notes, dense_value)
+        self._report_beginning(dense_value)
         sampler = make_sampler(
             settings.sampler, low=min(low, 0.99), max_drop=settings.bound.max_drop, seed=settings.seed
         )
@@ -180,14 +182,7 @@ class Study:
             return timed, True
         return counted, False
 
-    def _analyze(self) -> tuple[Facts, tuple[str, ...]]:
-        """The scheme's facts of the model, and what it warned of."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            facts = self.settings.scheme.analyze(self.task.model, self.task.example_input)
-        return facts, tuple(str(warning.message) for warning in caught)
-
-    def _report_beginning(self, notes: tuple[str, ...], dense_value: float) -> None:
+    def _report_beginning(self, dense_value: float) -> None:
         settings, identity = self.settings, self.settings.identity(self.task)
         self.watcher.began(
             Beginning(
@@ -198,7 +193,7 @@ class Study:
                 dense=self.dense_cost,
                 dense_score=self.dense.score,
                 low=self.plan.low,
-                notes=(*notes, *self._prospect()),
+                notes=(*self.notes, *self._prospect()),
             )
         )
         recovery = {f"lc.{name}": value for name, value in identity.pop("recovery").items()}
@@ -379,6 +374,14 @@ class Study:
         )
 
 
+def analyze(scheme: Scheme, task: Task) -> tuple[Facts, tuple[str, ...]]:
+    """The scheme's facts of the dense model, and what it warned of: layers that it cannot compress."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        facts = scheme.analyze(task.model, task.example_input)
+    return facts, tuple(str(warning.message) for warning in caught)
+
+
 def rebuild(
     scheme: Scheme, task: Task, facts: Facts, plan: Mapping[str, Any], state: Mapping[str, torch.Tensor]
 ) -> nn.Module:
@@ -386,7 +389,7 @@ def rebuild(
     theta = Theta({}, {}, 0, plan)
     model = scheme.realize(task.model, theta, facts)
     model.load_state_dict(state)
-    return model.eval()
+    return channels_last(model.eval())
 
 
 def _is_relative(drop: str) -> bool:

@@ -163,8 +163,8 @@ class Case:
 
     @property
     def weights(self) -> Weights:
-        """All the model's parameters, by name: what a C step is given."""
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        """A copy of all the model's parameters, by name: what a C step is given."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     @property
     def params(self) -> int:

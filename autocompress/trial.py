@@ -14,7 +14,7 @@ from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement, measure
 from autocompress.scheme import Facts, Scheme, Theta, realize_by_part
-from autocompress.task import Evaluation, Task, device_of, evaluating
+from autocompress.task import Evaluation, Task, channels_last, device_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def realize(scheme: Scheme, masked: nn.Module, theta: Theta, facts: Facts, batch
                 f"(allowed: {part.tolerance:.0e}); it was not used"
             )
         expected = outputs
-    return model.eval()
+    return channels_last(model.eval())
 
 
 def _outputs(model: nn.Module, batch: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import json
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -205,23 +206,20 @@ def test_a_study_has_one_holder(tmp_path: Path) -> None:
     resume_folder(tmp_path, "mine", IDENTITY).close()
 
 
-def hold_and_die(path: Path, held: "multiprocessing.synchronize.Event") -> None:
-    StudyFolder(path)
-    held.set()
-    multiprocessing.Event().wait()
+HOLD = (
+    "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1); time.sleep(60)"
+)
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    held = context.Event()
-    process = context.Process(target=hold_and_die, args=(tmp_path / "study", held), daemon=True)
-    process.start()
-    assert held.wait(30)
-    with pytest.raises(ValueError, match="is being run by another process"):
-        StudyFolder(tmp_path / "study")
-    process.kill()
-    process.join()
-    StudyFolder(tmp_path / "study").close()
+    StudyFolder(tmp_path).close()
+    command = [sys.executable, "-uc", HOLD, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        with pytest.raises(ValueError, match="is being run by another process"):
+            StudyFolder(tmp_path)
+        process.kill()
+    StudyFolder(tmp_path).close()
 
 
 # The home

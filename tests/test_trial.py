@@ -1,7 +1,10 @@
 import copy
+import multiprocessing
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import pytest
 import torch
@@ -144,3 +147,12 @@ def fails(measurement: object) -> float:
 def test_results_survive_pickle(make_spec: MakeSpec) -> None:
     result = run_trial(make_spec())
     assert same(pickle.loads(pickle.dumps(result)), result)
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_a_trial_in_another_process_is_the_same(make_spec: MakeSpec) -> None:
+    specs = [make_spec(number=n, objective=as_objective(attrgetter("density"))) for n in (1, 2)]
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        elsewhere = list(pool.map(run_trial, specs))
+    assert all(same(result, run_trial(spec)) for result, spec in zip(elsewhere, specs, strict=True))

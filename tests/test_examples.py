@@ -1,0 +1,29 @@
+"""The examples run as they stand, from another folder, and write nothing outside it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PRINTS = {
+    "own_model.py": ("my-digits-StructPrune", "compressed: ", "Linear(in_features="),
+    "custom_objective.py": ("s to the first answer",),
+}
+
+
+def test_every_example_is_run_here() -> None:
+    assert {file.name for file in EXAMPLES.glob("*.py")} == set(PRINTS)
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_example(name: str, tmp_path: Path) -> None:
+    argv = [sys.executable, "-W", "error", str(EXAMPLES / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    for text in PRINTS[name]:
+        assert text in done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["autocompress-runs"]

@@ -1,0 +1,325 @@
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from autocompress.schemes import Quantize16, StructPrune
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from autocompress.goal import as_objective
+from autocompress.lc import LearningCompression
+from autocompress.sampler import ThresholdSampler
+from autocompress.search import (
+    BUDGET_SPENT,
+    INTERRUPTED,
+    TOLERANCE,
+    InProcess,
+    Plan,
+    add_dense,
+    adopt,
+    answer,
+    finished,
+    open_study,
+    posterior,
+    search,
+)
+from autocompress.storage import StudyFolder
+from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
+
+MakeSpec = Callable[..., TrialSpec]
+BOUND = Bound(0.05)
+LOW = 0.15  # the tiny network can go to 0.131
+QUICK = LearningCompression(epochs=1, c_steps=1, lr=0.05)
+
+
+class Log:
+    """Keeps what a search reports."""
+
+    def __init__(self) -> None:
+        self.results: list[TrialResult] = []
+        self.failures: list[tuple[int, str]] = []
+
+    def trial(self, result: TrialResult) -> None:
+        self.results.append(result)
+
+    def failed(self, number: int, reason: str) -> None:
+        self.failures.append((number, reason))
+
+
+class Home:
+    """A study in a folder, and the search that runs in it."""
+
+    def __init__(self, path: Path, make_spec: MakeSpec) -> None:
+        self.path = path
+        self._make_spec = make_spec
+        self.folder = StudyFolder(path)
+        self.log = Log()
+        self.study = self.opened()
+        add_dense(self.study, 1.0, BOUND)
+
+    def opened(self, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
+        sampler = sampler or optuna.samplers.RandomSampler(seed=0)
+        return open_study(self.path / "journal.log", "minimize", sampler)
+
+    def spec(self, number: int, density: float, **changes: Any) -> TrialSpec:
+        return self._make_spec(number, density, bound=BOUND, **({"recovery": QUICK} | changes))
+
+    def search(self, trials: int, executor: Executor | None = None, **plan: Any) -> str:
+        changes = plan.pop("spec", {})
+        return search(
+            self.study,
+            Plan(**({"low": LOW, "bound": BOUND, "trials": trials} | plan)),
+            lambda number, density: self.spec(number, density, **changes),
+            executor or InProcess(),
+            self.folder,
+            self.log,
+        )
+
+    @property
+    def states(self) -> list[TrialState]:
+        return [trial.state for trial in self.study.get_trials(deepcopy=False)]
+
+
+@pytest.fixture
+def home(tmp_path: Path, make_spec: MakeSpec) -> Iterator[Home]:
+    home = Home(tmp_path / "study", make_spec)
+    yield home
+    home.folder.close()
+
+
+# The loop
+
+
+def test_the_budget_of_trials_is_kept_and_each_is_saved_before_it_counts(home: Home) -> None:
+    assert home.search(3) == BUDGET_SPENT
+    assert [result.number for result in home.log.results] == [1, 2, 3]
+    for trial, result in zip(finished(home.study), home.log.results, strict=True):
+        assert home.folder.load_trial(trial.number) == replace(result, model=None)
+        assert LOW <= trial.params["density"] <= 1
+        assert (trial.number, trial.value) == (result.number, result.density)
+        assert trial.user_attrs["drop"] == result.drop
+        assert trial.constraints["drop"] == pytest.approx(result.drop - 0.05)
+    assert home.search(3) == BUDGET_SPENT  # trials of an earlier run count
+    assert len(home.log.results) == 3
+    assert home.search(5) == BUDGET_SPENT
+    assert [result.number for result in home.log.results] == [1, 2, 3, 4, 5]
+
+
+def test_the_dense_model_is_trial_zero_and_free(home: Home) -> None:
+    add_dense(home.study, 1.0, BOUND)  # as on resuming
+    (dense,) = home.study.trials
+    assert (dense.number, dense.value, dense.state) == (0, 1.0, TrialState.COMPLETE)
+    assert dense.params == {"density": 1.0}
+    assert dense.user_attrs["drop"] == 0.0
+    assert dense.constraints == {"drop": -0.05}
+    assert finished(home.study) == []
+    assert home.study.best_trial.number == 0
+
+
+def test_the_same_seed_makes_the_same_search(tmp_path: Path, make_spec: MakeSpec) -> None:
+    found = []
+    for name in ("a", "b"):
+        home = Home(tmp_path / name, make_spec)
+        home.study = home.opened(ThresholdSampler(LOW, BOUND.max_drop, seed=3))
+        stopped = home.search(4)
+        found.append((stopped, [replace(result, model=None, seconds=0.0) for result in home.log.results]))
+        home.folder.close()
+    assert found[0] == found[1]
+
+
+def test_no_trial_begins_after_the_time_is_up(home: Home) -> None:
+    assert home.search(3, timeout_s=1e-9) == "the time is up"
+    assert home.log.results == []
+    assert home.search(3, timeout_s=3600) == BUDGET_SPENT
+
+
+def test_a_scheme_without_a_density_is_tried_once(home: Home) -> None:
+    stopped = home.search(5, low=1.0, spec={"scheme": Quantize16()})
+    assert stopped == "the scheme has no density to search over"
+    (result,) = home.log.results
+    assert result.density == result.density_asked == 1.0
+    plan = Plan(1.0, BOUND, 5)
+    assert posterior(home.study, plan) is None
+    chosen = answer(home.study, plan)
+    assert (chosen is not None) == result.feasible
+
+
+def test_a_search_that_knows_ends_with_a_trial_at_its_answer(home: Home) -> None:
+    """Every density is feasible: it goes to the lowest one and stops long before its budget is spent."""
+    home.study = home.opened(ThresholdSampler(0.5, 0.9, seed=0))
+    stopped = home.search(20, low=0.5, bound=Bound(0.9), spec={"recovery": LearningCompression(epochs=2)})
+    assert stopped != BUDGET_SPENT
+    assert len(home.log.results) < 10
+    chosen = answer(home.study, Plan(0.5, Bound(0.9), 20))
+    assert chosen is not None and chosen.user_attrs["density"] <= 0.5 * (1 + TOLERANCE)
+
+
+# What goes wrong
+
+
+def test_a_diverged_trial_is_recorded_and_the_search_goes_on(home: Home) -> None:
+    diverging = LearningCompression(epochs=4, lr=1e20)
+    assert home.search(2, spec={"recovery": diverging}) == BUDGET_SPENT
+    assert home.states[1:] == [TrialState.FAIL] * 2
+    assert [number for number, _ in home.log.failures] == [1, 2]
+    assert all("diverged" in reason for _, reason in home.log.failures)
+    assert "diverged" in home.study.trials[1].user_attrs["reason"]
+    assert answer(home.study, Plan(LOW, BOUND, 2)) is None
+    assert home.search(3) == BUDGET_SPENT  # failed trials count against the budget
+    assert [result.number for result in home.log.results] == [3]
+
+
+def test_an_error_that_is_no_trials_own_ends_the_search(home: Home) -> None:
+    def fails(measurement: object) -> float:
+        raise KeyError("x")
+
+    with pytest.raises(ValueError, match="the objective 'fails' raised"):
+        home.search(3, spec={"objective": as_objective(fails)})
+    assert home.states == [TrialState.COMPLETE, TrialState.FAIL]  # nothing is left running
+
+
+class InterruptedAt(InProcess):
+    """Ctrl-C while call number ``n`` runs."""
+
+    def __init__(self, n: int) -> None:
+        self._left = n
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_an_interrupted_search_keeps_what_it_has_and_can_go_on(home: Home) -> None:
+    assert home.search(4, InterruptedAt(3)) == INTERRUPTED
+    assert [result.number for result in home.log.results] == [1, 2]
+    assert home.states == [TrialState.COMPLETE] * 3 + [TrialState.FAIL]
+    home.study = home.opened()
+    assert home.search(4) == BUDGET_SPENT
+    assert [result.number for result in home.log.results] == [1, 2, 4]
+
+
+class Together(Executor):
+    """Runs its calls only when ``n`` have come in, the last one first."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self.most = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._waiting.append((future, lambda: fn(*args, **kwargs)))
+        self.most = max(self.most, len(self._waiting))
+        if len(self._waiting) == self._n:
+            while self._waiting:
+                last, call = self._waiting.pop()
+                last.set_result(call())
+        return future
+
+
+def test_trials_at_a_time_are_never_more_than_the_workers(home: Home) -> None:
+    executor = Together(3)
+    assert home.search(6, executor, workers=3) == BUDGET_SPENT
+    assert executor.most == 3
+    assert sorted(result.number for result in home.log.results) == [1, 2, 3, 4, 5, 6]
+    for trial in finished(home.study):  # each trial was told its own result
+        assert trial.value == home.folder.load_trial(trial.number).density
+        assert home.folder.load_trial(trial.number).density_asked == trial.params["density"]
+
+
+# What a killed run leaves
+
+
+def test_trials_that_were_running_are_adopted_or_failed(home: Home) -> None:
+    saved, unsaved, damaged = (home.study.ask() for _ in range(3))
+    densities = [trial.suggest_float("density", LOW, 1.0, log=True) for trial in (saved, unsaved, damaged)]
+    result = run_trial(home.spec(1, densities[0]))
+    home.folder.save_trial(result)
+    home.folder.save_trial(run_trial(home.spec(3, densities[2])))
+    record = home.folder.trial(3) / "trial.json"
+    record.write_text(record.read_text()[:50])
+    home.study = home.opened()
+    adopt(home.study, BOUND, home.folder)
+    assert home.states == [TrialState.COMPLETE] * 2 + [TrialState.FAIL] * 2
+    (adopted,) = finished(home.study)
+    assert (adopted.number, adopted.value) == (1, result.density)
+    assert adopted.user_attrs["drop"] == result.drop
+    assert adopted.constraints["drop"] == pytest.approx(result.drop - 0.05)
+    adopt(home.study, BOUND, home.folder)  # nothing is left to settle
+    assert len(home.states) == 4
+
+
+# The answer
+
+
+def told(
+    study: optuna.Study, density: float, drop: float, drop_se: float = 0.004, value: float | None = None
+) -> int:
+    """Enters a finished trial; returns its number."""
+    study.add_trial(
+        optuna.trial.create_trial(
+            value=density if value is None else value,
+            params={"density": density},
+            distributions={"density": FloatDistribution(LOW, 1.0, log=True)},
+            user_attrs={
+                "drop": drop,
+                "drop_se": drop_se,
+                "density": density,
+                "feasible": drop <= BOUND.max_drop,
+            },
+            constraints={"drop": drop - BOUND.max_drop},
+        )
+    )
+    return len(study.trials) - 1
+
+
+def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
+    """0.2 looks feasible by a hair among worse neighbours: the answer is the smallest that is so with 90%."""
+    for density, drop in ((0.9, 0.0), (0.6, 0.002), (0.21, 0.07), (0.19, 0.08), (0.18, 0.09)):
+        told(home.study, density, drop)
+    safe = told(home.study, 0.4, 0.004)
+    lucky = told(home.study, 0.2, 0.049)
+    plan = Plan(LOW, BOUND, 10)
+    belief, chosen = posterior(home.study, plan), answer(home.study, plan)
+    assert home.study.best_trial.number == lucky
+    assert belief is not None and belief.p_feasible(0.2) < 0.9 <= belief.p_feasible(0.4)
+    assert chosen is not None and chosen.number == safe
+
+
+def test_among_the_probable_the_objective_decides_in_its_direction(tmp_path: Path) -> None:
+    for direction, expected in (("minimize", 0.7), ("maximize", 0.9)):
+        study = open_study(tmp_path / f"{direction}.log", direction, optuna.samplers.RandomSampler(seed=0))
+        add_dense(study, 0.5, BOUND)
+        for density, value in ((0.7, 1.0), (0.8, 2.0), (0.9, 3.0)):
+            told(study, density, 0.0, value=value)
+        chosen = answer(study, Plan(LOW, BOUND, 10))
+        assert chosen is not None and chosen.params["density"] == expected
+
+
+def test_without_a_probable_trial_the_most_probable_answers(home: Home) -> None:
+    told(home.study, 0.9, 0.09)
+    likelier = told(home.study, 0.8, 0.0499)
+    told(home.study, 0.7, 0.12)
+    told(home.study, 0.6, 0.0499)
+    plan = Plan(LOW, BOUND, 10)
+    belief, chosen = posterior(home.study, plan), answer(home.study, plan)
+    assert belief is not None and belief.p_feasible(0.6) < belief.p_feasible(0.8) < 0.9
+    assert chosen is not None and chosen.number == likelier
+
+
+def test_the_dense_model_is_no_answer(home: Home) -> None:
+    plan = Plan(LOW, BOUND, 10)
+    assert answer(home.study, plan) is None
+    told(home.study, 0.5, 0.2)
+    assert answer(home.study, plan) is None
+
+
+def test_structured_densities_are_met_from_below(home: Home) -> None:
+    home.search(3, spec={"scheme": StructPrune(min_keep=1)})
+    assert all(result.density <= result.density_asked for result in home.log.results)
