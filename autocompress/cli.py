@@ -85,12 +85,12 @@ OUT = click.option(
     help="Count --max-drop in points of the metric, or relative to the dense model's score.",
 )
 @click.option("--objective", default="density", show_default=True, help="What to optimize: NAME or FILE.py:NAME.")
-@click.option("--trials", type=click.IntRange(min=1), default=10, show_default=True, help="Trials at most.")
+@click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
 @click.option(
     "--epochs",
     type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
+    default=40.0,
     show_default=True,
     help="Recovery budget of one trial, in passes over the training data.",
 )

@@ -140,7 +140,7 @@ class LearningCompression:
         temperature: Softens the classes that are distilled.
     """
 
-    epochs: float = 30
+    epochs: float = 40
     c_steps: int = 8
     alternating: float = 0.5
     mu: float = 1.0

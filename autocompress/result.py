@@ -21,7 +21,7 @@ from autocompress.trial import Bound, TrialResult
 if TYPE_CHECKING:
     import pandas as pd
 
-DEFAULT_TRIALS = 10
+DEFAULT_TRIALS = 8
 
 
 @dataclass(frozen=True)

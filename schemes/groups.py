@@ -61,9 +61,10 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
     """The coupled groups of a model, without those that reach its output: classes are not pruned.
 
     A layer whose channels cannot be removed one by one (a grouped convolution), that mixes them (GroupNorm,
-    LayerNorm) or that shares its weights with another layer keeps its group whole; a warning names it.
+    LayerNorm) or that shares its weights with another layer keeps its group whole; a warning names it. So
+    does a group that the graph gets wrong (it loses its way in a concatenation that is flattened).
     """
-    model = copy.deepcopy(model)
+    dense, model = model, copy.deepcopy(model)
     graph = _dependency_graph(model, example_input)
     names = {module: name for name, module in model.named_modules()}
     bound = _bound_modules(model)
@@ -79,11 +80,32 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
             for item in found
         )
         groups.append(Group(names[root], len(found[0].idxs), slices, is_filter))
+    if not _is_exact(dense, example_input, groups):
+        wrong = [group.root for group in groups if not _is_exact(dense, example_input, [group])]
+        groups = [group for group in groups if group.root not in wrong]
+        whole += wrong
     if whole:
         warnings.warn(
             f"left at full width (their channels do not go one by one): {', '.join(whole)}", stacklevel=2
         )
     return tuple(groups)
+
+
+def _is_exact(model: nn.Module, example_input: Tensor, groups: Sequence[Group]) -> bool:
+    """Whether the model without half of the groups' channels computes what it computes with zeros there."""
+    removed = {group.root: range(group.width // 2) for group in groups}
+    masked = copy.deepcopy(model).cpu().eval()  # where float32 is not cut to fewer bits
+    weights = dict(masked.named_parameters())
+    with torch.no_grad():
+        for name, kept in kept_entries(groups, removed, weights).items():
+            weights[name].mul_(kept)
+        x = example_input.cpu()
+        try:
+            outputs = remove_channels(masked, x, removed)(x)
+        except (RuntimeError, ValueError, IndexError):  # what layers of shapes that do not fit raise
+            return False
+        expected = masked(x)
+    return bool((outputs - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 def remove_channels(model: nn.Module, example_input: Tensor, removed: Mapping[str, Sequence[int]]) -> nn.Module:

@@ -480,7 +480,8 @@ def test_an_interrupt_before_the_first_trial_is_said_in_one_line(place, running)
     status, stdout, stderr = early.end(signal.SIGINT)
     assert status == INTERRUPTED
     assert "Traceback" not in stdout + stderr
-    assert len(stderr.splitlines()) <= 1
+    assert stderr.split("\n") == ["", "Error: interrupted", ""]  # below the terminal's own ^C
+    assert not (place.out / "early").exists()
 
 
 # Nothing meets the bound
@@ -581,12 +582,12 @@ def test_a_sum_of_schemes_for_latency(place, short):
     assert "StructPrune+Quantize16, lowest latency" in ended.stdout
     assert all(trial["value"] == trial["latency_ms"] > 0 for trial in found["trials"])
     assert found["density"] < 0.5
-    assert check_sizes(place, "sum", found) > 2 / found["density"] / 2
+    assert check_sizes(place, "sum", found) > 10  # names and shapes are a third of so small a file
 
 
 def test_a_composition_by_name_with_a_relative_drop(place, short):
     ended, found = short("PruneQuantize16", "--drop", "relative", "-v", name="both")
-    assert "at most 20% of accuracy of the dense model's score" in ended.stdout
+    assert "at most 20% of accuracy relative to the dense model's" in ended.stdout
     assert "lowest feasible density: " in ended.stdout  # -v shows what the search believes
     dense, compressed = (found["scores"][who]["val"] for who in ("dense", "compressed"))
     assert found["drop_pp"]["val"] == pytest.approx(100 * (dense - compressed) / dense)
@@ -652,6 +653,7 @@ def refusals(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, En
     """Every bad command's end. Each is a process of its own, forked off one that has imported torch."""
     place = bad_place(tmp_path_factory.mktemp("refused"))
     shutil.copytree(job.place.out / "cache", place.out / "cache")
+    shutil.copy(job.place.out / "mlflow.db", place.out)
     cases = REFUSED | OBJECTIVES_THAT_FAIL
     done = subprocess.run(
         [sys.executable, "-c", ONE_BY_ONE],
@@ -728,8 +730,8 @@ def test_an_error_after_an_import_of_everything_is_one_line_too(place):
     ("command", "named"),
     [
         ((), ("tune", "ui", "schemes", "objectives")),
-        (("tune",), ("[default: StructPrune]", "[default: 1%]", "[default: 10]", "[default: absolute]")),
-        (("tune",), ("[default: threshold]", "[default: density]", "[default: 0]", "130 interrupted")),
+        (("tune",), ("[default: StructPrune]", "[default: 1%]", "[default: 10; ", "[default: absolute]")),
+        (("tune",), ("[default: threshold]", "[default: density]", "[default: 0; ", "130 interrupted")),
         (("ui",), ("[default: autocompress-runs]", "[default: a free one]")),
         (("schemes",), ("--help",)),
         (("objectives",), ("--help",)),

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -55,9 +56,12 @@ def third_party_imports(*folders: str) -> set[str]:
     return found - sys.stdlib_module_names - {"autocompress"}
 
 
+installed = cache(packages_distributions)  # reads the records of everything that is installed
+
+
 def distributions_of(module: str) -> set[str]:
     """The distributions that bring a module, as they are installed here; several share ``mlflow``."""
-    return {normalized(name) for name in packages_distributions().get(module, ())}
+    return {normalized(name) for name in installed().get(module, ())}
 
 
 def undeclared(modules: set[str], declared: set[str]) -> list[str]:

@@ -18,6 +18,7 @@ from autocompress.result import Settings
 from autocompress.scheme import SCHEMES, describe
 from autocompress.trial import Bound
 
+DENSE_PARAMS = 859
 SHORT = {"trials": 2, "epochs": 3.0, "max_drop": 0.2}
 
 
@@ -137,7 +138,7 @@ def test_a_search_on_tensors_from_the_question_to_the_result(task, out):
     assert watcher.events[-1] == "doing"  # logging
     assert watcher.warnings == []
     assert watcher.beginning.name == "tensors"
-    assert watcher.beginning.dense.params == dense
+    assert watcher.beginning.dense.params == dense == DENSE_PARAMS
     assert watcher.beginning.low < 0.6
     assert watcher.best[-1] == result.density
 
@@ -169,12 +170,12 @@ def test_a_decorated_objective_is_maximized(task, out, registries):
     @ac.objective(direction="maximize", unit="parameters")
     def removed(m):
         """Parameters that are gone."""
-        return 907 - m.params
+        return DENSE_PARAMS - m.params
 
     assert as_objective("removed") is removed
     result = ac.tune(task, "StructPrune", objective="removed", out=out, name="maximize", drop="relative", **SHORT)
     trials = result.trials
-    assert list(trials.value) == list(907 - trials.params)
+    assert list(trials.value) == list(DENSE_PARAMS - trials.params)
     feasible = trials[trials.feasible]
     assert result.density in set(feasible.density)
     dense = result.scores["dense"]["val"]
@@ -198,37 +199,57 @@ def test_a_scheme_without_a_density_is_tried_once_and_mlflow_may_fail(task, tmp_
     assert (result.folder / "best" / "model.pt2").is_file()
 
 
-def test_nothing_within_the_bound_gives_the_dense_model_back(task, out):
-    with torch.no_grad():
-        for parameter in task.model.parameters():
-            parameter.mul_(1.0)
+@pytest.fixture
+def strict(task: ac.Task) -> ac.Task:
+    """A task in which every answer that differs from the dense model's is wrong."""
+    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        y = task.model(x).argmax(1)
+    return ac.Task(task.model, task.train, (x, y), task.test, name="vectors")
+
+
+HOPELESS = {"max_drop": 0.0, "epochs": 0.01, "sampler": "random"}
+
+
+def test_nothing_within_the_bound_gives_the_dense_model_back(strict, out):
     watcher = Recorder()
-    result = ac.tune(
-        task, "StructPrune", 0.0, trials=1, epochs=0.01, sampler="random", out=out, name="none", watcher=watcher
-    )
-    if result.met:  # nothing was lost: then the density says that something was gained
-        assert result.density < 1
-        return
+    result = ac.tune(strict, "StructPrune", trials=1, out=out, name="none", watcher=watcher, **HOPELESS)
+    assert not result.met and result.verdict == "not met"
     assert result.density == 1.0
     assert result.certificate is None
     assert result.exported.artifacts == ()
-    assert sum(p.numel() for p in result.model.parameters()) == 907
+    state = strict.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in result.model.state_dict().items())
     assert not (result.folder / "best").exists()
     assert watcher.best == [None]
-    assert "the nearest loses" in result.sentence
+    (row,) = result.trials.to_dict("records")
+    assert f"the nearest loses {row['drop_pp']:.2f} pp at density {row['density']:.3g}" in result.sentence
 
 
-def test_a_resumed_study_keeps_its_trials_and_their_order(task, out):
-    if not (out / "tensors" / "study.json").is_file():
-        pytest.skip("goes on with the study of the first test")
-    with pytest.raises(ValueError, match=r"'tensors' was made with scheme 'StructPrune', not 'Prune'"):
-        ac.tune(task, "Prune", out=out, resume="tensors", **SHORT)
-    with pytest.raises(ValueError, match=r"'tensors' was made with seed 0, not 1"):
-        ac.tune(task, "StructPrune", out=out, resume="tensors", seed=1, **SHORT)
-    with pytest.raises(ValueError, match=r"there is no study 'tensor' in .* tensors"):
-        ac.tune(task, "StructPrune", out=out, resume="tensor", **SHORT)
-    with pytest.raises(ValueError, match=r"a study named 'tensors' is in .* already"):
-        ac.tune(task, "StructPrune", out=out, name="tensors", **SHORT)
+def test_a_resumed_study_keeps_its_trials_and_its_terms(strict, out):
+    def go_on(scheme="StructPrune", **changes):
+        return ac.tune(strict, scheme, **{"out": out, "resume": "long", "trials": 3, **HOPELESS, **changes})
+
+    first = ac.tune(strict, "StructPrune", trials=2, out=out, name="long", **HOPELESS)
+    with pytest.raises(ValueError, match=r"'long' was made with scheme 'StructPrune', not 'Prune'"):
+        go_on("Prune")
+    with pytest.raises(ValueError, match=r"'long' was made with seed 0, not 1"):
+        go_on(seed=1)
+    with pytest.raises(ValueError, match=r"'long' was made with max_drop 0\.0, not 0\.1"):
+        go_on(max_drop=0.1)
+    with pytest.raises(ValueError, match=r"there is no study 'lon' in .*long"):
+        go_on(resume="lon")
+    with pytest.raises(ValueError, match=r"a study named 'long' is in .* already"):
+        go_on(resume=None, name="long")
+
+    watcher = Recorder()
+    resumed = go_on(watcher=watcher)
+    pd.testing.assert_frame_equal(resumed.trials.head(2), first.trials)
+    assert list(resumed.trials.number) == [1, 2, 3]
+    assert [event for event in watcher.events if event.startswith("trial")] == ["trial 1", "trial 2", "trial 3"]
+    at_once = ac.tune(strict, "StructPrune", trials=3, out=out, name="short", **HOPELESS)
+    same = ["number", "density", "score", "drop_pp", "value"]
+    pd.testing.assert_frame_equal(resumed.trials[same].head(2), at_once.trials[same].head(2))
 
 
 @pytest.mark.parametrize(
