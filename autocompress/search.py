@@ -155,7 +155,7 @@ def _begun(study: optuna.Study) -> int:
 
 
 def _reason_to_stop(study: optuna.Study, plan: Plan, deadline: float | None) -> str | None:
-    """Why no further trial shall begin, in words. Sees to it that the last one is at the answer's density."""
+    """Why no further trial shall begin, in words. Sees to it that the last ones settle the answer."""
     left = plan.trials - _begun(study)
     if deadline is not None and time.monotonic() > deadline:
         return "the time is up"
@@ -168,14 +168,22 @@ def _reason_to_stop(study: optuna.Study, plan: Plan, deadline: float | None) -> 
     if not isinstance(study.sampler, ThresholdSampler) or not finished(study):
         return None
     known = study.sampler.done(study.get_trials(deepcopy=False), TOLERANCE)
-    if known or left == 1:
-        belief, best = posterior(study, plan), answer(study, plan)
-        assert belief is not None
-        density = belief.threshold(PROBABILITY)
-        if best is None or best.user_attrs["density"] > (1 + TOLERANCE) * density:
+    if known or left <= max(1, plan.trials // 4):
+        density = _missing(study, plan)
+        if density is not None:
             study.enqueue_trial({"density": density}, skip_if_exists=True)
             return None
     return known
+
+
+def _missing(study: optuna.Study, plan: Plan) -> float | None:
+    """The density at which the answer should lie, if no trial near it is known to be feasible."""
+    belief, best = posterior(study, plan), answer(study, plan)
+    assert belief is not None
+    density = belief.threshold(PROBABILITY)
+    if best is not None and belief.p_feasible(best.user_attrs["density"]) >= PROBABILITY:
+        return density if best.user_attrs["density"] > (1 + TOLERANCE) * density else None
+    return density
 
 
 def _tell(

@@ -49,12 +49,15 @@ class Group:
         width: How many channels there are.
         slices: Everything that goes with a channel.
         is_filter: Whether the channels are filters of a convolution (and not neurons of a linear layer).
+        parts: The channels by the layers that they live in. There is more than one part where concatenated
+            channels meet others one to one: no layer is emptied as long as each part keeps some.
     """
 
     root: str
     width: int
     slices: tuple[Slices, ...]
     is_filter: bool
+    parts: tuple[Tensor, ...]
 
 
 def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
@@ -79,7 +82,8 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
             isinstance(item.dep.target.module, CONVOLUTIONS) and graph.is_out_channel_pruning_fn(item.dep.handler)
             for item in found
         )
-        groups.append(Group(names[root], len(found[0].idxs), slices, is_filter))
+        width = len(found[0].idxs)
+        groups.append(Group(names[root], width, slices, is_filter, _parts_of(slices, width)))
     if not _is_exact(dense, example_input, groups):
         wrong = [group.root for group in groups if not _is_exact(dense, example_input, [group])]
         groups = [group for group in groups if group.root not in wrong]
@@ -93,7 +97,7 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
 
 def _is_exact(model: nn.Module, example_input: Tensor, groups: Sequence[Group]) -> bool:
     """Whether the model without half of the groups' channels computes what it computes with zeros there."""
-    removed = {group.root: range(group.width // 2) for group in groups}
+    removed = {g.root: torch.cat([part[: len(part) // 2] for part in g.parts]).tolist() for g in groups}
     masked = copy.deepcopy(model).cpu().eval()  # where float32 is not cut to fewer bits
     weights = dict(masked.named_parameters())
     with torch.no_grad():
@@ -180,6 +184,15 @@ def _slices_of(
             return None
         slices += [Slices(parameter, dim, positions, channels) for parameter, dim in places]
     return tuple(slices)
+
+
+def _parts_of(slices: Sequence[Slices], width: int) -> tuple[Tensor, ...]:
+    """The channels grouped by the tensors that they reach."""
+    reached: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(width, dtype=torch.bool))
+    for s in slices:
+        reached[s.parameter, s.dim][s.channels] = True
+    _, part = torch.stack(list(reached.values())).unique(dim=1, return_inverse=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return tuple((part == i).nonzero()[:, 0] for i in range(int(part.max()) + 1))
 
 
 def _bound_modules(model: nn.Module) -> set[nn.Module]:

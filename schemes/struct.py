@@ -1,7 +1,6 @@
 """Structured pruning: whole channels and neurons are removed, so the model is smaller and faster as it is."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -37,7 +36,7 @@ class StructPrune:
     network go, until what is left fits the density. The classes at the output are never pruned.
 
     Args:
-        min_keep: Channels that every group keeps at least.
+        min_keep: Channels that every layer keeps at least.
     """
 
     min_keep: int = 2
@@ -54,16 +53,18 @@ class StructPrune:
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Structure:
         """Finds the coupled groups through torch-pruning's dependency graph."""
-        groups = tuple(g for g in find_groups(model, example_input) if self.prunes(g) and g.width > self.min_keep)
+        found = find_groups(model, example_input)
+        groups = tuple(g for g in found if self.prunes(g) and any(len(part) > self.min_keep for part in g.parts))
         if not groups:
             raise ValueError(f"{type(self).__name__} finds no channels in this model that it can remove")
         shapes = {name: p.shape for name, p in model.named_parameters()}
         return Structure(groups, shapes, example_input.detach().clone())
 
     def lowest_density(self, facts: Structure) -> float:
-        """The density at which every group has ``min_keep`` channels left."""
+        """The density at which every layer has ``min_keep`` channels left."""
         starts = first_channels(facts.groups)
-        removable = [torch.arange(start + self.min_keep, end) for start, end in pairwise(starts)]
+        parts = [part + start for group, start in zip(facts.groups, starts, strict=False) for part in group.parts]
+        removable = [part[self.min_keep :] for part in parts]
         sizes = sizes_along(facts.groups, facts.shapes, torch.cat(removable))
         return int(sizes[-1]) / int(sizes[0])
 
@@ -71,9 +72,10 @@ class StructPrune:
         """Removes the channels of lowest saliency until what is left fits ``density``."""
         saliencies = [saliency(group, weights).cpu() for group in facts.groups]
         floored = []
-        for s in saliencies:  # the most salient channels of each group are out of reach
+        for group, s in zip(facts.groups, saliencies, strict=True):
             s = s.clone()
-            s[s.topk(self.min_keep).indices] = torch.inf
+            for part in group.parts:  # the most salient channels of each layer are out of reach
+                s[part[s[part].topk(min(self.min_keep, len(part))).indices]] = torch.inf
             floored.append(s)
         ranked = torch.cat(floored).sort(stable=True)
         order = ranked.indices[ranked.values.isfinite()]
@@ -103,7 +105,7 @@ class FilterPrune(StructPrune):
     """Removes filters of convolutions with all that is coupled to them; linear layers keep their neurons.
 
     Args:
-        min_keep: Filters that every group keeps at least.
+        min_keep: Filters that every layer keeps at least.
     """
 
     def prunes(self, group: Group) -> bool:

@@ -293,6 +293,25 @@ def test_what_the_dependency_graph_gets_wrong_is_left_whole_and_named() -> None:
     assert relative_error(run(StructPrune().realize(masked, theta, facts), x), run(masked, x)) < 1e-5
 
 
+def test_no_part_of_a_concatenation_is_emptied() -> None:
+    """Filtered one by one, concatenated channels are one group; each layer that it reaches keeps its floor."""
+    model = lived_in(RandomNetwork([("plain", 6), ("concat", 5), ("depthwise", 0)], hidden=0, flatten=False))
+    with torch.no_grad():
+        model.layers[1][0].weight *= 1e-3  # by saliency alone the concatenated layer would go first, and all of it
+        model.layers[1][1].weight *= 1e-3
+        model.layers[1][1].bias *= 1e-3
+    scheme, x = StructPrune(), torch.randn(3, 3, 8, 8)
+    facts = scheme.analyze(model, x[:1])
+    assert [sorted(map(len, group.parts)) for group in facts.groups] == [[5, 6]]
+    for density in (0.7, 0.5, scheme.lowest_density(facts)):
+        theta, masked, realized = analyzed(scheme, model, x, density)
+        widths = [realized.layers[i][0].out_channels for i in range(3)]
+        assert min(widths) >= 2 and widths[2] == widths[0] + widths[1]
+        assert relative_error(run(realized, x), run(masked, x)) < 1e-5
+    assert widths == [2, 2, 4]
+    assert theta.kept == count_params(realized)
+
+
 def test_batchnorm_without_scale_and_shift() -> None:
     """A removed channel still emits a constant in the masked model; nothing reads it."""
     model = lived_in(

@@ -247,9 +247,22 @@ def test_a_resumed_study_keeps_its_trials_and_its_terms(strict, out):
     pd.testing.assert_frame_equal(resumed.trials.head(2), first.trials)
     assert list(resumed.trials.number) == [1, 2, 3]
     assert [event for event in watcher.events if event.startswith("trial")] == ["trial 1", "trial 2", "trial 3"]
-    at_once = ac.tune(strict, "StructPrune", trials=3, out=out, name="short", **HOPELESS)
-    same = ["number", "density", "score", "drop_pp", "value"]
-    pd.testing.assert_frame_equal(resumed.trials[same].head(2), at_once.trials[same].head(2))
+
+
+@pytest.mark.xfail(strict=True, reason="a sampler is seeded anew when a study is resumed, and repeats itself")
+def test_a_resumed_study_proposes_densities_of_its_own(strict, out):
+    ac.tune(strict, "StructPrune", trials=2, out=out, name="again", **HOPELESS)
+    resumed = ac.tune(strict, "StructPrune", trials=4, out=out, resume="again", **HOPELESS)
+    assert resumed.trials.density_asked.is_unique
+
+
+def test_a_resumed_study_is_the_study_that_was_not_interrupted(strict, out):
+    asked = HOPELESS | {"sampler": "threshold", "out": out}
+    ac.tune(strict, "StructPrune", trials=2, name="halves", **asked)
+    resumed = ac.tune(strict, "StructPrune", trials=3, resume="halves", **asked).trials
+    whole = ac.tune(strict, "StructPrune", trials=3, name="whole", **asked).trials
+    columns = ["number", "density_asked", "density", "score", "drop_pp", "value"]
+    pd.testing.assert_frame_equal(resumed[columns], whole[columns])
 
 
 @pytest.mark.parametrize(
