@@ -32,6 +32,14 @@ class Objective:
     unit: str = ""
     source: str = ""
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickled by file or name where it has one: by then its function's own name is the objective's."""
+        if self.source:
+            return as_objective, (self.source,)
+        if OBJECTIVES.find(self.name) is self:
+            return as_objective, (self.name,)
+        return Objective, (self.name, self.function, self.direction, self.unit, self.source)
+
     def __post_init__(self) -> None:
         if self.direction not in ("minimize", "maximize"):
             raise ValueError(f"direction={self.direction!r}; it must be 'minimize' or 'maximize'")

@@ -67,15 +67,20 @@ class Registry(Generic[T]):
             )
         self._items[name], self._modules[name] = item, module
 
+    def find(self, name: str) -> T | None:
+        """The thing of that name, or None."""
+        load_plugins()
+        return self._items.get(name)
+
     def get(self, name: str) -> T:
         """The thing of that name.
 
         Raises:
             ValueError: If there is none; the message suggests near matches and lists what there is.
         """
-        load_plugins()
-        if name in self._items:
-            return self._items[name]
+        item = self.find(name)
+        if item is not None:
+            return item
         names = {n.lower(): n for n in self._items}
         near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(names[n] for n in near)}?" if near else ""

@@ -52,7 +52,8 @@ class _DensitySampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         """Proposes, given the study's other trials."""
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        return {"density": self.propose(others)}
+        # exp(log(low)) may fall short of low by the last bit, and Optuna would not take it
+        return {"density": min(1.0, max(self.low, self.propose(others)))}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -127,14 +127,13 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         timing=spec.timing,
     )
     drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
-    drop_se = drop_standard_error(task.metric, spec.dense, evaluation)
     return TrialResult(
         number=spec.number,
         density_asked=spec.density,
         density=measurement.density,
         score=evaluation.score,
         drop=drop,
-        drop_se=drop_se / abs(spec.dense.score) if spec.bound.relative else drop_se,
+        drop_se=drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative),
         feasible=drop <= spec.bound.max_drop,
         value=spec.objective(measurement),
         seconds=time.perf_counter() - began,
@@ -164,7 +163,7 @@ def realize(scheme: Scheme, masked: nn.Module, theta: Theta, facts: Facts, batch
     """
     model, expected = masked, _outputs(masked, batch)
     for part, model in realize_by_part(scheme, masked, theta, facts):
-        outputs = _outputs(model, batch)
+        outputs = _realized_outputs(part, model, batch)
         error = float((outputs - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         if not error <= part.tolerance:
             raise RealizationError(
@@ -175,7 +174,16 @@ def realize(scheme: Scheme, masked: nn.Module, theta: Theta, facts: Facts, batch
     return channels_last(model.eval())
 
 
+def _realized_outputs(part: Scheme, model: nn.Module, batch: Tensor) -> Tensor:
+    try:
+        return _outputs(model, batch)
+    except RuntimeError as error:
+        raise RealizationError(f"the model realized by {type(part).__name__} does not run: {error}") from error
+
+
 def _outputs(model: nn.Module, batch: Tensor) -> Tensor:
-    with evaluating(model), torch.inference_mode():
+    # TF32, which GPUs convolve in by default, is coarser than the difference that is looked for.
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, evaluating(model), torch.inference_mode():
         outputs: Tensor = model(batch.to(device_of(model))).float()
     return outputs

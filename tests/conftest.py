@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 import torch
-from autocompress.schemes import StructPrune
 from torch import nn
 
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
+from autocompress.schemes import StructPrune
 from autocompress.task import Task
 from autocompress.trial import Bound, TrialSpec
 

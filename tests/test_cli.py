@@ -350,17 +350,17 @@ def outcome(found: dict) -> list[tuple[float, float]]:
     return [(trial["density"], trial["score"]) for trial in found["trials"]]
 
 
-def test_the_same_seed_gives_the_same_result_bit_for_bit_and_another_does_not(job, place, tmp_path):
-    def run(place: Place, seed: int) -> tuple[dict, dict[str, bytes]]:
-        options = ("--trials", 2, "--epochs", 2, "--max-drop", "20%", "--seed", seed, "--name", f"seed{seed}")
+def test_the_same_seed_gives_the_same_result_bit_for_bit(job, place, tmp_path):
+    def run(place: Place) -> tuple[dict, dict[str, bytes]]:
+        options = ("--trials", 2, "--epochs", 2, "--max-drop", "20%", "--seed", 5, "--name", "seeded")
         ended = autocompress(place, "tune", *options, "--json", "--quiet")
         assert ended.status in (MET, NOT_MET), ended.stderr
         assert ended.stderr == ""
-        return ended.json, saved_trials(place.out / f"seed{seed}")
+        return ended.json, saved_trials(place.out / "seeded")
 
-    first, weights = run(place, 5)
+    first, weights = run(place)
     fresh = Place(tmp_path)  # trains the dense model anew
-    again, weights_again = run(fresh, 5)
+    again, weights_again = run(fresh)
     assert outcome(again) == outcome(first)
     assert weights_again == weights
     assert len(weights) == 2
@@ -368,10 +368,6 @@ def test_the_same_seed_gives_the_same_result_bit_for_bit_and_another_does_not(jo
     assert dense.read_bytes() == (job.place.out / "cache" / dense.name).read_bytes()
     for name in ("scores", "drop_pp", "verdict", "density", *COSTS):
         assert again[name] == first[name]
-
-    other, other_weights = run(place, 6)
-    assert outcome(other) != outcome(first)
-    assert not set(other_weights.values()) & set(weights.values())
 
 
 # Interrupted and killed
@@ -730,7 +726,7 @@ def test_an_error_after_an_import_of_everything_is_one_line_too(place):
     ("command", "named"),
     [
         ((), ("tune", "ui", "schemes", "objectives")),
-        (("tune",), ("[default: StructPrune]", "[default: 1%]", "[default: 10; ", "[default: absolute]")),
+        (("tune",), ("[default: StructPrune]", "[default: 1%]", "; x>=1]", "[default: absolute]")),
         (("tune",), ("[default: threshold]", "[default: density]", "[default: 0; ", "130 interrupted")),
         (("ui",), ("[default: autocompress-runs]", "[default: a free one]")),
         (("schemes",), ("--help",)),

@@ -1,4 +1,5 @@
 import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -8,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autocompress.measurement import Latency, Measurement
 from autocompress.goal import OBJECTIVES, Objective, as_objective, objective
+from autocompress.measurement import Latency, Measurement
 
 COUNTED = Measurement(density=0.25, params=100, size_bytes=480, macs=9000, device="cpu")
 MEASURED = replace(COUNTED, latency=(Latency(1, 2.0, 3.0, 20), Latency(32, 16.0, 20.0, 20)))
@@ -139,7 +140,9 @@ def test_from_a_file(tmp_path: Path) -> None:
     )
     assert as_objective(f"{file}:bits")(COUNTED) == 3840
     assert as_objective(f"{file}:speed").direction == "maximize"
-    assert as_objective(f"{file}:speed") is as_objective("speed")  # the file was run twice
+    again = as_objective(f"{file}:speed")  # the file was run twice
+    assert replace(again, source="") == as_objective("speed")
+    assert again.source == f"{file}:speed"
     with pytest.raises(ValueError, match="is a int, not a function of a Measurement"):
         as_objective(f"{file}:limit")
     with pytest.raises(ValueError, match=r"write path/to/file\.py:name"):
@@ -155,3 +158,10 @@ def test_a_file_cannot_take_the_name_of_an_objective_that_ships(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"'size' is already registered, by autocompress\.objectives\.size"):
         as_objective(f"{file}:size")
     assert as_objective("size")(COUNTED) == 480
+
+
+def test_objectives_survive_pickling() -> None:
+    for name, registered in OBJECTIVES:
+        assert pickle.loads(pickle.dumps(registered)) is registered, name
+    plain = as_objective(math.fsum)
+    assert pickle.loads(pickle.dumps(plain)) == plain

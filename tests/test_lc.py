@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from autocompress.schemes import Prune, Quantize16, StructPrune, StructPruneQuantize16
 from torch import Tensor, nn
 
 from autocompress.lc import (
@@ -21,6 +20,7 @@ from autocompress.lc import (
 )
 from autocompress.measurement import count_params
 from autocompress.scheme import Facts, Scheme, Theta
+from autocompress.schemes import Prune, Quantize16, StructPrune, StructPruneQuantize16
 from autocompress.task import Batch, Task, TensorSplit
 from autocompress.testing import masked_model
 from autocompress.training import n_steps

@@ -387,3 +387,16 @@ def test_the_grid_tries_each_of_twenty_densities_once() -> None:
 def test_an_unknown_sampler_is_answered_with_near_matches() -> None:
     with pytest.raises(ValueError, match=r"unknown sampler 'treshold'; did you mean threshold\?.*bisection"):
         make_sampler("treshold", low=LOW, max_drop=BOUND, seed=0)
+
+
+def test_proposals_at_the_lowest_density_are_taken_by_optuna() -> None:
+    # exp(log(low)) falls short of low by one bit for some of these
+    for low in np.random.default_rng(0).uniform(0.001, 0.1, 12):
+        study = optuna.create_study(sampler=make_sampler("threshold", low=low, max_drop=0.01, seed=0))
+        for _ in range(4):
+            trial = study.ask()
+            density = trial.suggest_float("density", low, 1.0, log=True)
+            assert low <= density <= 1
+            trial.set_user_attr("drop", 0.0)
+            trial.set_constraint("drop", -0.01)
+            study.tell(trial, density)

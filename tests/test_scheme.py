@@ -1,6 +1,5 @@
 import pytest
 import torch
-from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16, StructPrune
 from torch import Tensor, nn
 
 from autocompress.scheme import (
@@ -13,6 +12,7 @@ from autocompress.scheme import (
     parts_of,
     realize_by_part,
 )
+from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16, StructPrune
 
 
 @pytest.mark.parametrize(

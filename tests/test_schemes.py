@@ -5,6 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from autocompress.measurement import count_params
+from autocompress.models import SmallResNet
+from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import (
     FilterPrune,
     FilterPruneQuantize16,
@@ -16,13 +23,6 @@ from autocompress.schemes import (
 )
 from autocompress.schemes.groups import find_groups, first_channels, remove_channels, sizes_along
 from autocompress.schemes.struct import Structure
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
-from autocompress.measurement import count_params
-from autocompress.models import SmallResNet
-from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import optuna
 import pytest
-from autocompress.schemes import Quantize16, StructPrune
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
 from autocompress.sampler import ThresholdSampler
+from autocompress.schemes import Quantize16, StructPrune
 from autocompress.search import (
     BUDGET_SPENT,
     INTERRUPTED,

@@ -249,6 +249,17 @@ def test_a_resumed_study_keeps_its_trials_and_its_terms(strict, out):
     assert [event for event in watcher.events if event.startswith("trial")] == ["trial 1", "trial 2", "trial 3"]
 
 
+def test_another_seed_gives_other_densities_and_other_weights(strict, out):
+    found, weights = [], []
+    for name, seed in (("one", 1), ("one-again", 1), ("two", 2)):
+        result = ac.tune(strict, "StructPrune", trials=2, seed=seed, out=out, name=name, **HOPELESS)
+        found.append(result.trials[["density", "score", "drop_pp"]].values.tolist())
+        weights.append([file.read_bytes() for file in sorted(result.folder.glob("trials/*/model.safetensors"))])
+    assert found[0] == found[1] != found[2]
+    assert weights[0] == weights[1]
+    assert not set(weights[0]) & set(weights[2])
+
+
 @pytest.mark.xfail(strict=True, reason="a sampler is seeded anew when a study is resumed, and repeats itself")
 def test_a_resumed_study_proposes_densities_of_its_own(strict, out):
     ac.tune(strict, "StructPrune", trials=2, out=out, name="again", **HOPELESS)
@@ -257,7 +268,7 @@ def test_a_resumed_study_proposes_densities_of_its_own(strict, out):
 
 
 def test_a_resumed_study_is_the_study_that_was_not_interrupted(strict, out):
-    asked = HOPELESS | {"sampler": "threshold", "out": out}
+    asked = HOPELESS | {"sampler": "bisection", "out": out}
     ac.tune(strict, "StructPrune", trials=2, name="halves", **asked)
     resumed = ac.tune(strict, "StructPrune", trials=3, resume="halves", **asked).trials
     whole = ac.tune(strict, "StructPrune", trials=3, name="whole", **asked).trials

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from autocompress.schemes import Prune, StructPrune
 from torch import Tensor, nn
 
 from autocompress.scheme import Facts, Scheme, Theta, Weights
+from autocompress.schemes import Prune, StructPrune
 from autocompress.testing import CLASSES, SchemeConformance, lived_in, refused
 
 

@@ -8,7 +8,6 @@ from operator import attrgetter
 
 import pytest
 import torch
-from autocompress.schemes import Prune, Quantize16, StructPrune
 from torch import nn
 
 from autocompress.certify import drop_standard_error
@@ -16,6 +15,7 @@ from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import count_macs, count_params
 from autocompress.scheme import Compose, Facts, Theta, parse_scheme
+from autocompress.schemes import Prune, Quantize16, StructPrune
 from autocompress.task import Task
 from autocompress.testing import fingerprint, masked_model, run
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, realize, run_trial
