@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from autocompress.result import Result
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
+BUDGET = ("trials", "timeout", "device")  # options that may change when a study is resumed
 
 
 class MaxDrop(click.ParamType[float]):
@@ -119,7 +121,7 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     """
     from autocompress import study
     from autocompress.display import Display, make_console, show_result
-    from autocompress.goal import as_objective
+    from autocompress.goal import ObjectiveError, as_objective
     from autocompress.scheme import parse_scheme
     from autocompress.storage import check_name, prepare_out
 
@@ -132,13 +134,16 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     options["objective"] = _checked("--objective", as_objective, options["objective"])
     options["device"] = _checked("--device", study.usable_device, options["device"])
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
-    if quiet:
-        result = study.tune(**options)
-    else:
-        with Display(progress, verbose=verbose) as display:
-            result = study.tune(**options, watcher=display)
+    try:
+        if quiet:
+            result = study.tune(**options)
+        else:
+            with Display(progress, verbose=verbose) as display:
+                result = study.tune(**options, watcher=display)
+    except ObjectiveError as error:
+        raise click.BadParameter(str(error), param_hint="'--objective'") from error
     if as_json:
-        click.echo(json.dumps(result.to_json()))
+        click.echo(json.dumps(result.to_json(), allow_nan=False))
     else:
         show_result(results, result)
     ctx.exit(_status(result))
@@ -169,9 +174,22 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
     asked = _checked("--resume", study_settings, options["out"], options["resume"])
     asked["epochs"] = asked["recovery"]["epochs"]
-    for name in ("scheme", "max_drop", "drop", "objective", "epochs", "sampler", "seed"):
+    for name in ("scheme", "max_drop", "drop", "objective", "epochs", "sampler", "seed", *BUDGET):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = asked[name]
+        elif name not in BUDGET and not _is_same(name, options[name], asked[name]):
+            was = f"the study {options['resume']!r} was made with {asked[name]}, not {options[name]}"
+            hint = f"'--{name.replace('_', '-')}'"
+            raise click.BadParameter(f"{was}; resume it as it was or begin a new one", param_hint=hint)
+
+
+def _is_same(name: str, given: Any, asked: Any) -> bool:
+    """Whether an option says what was asked; a scheme may be written in several ways."""
+    from autocompress.scheme import describe, parse_scheme
+
+    return bool(
+        describe(_checked("--scheme", parse_scheme, given)) == asked if name == "scheme" else given == asked
+    )
 
 
 @cli.command()
@@ -216,6 +234,8 @@ def _print_item(name: str, doc: str, parameters: list[str]) -> None:
 def main() -> None:
     """Runs the command line. Errors are one line on stderr; ``-v`` shows where they came from."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    if not verbose:  # of other libraries; set before threads share the filters
+        warnings.filterwarnings("ignore", module=r"(?!autocompress(\.|$))")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     try:
         status = cli(standalone_mode=False)

@@ -14,6 +14,10 @@ Direction = Literal["minimize", "maximize"]
 Function: TypeAlias = Callable[[Measurement], float | None]
 
 
+class ObjectiveError(ValueError):
+    """An objective gave no finite number."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """A number to optimize, computed from a `Measurement`.
@@ -53,18 +57,18 @@ class Objective:
         """The objective's value.
 
         Raises:
-            ValueError: If the function raises, or returns something that is not a finite number; the message
+            ObjectiveError: If the function raises, or returns something that is not a finite number; the message
                 names the measurements that were absent, which is the usual reason.
         """
         try:
             value: Any = self.function(measurement)
         except Exception as error:
             problem = f"raised {type(error).__name__}: {error}"
-            raise ValueError(f"the objective {self.name!r} {problem}{_absent(measurement)}") from error
+            raise ObjectiveError(f"the objective {self.name!r} {problem}{_absent(measurement)}") from error
         if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
         problem = f"returned {value!r}; it must return a finite number"
-        raise ValueError(f"the objective {self.name!r} {problem}{_absent(measurement)}")
+        raise ObjectiveError(f"the objective {self.name!r} {problem}{_absent(measurement)}")
 
 
 def _absent(measurement: Measurement) -> str:

@@ -1,5 +1,6 @@
 """What is asked of a study, what it reports as it goes, and what it found."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,6 +57,8 @@ class Settings:
         return "%" if self.bound.relative else " pp"
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}; it must be at least 0")
         if self.trials < 1:
             raise ValueError(f"trials={self.trials}; it must be at least 1")
         if self.timeout_s is not None and not self.timeout_s > 0:
@@ -74,6 +77,10 @@ class Settings:
             "seed": self.seed,
             "recovery": asdict(self.recovery),
         }
+
+    def budget(self) -> dict[str, Any]:
+        """What may change when the study is resumed: JSON types only."""
+        return {"trials": self.trials, "timeout": self.timeout_s, "device": self.device}
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """The result as JSON types: what ``--json`` prints and ``result.json`` holds."""
         pairs = self.measurements
-        return {
+        result = {
             "name": self.name,
             "verdict": self.verdict,
             "sentence": self.sentence,
@@ -159,6 +166,16 @@ class Result:
             "not_exported": dict(self.exported.refused),
             "folder": str(self.folder),
         }
+        return {key: _finite(value) for key, value in result.items()}
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for the numbers that JSON has no word for: a bound may be infinite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def trial_row(result: TrialResult) -> dict[str, Any]:

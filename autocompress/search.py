@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+import numpy as np
 import optuna
 import torch
 from optuna.distributions import FloatDistribution
@@ -16,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.goal import Direction
 from autocompress.posterior import Posterior
-from autocompress.sampler import ThresholdSampler
+from autocompress.sampler import ThresholdSampler, make_sampler
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 
@@ -71,13 +72,23 @@ class Plan:
     workers: int = 1
 
 
-def open_study(journal: Path, direction: Direction, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+def open_study(journal: Path, direction: Direction) -> optuna.Study:
     """The study kept in ``journal``, new or as it was left."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    return optuna.create_study(
-        storage=storage, sampler=sampler, direction=direction, study_name="study", load_if_exists=True
-    )
+    return optuna.create_study(storage=storage, direction=direction, study_name="study", load_if_exists=True)
+
+
+def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
+    """Gives the study its sampler, which goes on where the study's trials end.
+
+    Those that draw random numbers are seeded by how many trials there are, too: begun again with the same
+    seed they would propose what they have proposed before.
+    """
+    begun = len(study.get_trials(deepcopy=False))
+    if begun and name in ("gp", "tpe", "random"):
+        seed = int(np.random.SeedSequence([seed, begun]).generate_state(1)[0])
+    study.sampler = make_sampler(name, low=min(plan.low, 0.99), max_drop=plan.bound.max_drop, seed=seed)
 
 
 def add_dense(study: optuna.Study, value: float, bound: Bound) -> None:

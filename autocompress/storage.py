@@ -26,7 +26,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes JSON by way of a temporary file, so that ``path`` is old or new but never half."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
+        json.dump(value, file, indent=2, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -94,6 +94,10 @@ class StudyFolder:
     def settings_file(self) -> Path:
         """What was asked."""
         return self.path / "study.json"
+
+    def update_settings(self, more: Mapping[str, Any]) -> None:
+        """Adds to what was asked."""
+        write_json(self.settings_file, {**read_json(self.settings_file), **more})
 
     @property
     def journal_file(self) -> Path:

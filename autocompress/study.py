@@ -31,6 +31,7 @@ from autocompress.search import (
     open_study,
     posterior,
     search,
+    set_sampler,
 )
 from autocompress.storage import (
     StudyFolder,
@@ -111,6 +112,7 @@ def tune(
         task = digits(cache=home / "cache")
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
+    folder.update_settings(settings.budget())
     try:
         return Study(settings, task.on(settings.device), folder, home, watcher).run()
     finally:
@@ -160,10 +162,8 @@ class Study:
         self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s)
         dense_value = settings.objective(self.dense_cost)
         self._report_beginning(dense_value)
-        sampler = make_sampler(
-            settings.sampler, low=min(low, 0.99), max_drop=settings.bound.max_drop, seed=settings.seed
-        )
-        self.study = open_study(self.folder.journal_file, settings.objective.direction, sampler)
+        self.study = open_study(self.folder.journal_file, settings.objective.direction)
+        set_sampler(self.study, settings.sampler, self.plan, settings.seed)
         add_dense(self.study, dense_value, settings.bound)
         adopt(self.study, settings.bound, self.folder)
         for trial in finished(self.study):
@@ -236,12 +236,11 @@ class Study:
         """Passes a finished trial on to the watcher and to MLflow."""
         self.records.append(replace(result, model=None))
         best, belief = self._best(), posterior(self.study, self.plan)
-        self.watcher.trial(result, best, belief)
+        self.watcher.trial(self.records[-1], best, belief)
         quantiles = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
         self.tracker.trial(self.records[-1], best.density if best else None, quantiles)
         if len(self.records) == 1:
-            asked = read_json(self.folder.settings_file)
-            write_json(self.folder.settings_file, {**asked, "mlflow_run": self.tracker.run_id})
+            self.folder.update_settings({"mlflow_run": self.tracker.run_id})
 
     def failed(self, number: int, reason: str) -> None:
         """Passes a failed trial on."""

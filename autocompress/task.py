@@ -84,7 +84,8 @@ class LoaderSplit:
         """One pass, see `Split.batches`. The generator, when given, seeds the loader's own sampler."""
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        yield from cast(Iterable[Batch], self.loader)
+        smallest = min(self.batch_size, self.n_samples) if generator is not None else 1
+        yield from (batch for batch in cast(Iterable[Batch], self.loader) if len(batch[0]) >= smallest)
 
 
 Data: TypeAlias = Split | DataLoader[Batch] | tuple[Tensor, Tensor]

@@ -40,3 +40,8 @@ def test_drop_is_positive_when_worse() -> None:
 def test_relative_drop_of_odd_dense_scores() -> None:
     assert accuracy.drop(0.0, -0.1, relative=True) == pytest.approx(0.1)  # nothing to be relative to
     assert accuracy.drop(-0.5, -0.6, relative=True) == pytest.approx(0.2)
+
+
+def test_a_drop_of_one_point_is_within_a_bound_of_one() -> None:
+    assert accuracy.drop(0.97, 0.96) == 0.01
+    assert accuracy.drop(0.5, 0.49, relative=True) == 0.02

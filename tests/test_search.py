@@ -62,8 +62,9 @@ class Home:
         add_dense(self.study, 1.0, BOUND)
 
     def opened(self, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
-        sampler = sampler or optuna.samplers.RandomSampler(seed=0)
-        return open_study(self.path / "journal.log", "minimize", sampler)
+        study = open_study(self.path / "journal.log", "minimize")
+        study.sampler = sampler or optuna.samplers.RandomSampler(seed=0)
+        return study
 
     def spec(self, number: int, density: float, **changes: Any) -> TrialSpec:
         return self._make_spec(number, density, bound=BOUND, **({"recovery": QUICK} | changes))
@@ -294,7 +295,7 @@ def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
 
 def test_among_the_probable_the_objective_decides_in_its_direction(tmp_path: Path) -> None:
     for direction, expected in (("minimize", 0.7), ("maximize", 0.9)):
-        study = open_study(tmp_path / f"{direction}.log", direction, optuna.samplers.RandomSampler(seed=0))
+        study = open_study(tmp_path / f"{direction}.log", direction)
         add_dense(study, 0.5, BOUND)
         for density, value in ((0.7, 1.0), (0.8, 2.0), (0.9, 3.0)):
             told(study, density, 0.0, value=value)

@@ -260,7 +260,6 @@ def test_another_seed_gives_other_densities_and_other_weights(strict, out):
     assert not set(weights[0]) & set(weights[2])
 
 
-@pytest.mark.xfail(strict=True, reason="a sampler is seeded anew when a study is resumed, and repeats itself")
 def test_a_resumed_study_proposes_densities_of_its_own(strict, out):
     ac.tune(strict, "StructPrune", trials=2, out=out, name="again", **HOPELESS)
     resumed = ac.tune(strict, "StructPrune", trials=4, out=out, resume="again", **HOPELESS)
@@ -294,9 +293,7 @@ def test_a_resumed_study_is_the_study_that_was_not_interrupted(strict, out):
         ({"device": "tpu"}, "device='tpu'; it must be auto, cpu, cuda"),
         ({"name": "../x"}, r"name='\.\./x'"),
         ({"resume": "nothing"}, "there is no study 'nothing'"),
-        pytest.param(
-            {"seed": -1}, "seed=-1", marks=pytest.mark.xfail(strict=True, reason="numpy says it, without the name")
-        ),
+        ({"seed": -1}, "seed=-1; it must be at least 0"),
     ],
     ids=str,
 )

@@ -56,7 +56,8 @@ def test_a_generator_seeds_the_loaders_own_shuffling() -> None:
         return torch.cat([x[:, 0] for x, _ in split.batches(torch.Generator().manual_seed(seed))]).tolist()
 
     assert order(0) == order(0) != order(1)
-    assert sorted(order(0)) == data()[0][:, 0].tolist()
+    assert len(set(order(0))) == 8  # the last batch of two is left out, as tensors leave it out
+    assert set(order(0)) <= set(data()[0][:, 0].tolist())
 
 
 def test_three_forms_of_data_make_the_same_task() -> None:
