@@ -92,7 +92,7 @@ OUT = click.option(
 @click.option(
     "--epochs",
     type=click.FloatRange(min=0, min_open=True),
-    default=40.0,
+    default=30.0,
     show_default=True,
     help="Recovery budget of one trial, in passes over the training data.",
 )

@@ -128,7 +128,7 @@ class LearningCompression:
 
     Args:
         epochs: Gradient steps of a whole recovery, in passes over the training data.
-        c_steps: How often the weights are compressed.
+        c_steps: How often the weights are compressed, if the budget has a gradient step for each.
         alternating: Share of the steps in which L and C alternate; the rest polishes on a frozen support.
         mu: The first penalty, in units of 1 / (learning rate x steps of one L step): at 1 a weight that the
             loss does not care for shrinks to about 1/e of its distance from θ in one L step.
@@ -140,11 +140,11 @@ class LearningCompression:
         temperature: Softens the classes that are distilled.
     """
 
-    epochs: float = 40
-    c_steps: int = 8
-    alternating: float = 0.5
+    epochs: float = 30
+    c_steps: int = 16
+    alternating: float = 0.6
     mu: float = 1.0
-    mu_growth: float = 1.5
+    mu_growth: float = 1.2
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -178,11 +178,13 @@ class LearningCompression:
         learner = Learner(self, model, task, seed)
         w = learner.weights
         multipliers = {name: torch.zeros_like(p) for name, p in w.items()}
-        steps_per_c_step = int(learner.descent.steps * self.alternating) // self.c_steps
+        alternating = int(learner.descent.steps * self.alternating)
+        c_steps = max(1, min(self.c_steps, alternating))
+        steps_per_c_step = alternating // c_steps
         curves: dict[str, list[float]] = {"lc_density": [], "lc_residual": [], "lc_loss": []}
-        for k in range(self.c_steps):
+        for k in range(c_steps):
             mu = self.mu_at(k, steps_per_c_step)
-            target = self.density_at(k, density)
+            target = self.density_at((k + 1) / c_steps, density)
             theta = c_step(scheme, w, multipliers, mu, target, facts)
             penalty = Penalty.towards(scheme.delta(theta), multipliers, mu, bound_entries(theta))
             loss = learner.l_step(steps_per_c_step, penalty)
@@ -200,12 +202,12 @@ class LearningCompression:
         """The penalty μ of the L step after C step ``k``, in the units of the loss's curvature."""
         return self.mu * self.mu_growth**k / (self.lr * max(1, steps))
 
-    def density_at(self, k: int, density: float) -> float:
-        """The density of C step ``k``: from dense to the target, in its logarithm, fast first and then slowly.
+    def density_at(self, progress: float, density: float) -> float:
+        """From dense to the target as ``progress`` goes from 0 to 1, fast first and then slowly.
 
-        The cubic of Zhu & Gupta, "To Prune, or Not to Prune" (2017), applied to the logarithm.
+        The cubic of Zhu & Gupta, "To Prune, or Not to Prune" (2017), applied to the density's logarithm.
         """
-        return float(density ** (1 - (1 - (k + 1) / self.c_steps) ** 3))
+        return float(density ** (1 - (1 - progress) ** 3))
 
 
 class Learner:

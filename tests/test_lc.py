@@ -281,7 +281,7 @@ def test_the_budget_is_kept_exactly(tiny_task: Task, config: LearningCompression
 
 def test_density_falls_to_the_target_and_mu_grows(tiny_task: Task) -> None:
     config = LearningCompression(c_steps=5, mu=2.0, mu_growth=3.0, lr=0.1)
-    densities = [config.density_at(k, 0.1) for k in range(5)]
+    densities = [config.density_at((k + 1) / 5, 0.1) for k in range(5)]
     assert densities == sorted(densities, reverse=True)
     assert densities[-1] == pytest.approx(0.1)
     # After C step k + 1 of 5 the share of log density that is gone is 1 - (1 - (k + 1) / 5)³.
@@ -293,11 +293,17 @@ def test_density_falls_to_the_target_and_mu_grows(tiny_task: Task) -> None:
     assert found.curves["lc_density"][-1] == pytest.approx(0.3)
 
 
+def test_a_budget_of_few_steps_takes_fewer_c_steps(tiny_task: Task) -> None:
+    found, _, _ = recovered(tiny_task, StructPrune(), 0.5, LearningCompression(epochs=1, c_steps=1000))
+    assert 1 <= len(found.curves["lc_density"]) < 1000
+    assert found.curves["lc_density"][-1] == pytest.approx(0.5)
+
+
 def test_w_and_theta_come_together(tiny_task: Task) -> None:
     """At a fixed density the primal residual falls to nothing while μ grows."""
 
     class AtOnce(LearningCompression):
-        def density_at(self, k: int, density: float) -> float:
+        def density_at(self, progress: float, density: float) -> float:
             return density
 
     found, _, _ = recovered(tiny_task, StructPrune(), 0.5, AtOnce(epochs=60, c_steps=10, lr=0.05, mu_growth=2.0))
