@@ -288,7 +288,7 @@ def test_density_falls_to_the_target_and_mu_grows(tiny_task: Task) -> None:
     assert densities[0] == pytest.approx(0.1 ** (1 - 0.8**3))
     assert config.mu_at(0, steps=10) == pytest.approx(2.0)  # 2 / (0.1 x 10)
     assert config.mu_at(2, steps=10) == pytest.approx(18.0)
-    found, _, _ = recovered(tiny_task, StructPrune(), 0.3, LearningCompression(epochs=4, c_steps=5))
+    found, _, _ = recovered(tiny_task, StructPrune(), 0.3, LearningCompression(epochs=12, c_steps=5))
     assert [len(values) for values in found.curves.values()] == [5, 5, 5]
     assert found.curves["lc_density"][-1] == pytest.approx(0.3)
 
