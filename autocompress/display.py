@@ -1,7 +1,9 @@
 """What a person sees in the terminal: the search as it runs, and the result."""
 
+import shlex
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -160,19 +162,28 @@ def show_result(console: Console, result: Result) -> None:
     trials = "1 trial" if len(result.records) == 1 else f"{len(result.records)} trials"
     console.print(escape(f"{trials} in {result.seconds:.0f} s; {result.stopped}."), soft_wrap=True)
     for artifact in result.exported.artifacts:
-        line = f"  {artifact.format:12s} {as_bytes(artifact.size_bytes):>9s}  {artifact.path}"
+        line = f"  {artifact.format:12s} {as_bytes(artifact.size_bytes):>9s}  {_short(artifact.path)}"
         console.print(escape(line), soft_wrap=True)
     for name, reason in result.exported.refused.items():
         console.print(escape(f"  {name:12s} not offered: {reason}"), soft_wrap=True)
-    console.print(escape(f"Everything is in {result.folder}"), soft_wrap=True)
-    console.print(escape(f"Next: {_next(result)}"), soft_wrap=True)
+    console.print(escape(f"Everything is in {_short(result.folder)}"), soft_wrap=True)
+    for step in _next(result):
+        console.print(escape(f"Next: {step}"), soft_wrap=True)
 
 
-def _next(result: Result) -> str:
-    compare = f"autocompress ui --out {result.folder.parent}   (compare the trials in MLflow)"
+def _next(result: Result) -> list[str]:
+    """What to do now, one command or file a line."""
+    home = _short(result.folder.parent)
+    out = "" if home == Path("autocompress-runs") else f" --out {shlex.quote(str(home))}"
     if result.interrupted:
-        return f"autocompress tune --resume {result.name} --out {result.folder.parent}"
-    return compare if not result.met else f"see {result.folder / 'best' / 'README.md'} to load it, or {compare}"
+        return [f"autocompress tune --resume {result.name}{out}"]
+    look = f"autocompress ui{out}   (compare the trials in MLflow)"
+    return [f"{_short(result.folder / 'best' / 'README.md')}   (how to load it)", look] if result.met else [look]
+
+
+def _short(path: Path) -> Path:
+    """The path as seen from the current folder, if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _comparison(result: Result) -> Table:

@@ -10,7 +10,7 @@ from torch import nn
 
 import autocompress as ac
 from autocompress.certify import Verdict
-from autocompress.display import Display, as_bytes, as_count, make_console, show_result
+from autocompress.display import Display, _short, as_bytes, as_count, make_console, show_result
 from autocompress.export import Artifact, Export
 from autocompress.goal import Objective
 from autocompress.measurement import Latency, Measurement
@@ -273,7 +273,7 @@ def test_a_result_that_is_met_says_where_things_are_and_what_is_next():
     assert f"12.8 kB  {FOLDER}/best/model.onnx" in text
     assert "not offered: torch cannot [trace] it" in text
     assert f"Everything is in {FOLDER}" in text
-    assert f"Next: see {FOLDER}/best/README.md to load it, or autocompress ui --out /runs " in text
+    assert f"Next: {FOLDER}/best/README.md   (how to load it)\nNext: autocompress ui --out /runs   " in text
 
 
 def test_a_result_that_is_not_met_shows_no_table_and_no_artifacts():
@@ -342,3 +342,9 @@ def test_bytes_are_in_the_unit_that_suits_them(n, text):
 )
 def test_counts_are_in_thousands_millions_and_billions(n, text):
     assert as_count(n) == text
+
+
+def test_paths_below_the_current_folder_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _short(tmp_path / "autocompress-runs" / "a") == Path("autocompress-runs/a")
+    assert _short(Path("/elsewhere/a")) == Path("/elsewhere/a")
