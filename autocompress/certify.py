@@ -62,6 +62,10 @@ class Verdict:
         sure = f"with {self.confidence * 100:g}% confidence"
         bound = f"(bound {_amount(self.max_drop, self.relative)})"
         at_most = f"at most {_amount(self.upper, self.relative, math.ceil)} {sure}"
+        if self.upper < 0:
+            at_most = f"at least {_amount(-self.upper, self.relative, math.floor)} {sure}"
+        elif self.drop < 0:
+            at_most = f"and {worse} {at_most}"
         if self.outcome == "certified":
             return f"Certified: on {self.n} test samples {observed}, {at_most} {bound}."
         if self.outcome == "not met":

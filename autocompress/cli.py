@@ -97,6 +97,13 @@ OUT = click.option(
     help="Recovery budget of one trial, in passes over the training data.",
 )
 @click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="Peak learning rate of a trial's recovery.",
+)
+@click.option(
     "--sampler",
     type=click.Choice(["threshold", "gp", "tpe", "bisection", "grid", "random"]),
     default="threshold",
@@ -122,6 +129,7 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     from autocompress import study
     from autocompress.display import Display, make_console, show_result
     from autocompress.goal import ObjectiveError, as_objective
+    from autocompress.lc import LearningCompression
     from autocompress.scheme import parse_scheme
     from autocompress.storage import check_name, prepare_out
 
@@ -132,6 +140,7 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
         _checked("--name", check_name, options["name"])
     options["scheme"] = _checked("--scheme", parse_scheme, options["scheme"])
     options["objective"] = _checked("--objective", as_objective, options["objective"])
+    options["recovery"] = LearningCompression(lr=options.pop("lr"))
     options["device"] = _checked("--device", study.usable_device, options["device"])
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
     try:
@@ -173,8 +182,8 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
     asked = _checked("--resume", study_settings, options["out"], options["resume"])
-    asked["epochs"] = asked["recovery"]["epochs"]
-    for name in ("scheme", "max_drop", "drop", "objective", "epochs", "sampler", "seed", *BUDGET):
+    asked |= {name: asked["recovery"][name] for name in ("epochs", "lr")}
+    for name in ("scheme", "max_drop", "drop", "objective", "epochs", "lr", "sampler", "seed", *BUDGET):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = asked[name]
         elif name not in BUDGET and not _is_same(name, options[name], asked[name]):

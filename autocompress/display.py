@@ -15,6 +15,7 @@ from rich.text import Text
 from autocompress.measurement import Measurement
 from autocompress.posterior import Posterior
 from autocompress.result import Beginning, Result
+from autocompress.scheme import describe
 from autocompress.trial import TrialResult
 
 PLAIN_WIDTH = 110  # of a console that is not a terminal and so has no width of its own
@@ -67,12 +68,11 @@ class Display:
         self._beginning, self._began_at = beginning, time.monotonic()
         self._unit = beginning.settings.unit
         settings, dense, metric = beginning.settings, beginning.dense, beginning.task.metric.name
-        identity = settings.identity(beginning.task)
         kind = "relative to the dense model's" if settings.bound.relative else "(absolute points)"
         amount = f"{100 * settings.bound.max_drop:g}{settings.unit}"
         extreme = "lowest" if settings.objective.direction == "minimize" else "highest"
         self._print(
-            f"{beginning.task.name}: {identity['scheme']}, {extreme} {settings.objective.name} "
+            f"{beginning.task.name}: {describe(settings.scheme)}, {extreme} {settings.objective.name} "
             f"that loses at most {amount} of {metric} {kind}"
         )
         self._print(

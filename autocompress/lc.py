@@ -239,7 +239,8 @@ class Learner:
             penalty.apply(self.weights, lr)
             total += loss.detach()
         mean = float(total) / max(1, steps)
-        if not math.isfinite(mean):
+        finite = torch.stack([w.isfinite().all() for w in self.weights.values()]).all()
+        if not math.isfinite(mean) or not finite:
             raise FloatingPointError(f"the training diverged (loss {mean}); try a smaller learning rate")
         return mean
 

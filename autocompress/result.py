@@ -68,6 +68,7 @@ class Settings:
         """What makes it the same study when it is resumed: JSON types only."""
         return {
             "task": task.name,
+            "fingerprint": task.fingerprint(),
             "metric": task.metric.name,
             "scheme": describe(self.scheme),
             "max_drop": self.bound.max_drop,

@@ -1,14 +1,15 @@
 """The home on disk: one folder a study, written so that a kill at any moment leaves whole files."""
 
+import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,13 @@ class StudyFolder:
         """Lets other processes have the study."""
         self._lock.release()
 
-    def remove(self) -> None:
-        """Deletes the folder and all that is in it."""
+    def discard(self) -> None:
+        """Takes back what made the folder a study, and the folder itself if nothing else is in it."""
         self.close()
-        shutil.rmtree(self.path)
+        for file in (self.settings_file, self.path / "lock"):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's files are in it
+            self.path.rmdir()
 
     @property
     def settings_file(self) -> Path:
@@ -168,19 +172,21 @@ def new_folder(home: Path, name: str | None, identity: Mapping[str, Any]) -> Stu
     Raises:
         ValueError: If the name cannot be used or is taken.
     """
-    if name is None:
-        name = _default_name(identity)
-    folder = StudyFolder(home / check_name(name))
-    if folder.settings_file.exists():
-        folder.close()
+    path = home / (_default_name(home, identity) if name is None else check_name(name))
+    if (path / "study.json").exists():
         raise ValueError(f"a study named {name!r} is in {home} already; choose another name, or resume it")
+    if path.exists() and any(file.name != "lock" for file in path.iterdir()):
+        raise ValueError(f"{path} holds something other than a study; choose another name")
+    folder = StudyFolder(path)
     write_json(folder.settings_file, {**identity, "autocompress": version("autocompress")})
     return folder
 
 
-def _default_name(identity: Mapping[str, Any]) -> str:
-    task, scheme = (re.sub(r"[^A-Za-z0-9]+", "-", identity[key]).strip("-") for key in ("task", "scheme"))
-    return f"{task}-{scheme}-{datetime.now():%Y%m%d-%H%M%S}"
+def _default_name(home: Path, identity: Mapping[str, Any]) -> str:
+    task, scheme = (re.sub(r"[^A-Za-z0-9]+", "-", identity[key]).strip("-") or key for key in ("task", "scheme"))
+    name = f"{task}-{scheme}-{datetime.now():%Y%m%d-%H%M%S}"
+    others = (f"{name}-{i}" for i in count(2))
+    return name if not (home / name).exists() else next(other for other in others if not (home / other).exists())
 
 
 def check_name(name: str) -> str:

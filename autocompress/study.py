@@ -60,7 +60,8 @@ def tune(
     objective: str | Objective | Callable[[Measurement], float] = "density",
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
-    epochs: float = LearningCompression.epochs,
+    epochs: float | None = None,
+    recovery: LearningCompression | None = None,
     sampler: str = "threshold",
     seed: int = 0,
     device: str = "auto",
@@ -80,6 +81,7 @@ def tune(
         trials: How many trials, at most.
         timeout: Seconds after which no further trial begins.
         epochs: Gradient steps of one trial's recovery, in passes over the training data.
+        recovery: The optimizer of a trial with its learning rate and the rest; ``epochs`` replaces its own.
         sampler: Which densities to try: threshold, gp, tpe, bisection, grid or random.
         seed: Seeds the search and the trials.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
@@ -91,12 +93,13 @@ def tune(
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
     """
+    recovery = recovery or LearningCompression()
     settings = Settings(
         scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
         bound=Bound(max_drop, relative=_is_relative(drop)),
         objective=as_objective(objective),
         sampler=sampler,
-        recovery=LearningCompression(epochs=epochs),
+        recovery=replace(recovery, epochs=epochs) if epochs is not None else recovery,
         seed=seed,
         trials=trials,
         timeout_s=timeout,
@@ -110,16 +113,17 @@ def tune(
     if task is None:
         watcher.doing("training the dense model, or taking it from the cache")
         task = digits(cache=home / "cache")
+    task.check()
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
     folder.update_settings(settings.budget())
     try:
         return Study(settings, task.on(settings.device), folder, home, watcher).run()
     finally:
-        if folder.journal_file.exists():
+        if resume or folder.journal_file.exists():
             folder.close()
         else:  # it ended before its first trial: the name shall be free again
-            folder.remove()
+            folder.discard()
 
 
 class Study:
@@ -211,9 +215,12 @@ class Study:
         if self.task.metric.correct is None or bound.relative:
             return ()
         observed = certifiable_drop(n, bound.max_drop, DISAGREEMENT)
-        must = "nothing could be" if observed is None else f"a drop of {100 * observed:.2f} pp or less can be"
         where = f"with {n} test samples, and models that disagree on {DISAGREEMENT:.0%} of them"
-        return (f"{where}, {must} certified to be within {100 * bound.max_drop:g} pp",)
+        if observed is None:
+            return (f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp",)
+        amount = f"{100 * abs(observed):.2f} pp"
+        must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
+        return (f"{where}, the answer must {must} on test to be certified within {100 * bound.max_drop:g} pp",)
 
     def _spec(self, number: int, density: float) -> TrialSpec:
         settings = self.settings

@@ -1,6 +1,7 @@
 """Task: what is compressed and how it is judged."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -9,7 +10,7 @@ from typing import Protocol, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from autocompress.metrics import Metric, Outputs, Targets, accuracy
 
@@ -41,6 +42,8 @@ class TensorSplit:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        if self.y.ndim == 2 and self.y.shape[1] == 1:  # as MedMNIST has them
+            object.__setattr__(self, "y", self.y.squeeze(1))
         if len(self.x) != len(self.y):
             raise ValueError(f"x holds {len(self.x)} samples and y {len(self.y)}; they must be as many")
         if len(self.x) == 0:
@@ -97,13 +100,15 @@ def as_split(data: Data, name: str) -> Split:
     Raises:
         ValueError: If ``data`` is of another form or empty; ``name`` says which part it was.
     """
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        return TensorSplit(*data)
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor | np.ndarray) for t in data):
+        return TensorSplit(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
     if isinstance(data, DataLoader):
         return LoaderSplit(data)
     if hasattr(data, "batches") and hasattr(data, "n_samples"):
         return cast(Split, data)
-    raise ValueError(f"{name}= must be a DataLoader or a pair of tensors (x, y), not {type(data).__name__}")
+    raise ValueError(
+        f"{name}= must be a DataLoader, or a pair (x, y) of tensors or numpy arrays, not a {type(data).__name__}"
+    )
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,42 @@ class Task:
         self.metric = metric
         self.name = name
         self.architecture = architecture
+
+    def check(self) -> None:
+        """Looks at one batch of each split and at what the model makes of it.
+
+        Raises:
+            ValueError: If something does not fit, before hours are spent on it: in one line, with the remedy.
+        """
+        expected = tuple(next(self.val.batches())[0].shape[1:])
+        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            x, y = next(split.batches())
+            if not x.is_floating_point():
+                raise ValueError(f"{name}= serves inputs of type {x.dtype}; convert them to float32 (x.float())")
+            if tuple(x.shape[1:]) != expected:
+                raise ValueError(f"{name}= serves inputs of shape {tuple(x.shape[1:])}, val= of shape {expected}")
+            if y.ndim != 1 or y.is_floating_point():
+                raise ValueError(
+                    f"{name}= serves targets of shape {tuple(y.shape)} and type {y.dtype}; "
+                    "they must be class numbers: shape (n,), type torch.long"
+                )
+            shuffled = isinstance(split, LoaderSplit) and isinstance(split.loader.sampler, RandomSampler)
+            if shuffled and name != "train":
+                raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
+        x, _ = next(self.val.batches())
+        with evaluating(self.model), torch.inference_mode():
+            outputs = self.model(x[:2].to(device_of(self.model)))
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(f"the model returns {found}; it must return a tensor of logits of shape (n, classes)")
+
+    def fingerprint(self) -> str:
+        """A hash of the model's weights and of how many samples there are: what makes it the same task."""
+        digest = hashlib.sha256(repr([s.n_samples for s in (self.train, self.val, self.test)]).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def on(self, device: str | torch.device) -> "Task":
         """The same task with a copy of the model on ``device``, in eval mode and `channels_last`."""

@@ -15,6 +15,7 @@ from autocompress.task import Batch, Loss, Split, TensorSplit, device_of, evalua
 
 Taught: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
+MAX_GRADIENT = 1.0  # norm at which gradients are clipped: one bad batch shall not throw a trained network away
 WORTH_SHARING = 200_000_000  # multiply-accumulates of a batch: some milliseconds of one core
 
 
@@ -66,9 +67,9 @@ class Descent:
     ) -> None:
         self.steps = self.steps_left = steps
         self._peak = lr
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.SGD(
-            trainable, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+            self._trainable, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
         )
 
     def step(self, loss: Tensor) -> float:
@@ -78,6 +79,7 @@ class Descent:
             group["lr"] = lr
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT)
         self._optimizer.step()
         self.steps_left -= 1
         return lr
@@ -96,7 +98,15 @@ def fit(model: nn.Module, split: Split, loss: Loss, *, epochs: float, lr: float,
 def endless(split: Split, generator: torch.Generator) -> Iterator[Batch]:
     """Shuffled batches of ``split``, one pass after the other."""
     while True:
-        yield from split.batches(generator)
+        served = False
+        for batch in split.batches(generator):
+            served = True
+            yield batch
+        if not served:
+            raise ValueError(
+                f"train= serves no full batch: {split.n_samples} samples, {split.batch_size} a batch; "
+                "give it more samples or smaller batches"
+            )
 
 
 def endless_taught(split: Split, teacher: nn.Module, generator: torch.Generator) -> Iterator[Taught]:

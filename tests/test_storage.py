@@ -239,3 +239,22 @@ def test_a_home_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         prepare_out(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot write to"):
         prepare_out(tmp_path / "file" / "below")
+
+
+def test_a_folder_of_somebody_elses_is_neither_used_nor_emptied(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    thesis = tmp_path / "precious" / "thesis.txt"
+    thesis.write_text("years of work")
+    with pytest.raises(ValueError, match="holds something other than a study"):
+        new_folder(tmp_path, "precious", {"task": "t", "scheme": "s"})
+    folder = StudyFolder(tmp_path / "precious")
+    folder.discard()
+    assert thesis.read_text() == "years of work"
+
+
+def test_default_names_of_the_same_second_differ(tmp_path: Path) -> None:
+    folders = [new_folder(tmp_path, None, {"task": "肺炎", "scheme": "Prune"}) for _ in range(3)]
+    assert len({folder.path for folder in folders}) == 3
+    for folder in folders:
+        folder.discard()
+        assert not folder.path.exists()

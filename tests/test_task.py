@@ -74,9 +74,8 @@ def test_three_forms_of_data_make_the_same_task() -> None:
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ([1, 2], "val= must be a DataLoader or a pair of tensors.*not list"),
-        ((np.zeros((2, 3)), np.zeros(2)), "val= must be .*not tuple"),
-        (None, "val= must be .*not NoneType"),
+        ([1, 2], r"val= must be a DataLoader, or a pair \(x, y\) of tensors or numpy arrays, not a list"),
+        (None, "val= must be .*not a NoneType"),
         ((torch.zeros(3, 2), torch.zeros(4)), "x holds 3 samples and y 4"),
         ((torch.zeros(0, 2), torch.zeros(0)), "holds no samples"),
     ],
@@ -146,3 +145,49 @@ def test_device_of_a_model_without_parameters() -> None:
 def test_example_input_is_one_validation_sample() -> None:
     val = (torch.full((5, 3), 7.0), torch.zeros(5, dtype=torch.long))
     assert Task(nn.Linear(3, 2), data(), val, data()).example_input.tolist() == [[7.0, 7.0, 7.0]]
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "changed", "message"),
+    [
+        (nn.Linear(3, 2), {"test": (torch.zeros(6, 4), GOOD[1])}, r"test= serves inputs of shape \(4,\), val= of"),
+        (nn.Linear(3, 2), {"train": (GOOD[0].byte(), GOOD[1])}, "train= serves inputs of type torch.uint8"),
+        (
+            nn.Linear(3, 2),
+            {"test": (GOOD[0], torch.zeros(6, 2).long())},
+            r"targets of shape \(6, 2\)",
+        ),
+        (nn.Linear(3, 2), {"val": (GOOD[0], torch.zeros(6))}, "val= serves targets of .* torch.float32"),
+        (nn.Linear(3, 2), {"val": DataLoader(TensorDataset(*GOOD), shuffle=True)}, "val= is shuffled"),
+        (Pair(), {}, "the model returns tuple; it must return a tensor of logits"),
+        (nn.Flatten(0), {}, r"the model returns \(6,\)"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_the_search(
+    model: nn.Module, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(model, **{"train": GOOD, "val": GOOD, "test": GOOD, **changed}).check()
+
+
+def test_numpy_arrays_and_columns_of_labels_are_taken() -> None:
+    arrays = (np.zeros((6, 3), dtype=np.float32), np.zeros((6, 1), dtype=np.int64))
+    task = Task(nn.Linear(3, 2), arrays, list(arrays), arrays)
+    task.check()
+    assert next(task.val.batches())[1].shape == (6,)
+
+
+def test_the_fingerprint_is_that_of_weights_and_sizes() -> None:
+    model = nn.Linear(3, 2)
+    same = Task(model, GOOD, GOOD, GOOD).fingerprint()
+    assert Task(model, GOOD, GOOD, GOOD, name="other").fingerprint() == same
+    assert Task(nn.Linear(3, 2), GOOD, GOOD, GOOD).fingerprint() != same
+    assert Task(model, GOOD, GOOD, (GOOD[0][:5], GOOD[1][:5])).fingerprint() != same

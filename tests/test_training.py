@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autocompress.task import Task, TensorSplit, as_split
+from autocompress.task import LoaderSplit, Task, TensorSplit, as_split
 from autocompress.training import (
     WORTH_SHARING,
     Descent,
@@ -58,9 +58,9 @@ def test_descent_is_nesterov_sgd_along_the_cycle() -> None:
     value, velocity = 1.0, 0.0
     for step in range(3):
         assert descent.steps_left == 3 - step
-        lr = descent.step((2 * w.weight).sum())
+        lr = descent.step((0.8 * w.weight).sum())
         assert lr == one_cycle(step, 3, 0.1)
-        gradient = 2 + 0.5 * value
+        gradient = 0.8 + 0.5 * value
         velocity = 0.9 * velocity + gradient
         value -= lr * (gradient + 0.9 * velocity)
         assert float(w.weight.detach()) == pytest.approx(value, rel=1e-5)
@@ -243,3 +243,16 @@ def test_small_batches_run_on_one_thread(macs: int, threads: int) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_loader_that_serves_no_full_batch_is_an_error_and_not_a_hang() -> None:
+    loader = DataLoader(TensorDataset(torch.zeros(5, 2), torch.zeros(5).long()), batch_size=64, drop_last=True)
+    with pytest.raises(ValueError, match="train= serves no full batch: 5 samples, 64 a batch"):
+        next(endless(LoaderSplit(loader), torch.Generator()))
+
+
+def test_one_bad_batch_moves_the_weights_by_no_more_than_the_clipped_gradient() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    lr = Descent(model, 10, lr=0.1, momentum=0.0, weight_decay=0.0).step(1e6 * model.weight.sum())
+    assert float((model.weight.detach() - before).norm()) == pytest.approx(lr, rel=1e-4)
