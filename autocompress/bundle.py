@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autocompress import weights
 from autocompress.parity import reason
-from autocompress.scheme import Theta, parse_scheme
+from autocompress.scheme import Facts, Scheme, Theta, Weights, parse_scheme
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 PLAN_FORMAT = 1
@@ -113,17 +113,33 @@ def load(directory: str | Path, model: nn.Module | None = None, example_input: T
     if example_input is None:
         example_input = torch.zeros(plan["input"]["shape"], dtype=getattr(torch, plan["input"]["dtype"]))
     dense = copy.deepcopy(model).cpu().eval()
-    kept = round(plan["density"] * sum(p.numel() for p in dense.parameters()))
-    theta = Theta(values={}, support={}, kept=kept, plan=plan["plan"])
     state = weights.load(directory / WEIGHTS)
     try:
-        realized = scheme.realize(dense, theta, scheme.analyze(dense, example_input))
-        realized.load_state_dict(state)
+        facts = scheme.analyze(dense, example_input)
+        return rebuild(scheme, dense, facts, plan["plan"], plan["density"], state)
     except Exception as error:  # what does not fit may fail anywhere on the way, in a third party's scheme too
         named = f" ({plan['architecture']})" if plan["architecture"] else ""
         raise ValueError(
             f"model= must have the architecture that {directory} was compressed from{named}: {reason(error)}"
         ) from error
+
+
+def rebuild(
+    scheme: Scheme, dense: nn.Module, facts: Facts, plan: Mapping[str, Any], density: float, state: Weights
+) -> nn.Module:
+    """A realized model from what was saved of it, in eval mode on the device of ``dense``.
+
+    Args:
+        scheme: How it was compressed.
+        dense: The dense architecture with any weights; not changed.
+        facts: What the scheme found out about it.
+        plan: `Theta.plan` of the model.
+        density: Its density.
+        state: Its state dict.
+    """
+    kept = round(density * sum(p.numel() for p in dense.parameters()))
+    realized = scheme.realize(dense, Theta(values={}, support={}, kept=kept, plan=plan), facts)
+    realized.load_state_dict(state)
     return realized.eval()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress.bundle import Provenance
+from autocompress.bundle import Provenance, rebuild
 from autocompress.certify import Verdict, certifiable_drop, certify
 from autocompress.data import digits
 from autocompress.export import Export, export
@@ -20,7 +20,7 @@ from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement, compare, count_macs, measure
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.sampler import make_sampler
-from autocompress.scheme import Facts, Scheme, Theta, describe, parse_scheme
+from autocompress.scheme import Facts, Scheme, describe, parse_scheme
 from autocompress.search import (
     InProcess,
     Plan,
@@ -273,7 +273,9 @@ class Study:
 
     def _with_answer(self, best: TrialResult, stopped: str) -> Result:
         task, settings = self.task, self.settings
-        model = rebuild(settings.scheme, task, self.facts, best.plan, self.folder.load_weights(best.number))
+        state = self.folder.load_weights(best.number)
+        rebuilt = rebuild(settings.scheme, task.model, self.facts, best.plan, best.density, state)
+        model = channels_last(rebuilt)
         dense_test = task.evaluate(task.model, task.test)
         test = task.evaluate(model, task.test)
         bound = settings.bound
@@ -386,16 +388,6 @@ def analyze(scheme: Scheme, task: Task) -> tuple[Facts, tuple[str, ...]]:
         warnings.simplefilter("always")
         facts = scheme.analyze(task.model, task.example_input)
     return facts, tuple(str(warning.message) for warning in caught)
-
-
-def rebuild(
-    scheme: Scheme, task: Task, facts: Facts, plan: Mapping[str, Any], state: Mapping[str, torch.Tensor]
-) -> nn.Module:
-    """The realized model of a saved trial, in eval mode on the device of the task's model."""
-    theta = Theta({}, {}, 0, plan)
-    model = scheme.realize(task.model, theta, facts)
-    model.load_state_dict(state)
-    return channels_last(model.eval())
 
 
 def _is_relative(drop: str) -> bool:
