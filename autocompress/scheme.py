@@ -7,13 +7,14 @@ and `realize` turns the result into the model that ships.
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
 from autocompress.plugins import Registry
+from autocompress.task import Batch, Loss
 
 Weights: TypeAlias = dict[str, Tensor]
 Facts: TypeAlias = Any
@@ -87,6 +88,37 @@ class Scheme(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a C step may look at beside the weights.
+
+    Attributes:
+        model: The network as it is now, on its device. It is looked at, not changed.
+        batches: Serves some training batches ``(x, y)``, the same ones at every call.
+        loss: Maps logits and targets to a scalar.
+        squared_gradients: Per weight, a running mean of its squared gradient since training began (the
+            diagonal of the empirical Fisher matrix, up to a factor); empty where nothing was trained yet.
+    """
+
+    model: nn.Module
+    batches: Callable[[], Iterable[Batch]]
+    loss: Loss
+    squared_gradients: Weights = field(default_factory=dict)
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A scheme that also looks at data: at gradients, or at what the layers put out."""
+
+    def observe(self, evidence: Evidence, facts: Facts) -> Facts:
+        """The facts, with what `Scheme.pi` needs to know of the data in them. Called before every C step."""
+
+
+def observe(scheme: Scheme, evidence: Evidence, facts: Facts) -> Facts:
+    """The facts as `Observer.observe` completes them; unchanged for a scheme that looks at weights alone."""
+    return scheme.observe(evidence, facts) if isinstance(scheme, Observer) else facts
+
+
 def density_error(density: float, lowest: float) -> ValueError:
     """The error for a target that cannot be met: it names the lowest density that can."""
     return ValueError(f"density {density:.4g} cannot be reached; the lowest possible here is {lowest:.4g}")
@@ -128,6 +160,10 @@ class Compose:
     def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
         """Each part's facts, see `Scheme.analyze`."""
         return [part.analyze(model, example_input) for part in self.parts]
+
+    def observe(self, evidence: Evidence, facts: Facts) -> Facts:
+        """Each part's facts, see `Observer.observe`."""
+        return [observe(part, evidence, f) for part, f in zip(self.parts, facts, strict=True)]
 
     def lowest_density(self, facts: Facts) -> float:
         """See `Scheme.lowest_density`."""
