@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from autocompress.result import Result
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
+TRAINING = ("lr", "optimizer", "distill")  # options of a trial's recovery, besides its epochs
 BUDGET = ("trials", "timeout", "device")  # options that may change when a study is resumed
 
 
@@ -97,11 +99,26 @@ OUT = click.option(
     help="Recovery budget of one trial, in passes over the training data.",
 )
 @click.option(
+    "--recovery",
+    type=click.Choice(["lc", "gradual", "iterative", "layerwise", "rewind", "finetune", "none"]),
+    default="lc",
+    show_default=True,
+    help="How a trial compresses and trains: learning-compression, or a plain way.",
+)
+@click.option(
     "--lr",
     type=click.FloatRange(min=0, min_open=True),
-    default=0.1,
+    help="Peak learning rate of a trial's recovery.  [default: 0.1; 0.01 for finetune]",
+)
+@click.option(
+    "--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="Of a trial."
+)
+@click.option(
+    "--distill",
+    type=click.FloatRange(0, 1),
+    default=0.5,
     show_default=True,
-    help="Peak learning rate of a trial's recovery.",
+    help="Weight of the dense model's outputs against the labels in a trial's loss.",
 )
 @click.option(
     "--sampler",
@@ -129,7 +146,7 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     from autocompress import study
     from autocompress.display import Display, make_console, show_result
     from autocompress.goal import ObjectiveError, as_objective
-    from autocompress.lc import LearningCompression
+    from autocompress.recovery import make_recovery
     from autocompress.scheme import parse_scheme
     from autocompress.storage import check_name, prepare_out
 
@@ -140,7 +157,9 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
         _checked("--name", check_name, options["name"])
     options["scheme"] = _checked("--scheme", parse_scheme, options["scheme"])
     options["objective"] = _checked("--objective", as_objective, options["objective"])
-    options["recovery"] = LearningCompression(lr=options.pop("lr"))
+    training = {name: options.pop(name) for name in TRAINING}
+    given = {name: value for name, value in training.items() if value is not None}
+    options["recovery"] = _checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["device"] = _checked("--device", study.usable_device, options["device"])
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
     try:
@@ -182,8 +201,10 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
     asked = _checked("--resume", study_settings, options["out"], options["resume"])
-    asked |= {name: asked["recovery"][name] for name in ("epochs", "lr")}
-    for name in ("scheme", "max_drop", "drop", "objective", "epochs", "lr", "sampler", "seed", *BUDGET):
+    recovery = asked["recovery"]
+    asked |= {name: recovery.get(name) for name in ("epochs", *TRAINING)} | {"recovery": recovery["method"]}
+    same = ("scheme", "max_drop", "drop", "objective", "recovery", "epochs", *TRAINING, "sampler", "seed")
+    for name in (*same, *BUDGET):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = asked[name]
         elif name not in BUDGET and not _is_same(name, options[name], asked[name]):
@@ -193,12 +214,15 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
 
 
 def _is_same(name: str, given: Any, asked: Any) -> bool:
-    """Whether an option says what was asked; a scheme may be written in several ways."""
+    """Whether an option says what was asked; a scheme and a recovery may be written in several ways."""
+    from autocompress.recovery import make_recovery
     from autocompress.scheme import describe, parse_scheme
 
-    return bool(
-        describe(_checked("--scheme", parse_scheme, given)) == asked if name == "scheme" else given == asked
-    )
+    if name == "scheme":
+        given = describe(_checked("--scheme", parse_scheme, given))
+    if name == "recovery":
+        given = make_recovery(given).method
+    return bool(given == asked)
 
 
 @cli.command()

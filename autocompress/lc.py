@@ -7,106 +7,67 @@ augmented-Lagrangian form of Condensa (Joseph et al., arXiv:1911.02497). It alte
 and multipliers λ:
 
     L step       w ← argmin  L(w) − λᵀ(w − θ) + μ/2 ‖w − θ‖²
-    C step       θ ← Π(w − λ/μ)
     multipliers  λ ← λ − μ (w − θ)
+    C step       θ ← Π(w − λ/μ)
 
-Three things make it fit a budget of a few epochs. The density falls step by step from 1 to its target, so that
+Four things make it fit a budget of a few epochs. The density falls step by step from 1 to its target, so that
 no C step cuts deep. Entries that θ keeps are free (θ follows w there, and λ = 0), so that the penalty only
-pulls at what is about to go. And the quadratic term is taken implicitly after each optimizer step, which is
-stable for every μ, up to μ = ∞: the frozen support of the polish.
+pulls at what is about to go. The quadratic term is taken implicitly after each optimizer step, which is stable
+for every μ, up to μ = ∞: hard masks, and the frozen support of the polish. And a scheme may measure distance in
+the metric of the loss: the L step keeps a running mean of squared gradients for it.
 """
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autocompress.scheme import Facts, Scheme, Theta, Weights
-from autocompress.task import Task, device_of
-from autocompress.training import (
-    Descent,
-    distillation_loss,
-    endless_taught,
-    n_steps,
-    recalibrate_batchnorm,
-)
+from autocompress.learner import Learner, Penalty, Precision, Snapshot
+from autocompress.scheme import Facts, Observer, Scheme, Theta, Weights, observe
+from autocompress.task import Split, Task
+from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
-
-@dataclass(frozen=True)
-class Penalty:
-    """What draws w to θ in an L step: −λᵀ(w − θ) + μ/2 ‖w − θ‖² on the entries that are not free.
-
-    Attributes:
-        mu: The penalty μ; infinity means w = θ.
-        theta: The decompressed θ.
-        bound: Per weight, 1.0 where the entry is drawn to θ and 0.0 where it is free.
-        target: Per weight, θ + λ/μ, the point that the entries are drawn to.
-    """
-
-    mu: float
-    theta: Weights
-    bound: Weights
-    target: Weights
-
-    @classmethod
-    def towards(cls, theta: Weights, multipliers: Weights, mu: float, bound: Weights) -> "Penalty":
-        """The penalty of an L step."""
-        return cls(mu, theta, bound, {name: theta[name] + multipliers[name] * bound[name] / mu for name in bound})
-
-    @classmethod
-    def frozen(cls, theta: Weights, bound: Weights) -> "Penalty":
-        """The penalty at μ = ∞: what is not free stays at θ."""
-        return cls(math.inf, theta, bound, {name: theta[name] for name in bound})
-
-    @torch.no_grad()
-    def apply(self, weights: Weights, lr: float) -> None:
-        """One implicit gradient step on the penalty: w ← w − ημ/(1 + ημ) (w − θ − λ/μ), at learning rate η."""
-        if not self.bound:
-            return
-        strength = 1.0 if math.isinf(self.mu) else lr * self.mu / (1 + lr * self.mu)
-        drawn = [weights[name] for name in self.bound]
-        away = torch._foreach_sub(drawn, [self.target[name] for name in self.bound])
-        torch._foreach_mul_(away, list(self.bound.values()))
-        torch._foreach_add_(drawn, away, alpha=-strength)
+AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
 
 
 @torch.no_grad()
 def c_step(
     scheme: Scheme, weights: Weights, multipliers: Weights, mu: float, density: float, facts: Facts
 ) -> Theta:
-    """The C step θ = Π(w − λ/μ)."""
-    shifted = {name: w.detach() - multipliers[name] / mu for name, w in weights.items()}
+    """The C step θ = Π(w − λ/μ). Weights without multipliers have λ = 0."""
+    shifted = {name: w.detach() for name, w in weights.items()}
+    shifted |= {name: shifted[name] - multiplier / mu for name, multiplier in multipliers.items()}
     return scheme.pi(shifted, density, facts)
 
 
 @torch.no_grad()
-def multiplier_step(multipliers: Weights, mu: float, weights: Weights, theta: Weights, bound: Weights) -> Weights:
-    """The multipliers λ − μ(w − θ) on the entries that are drawn to θ, and 0 on the free ones.
-
-    After an L step this is the gradient with which the loss resists compression, entry by entry.
-    """
-    zero = {name: torch.zeros_like(value) for name, value in multipliers.items() if name not in bound}
-    return zero | {
-        name: (multipliers[name] - mu * (weights[name] - theta[name])) * is_bound
-        for name, is_bound in bound.items()
-    }
-
-
-def bound_entries(theta: Theta) -> Weights:
-    """Per weight that θ does not keep whole: 1.0 where the entry is drawn to θ, 0.0 where it is free."""
-    return {name: (~kept).float() for name, kept in theta.support.items()}
-
-
-@torch.no_grad()
-def residual(weights: Weights, theta: Weights, bound: Weights) -> float:
-    """The primal residual ‖w − θ‖ / ‖w‖, w − θ over the entries that are not free."""
+def residual(weights: Weights, theta: Weights, bound: Mapping[str, Tensor]) -> float:
+    """The primal residual ‖w − θ‖ / ‖w‖, w − θ over the entries that are bound to θ."""
     if not bound:
         return 0.0
     away = torch.stack([((weights[name] - theta[name]) * is_bound).norm() for name, is_bound in bound.items()])
     size = torch.stack([weights[name].norm() for name in bound])
     return float(away.norm() / size.norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def freeze(scheme: Scheme, weights: Weights, density: float, facts: Facts) -> Theta:
+    """θ = Π(w), and w ← Δ(θ)."""
+    theta = scheme.pi({name: w.detach() for name, w in weights.items()}, density, facts)
+    for name, value in scheme.delta(theta).items():
+        weights[name].copy_(value)
+    return theta
+
+
+def frozen(scheme: Scheme, theta: Theta) -> Penalty:
+    """The penalty of the polish, μ = ∞: what is not on the support stays at θ."""
+    return Penalty.towards(scheme.delta(theta), theta.support, {}, math.inf)
 
 
 @dataclass(frozen=True)
@@ -115,11 +76,84 @@ class Recovered:
 
     Attributes:
         theta: The compressed weights.
-        curves: One number per C step: the density, the primal residual, the training loss.
+        curves: What was logged, by name: one number per C step.
     """
 
     theta: Theta
-    curves: Mapping[str, tuple[float, ...]]
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a recovery stands between two L steps: all that it needs to go on.
+
+    Attributes:
+        c_steps: C steps taken.
+        initial: The density at which it began.
+        growth: By how much μ has grown.
+        curves: What was logged, by name: one number per C step.
+        penalty: The penalty of the last L step, in which θ and the multipliers are; only in a checkpoint.
+        learner: The weights, the optimizer and the data's order; only in a checkpoint.
+    """
+
+    c_steps: int = 0
+    initial: float = 1.0
+    growth: float = 1.0
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    penalty: Penalty = field(default_factory=Penalty.none)
+    learner: Snapshot | None = None
+
+    def after(self, growth: float, **logged: float) -> "State":
+        """The state after one more C step and its L step."""
+        curves = {name: (*self.curves.get(name, ()), value) for name, value in logged.items()}
+        return replace(self, c_steps=self.c_steps + 1, growth=self.growth * growth, curves=curves)
+
+    def has_agreed(self, density: float) -> bool:
+        """Whether w and θ were already the same when w was last compressed, to the density that is wanted."""
+        if not self.c_steps:
+            return False
+        return self.curves["lc_density"][-1] == density and self.curves["lc_residual"][-1] <= AGREED
+
+    def warm(self) -> "State":
+        """The start of a recovery to a lower density from the end of this one."""
+        assert self.learner is not None, "only a checkpoint can be gone on from"
+        density = self.curves["lc_density"][-1] if self.c_steps else self.initial
+        return State(initial=density, penalty=self.penalty, learner=self.learner.rewound())
+
+    def save(self, file: Path | str) -> None:
+        """Writes a checkpoint to a safetensors file."""
+        assert self.learner is not None, "only a checkpoint can be gone on from"
+        tensors = {f"learner/{name}": t for name, t in self.learner.tensors.items()}
+        tensors |= {f"target/{name}": t for name, t in self.penalty.target.items()}
+        tensors |= {f"bound/{name}": t for name, t in self.penalty.bound.items()}
+        numbers = {
+            "c_steps": self.c_steps,
+            "initial": self.initial,
+            "growth": self.growth,
+            "mu": self.penalty.mu,
+            "curves": self.curves,
+            "learner": self.learner.numbers,
+        }
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(contiguous, file, metadata={"state": json.dumps(numbers)})
+
+    @classmethod
+    def load(cls, file: Path | str, device: torch.device | str = "cpu") -> "State":
+        """Reads a checkpoint that `save` wrote."""
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            numbers = json.loads(opened.metadata()["state"])
+            tensors: dict[str, Weights] = {"learner": {}, "target": {}, "bound": {}}
+            for entry in opened.keys():  # noqa: SIM118  # it is no mapping
+                kind, name = entry.split("/", 1)
+                tensors[kind][name] = opened.get_tensor(entry)
+        return cls(
+            numbers["c_steps"],
+            numbers["initial"],
+            numbers["growth"],
+            {name: tuple(values) for name, values in numbers["curves"].items()},
+            Penalty(numbers["mu"], tensors["target"], tensors["bound"]),
+            Snapshot(tensors["learner"], numbers["learner"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -128,28 +162,40 @@ class LearningCompression:
 
     Args:
         epochs: Gradient steps of a whole recovery, in passes over the training data.
+        steps: The same, counted in steps; it overrides ``epochs``.
         c_steps: How often the weights are compressed, if the budget has a gradient step for each.
         alternating: Share of the steps in which L and C alternate; the rest polishes on a frozen support.
         mu: The first penalty, in units of 1 / (learning rate x steps of one L step): at 1 a weight that the
-            loss does not care for shrinks to about 1/e of its distance from θ in one L step.
-        mu_growth: Factor on μ from one C step to the next.
-        lr: Peak learning rate of SGD; it follows one cosine over all the steps.
-        momentum: Nesterov momentum.
-        weight_decay: L2 penalty.
+            loss does not care for shrinks to about 1/e of its distance from θ in one L step. Infinity keeps
+            w at θ from the first C step on: gradual pruning with hard masks.
+        mu_growth: Factor on μ from one C step to the next, as long as w and θ differ.
+        augmented: Whether there are multipliers: the augmented Lagrangian; without them the quadratic penalty.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        lr: Peak learning rate; it follows one cosine over all the steps.
+        momentum: Nesterov momentum of SGD; the first moment's decay of AdamW.
+        weight_decay: L2 penalty of SGD; decoupled decay of AdamW.
         distill: Weight of distillation from the dense model, against the task's own loss.
         temperature: Softens the classes that are distilled.
+        precision: What gradients are computed in: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` under autocast.
+            ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere.
+        compile: Whether the forward pass goes through `torch.compile`.
     """
 
     epochs: float = 30
-    c_steps: int = 16
+    steps: int | None = None
+    c_steps: int = 32
     alternating: float = 0.6
     mu: float = 1.0
-    mu_growth: float = 1.2
+    mu_growth: float = 1.07
+    augmented: bool = True
+    optimizer: Optimizer = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     distill: float = 0.5
     temperature: float = 2.0
+    precision: Precision = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "c_steps", "mu", "mu_growth", "lr", "temperature"):
@@ -158,9 +204,31 @@ class LearningCompression:
         for name in ("alternating", "distill", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it must lie between 0 and 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps}; it must be at least 1")
+        allowed = {"optimizer": ("sgd", "adamw"), "precision": ("auto", "fp32", "bf16", "fp16")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}; it must be one of {', '.join(values)}")
+
+    @property
+    def method(self) -> str:
+        """What it is called: ``"lc"``, or the plain way that it is with these settings."""
+        if not self.alternating:
+            return "rewind"
+        return "gradual" if math.isinf(self.mu) else "lc"
 
     def recover(
-        self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        facts: Facts,
+        density: float,
+        task: Task,
+        seed: int,
+        *,
+        start: State | None = None,
+        checkpoint: Callable[[State], None] | None = None,
     ) -> Recovered:
         """Compresses ``model`` in place to ``density`` while training it on ``task.train``.
 
@@ -171,92 +239,67 @@ class LearningCompression:
             density: The target; at least the scheme's lowest.
             task: The data, the loss, and the dense model as the teacher.
             seed: Seeds the order of the batches.
+            start: Goes on from there: from a checkpoint of this very recovery, bit for bit, or from the end of
+                a denser one (its `State.warm`), whose weights, support and multipliers are a head start.
+            checkpoint: Is handed the state after each L step, and at the end.
 
         Returns:
             θ; the model carries its decompressed weights and recalibrated BatchNorm statistics.
+
+        Raises:
+            FloatingPointError: If the training diverged, see `autocompress.training.Descent`.
         """
-        learner = Learner(self, model, task, seed)
-        w = learner.weights
-        multipliers = {name: torch.zeros_like(p) for name, p in w.items()}
-        alternating = int(learner.descent.steps * self.alternating)
-        c_steps = max(1, min(self.c_steps, alternating))
-        steps_per_c_step = alternating // c_steps
-        curves: dict[str, list[float]] = {"lc_density": [], "lc_residual": [], "lc_loss": []}
-        for k in range(c_steps):
-            mu = self.mu_at(k, steps_per_c_step)
-            target = self.density_at((k + 1) / c_steps, density)
-            theta = c_step(scheme, w, multipliers, mu, target, facts)
-            penalty = Penalty.towards(scheme.delta(theta), multipliers, mu, bound_entries(theta))
-            loss = learner.l_step(steps_per_c_step, penalty)
-            multipliers = multiplier_step(multipliers, mu, w, penalty.theta, penalty.bound)
-            curves["lc_density"].append(target)
-            curves["lc_residual"].append(residual(w, penalty.theta, penalty.bound))
-            curves["lc_loss"].append(loss)
-        theta = freeze(scheme, w, density, facts)
-        learner.l_step(learner.descent.steps_left, Penalty.frozen(scheme.delta(theta), bound_entries(theta)))
+        learner = Learner(self, model, task, seed, fisher=isinstance(scheme, Observer))
+        state, w = start or State(), learner.weights
+        learner.restore(state.learner)
+        penalty, state = state.penalty, replace(state, penalty=Penalty.none(), learner=None)
+        c_steps, steps = self.schedule(learner.descent.steps)
+        while state.c_steps < c_steps and not state.has_agreed(density):
+            target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
+            mu = self.mu * state.growth / (self.lr * max(1, steps))
+            facts = observe(scheme, learner.evidence(), facts)
+            penalty, apart = self.constrain(scheme, w, penalty, mu, target, facts)
+            loss = learner.l_step(steps, penalty)
+            growth = self.mu_growth if apart > AGREED else 1.0
+            state = state.after(growth, lc_density=target, lc_residual=apart, lc_loss=loss)
+            if checkpoint:
+                checkpoint(replace(state, penalty=penalty, learner=learner.snapshot()))
+        if checkpoint:
+            state = replace(state, penalty=penalty)  # its multipliers are worth keeping
+        facts = observe(scheme, learner.evidence(), facts)
+        penalty = frozen(scheme, freeze(scheme, w, density, facts))
+        learner.l_step(learner.descent.steps_left, penalty)
         theta = freeze(scheme, w, density, facts)
         recalibrate_batchnorm(model, task.train)
-        return Recovered(theta, {name: tuple(values) for name, values in curves.items()})
+        if checkpoint:
+            checkpoint(replace(state, learner=learner.snapshot()))
+        return Recovered(theta, state.curves)
 
-    def mu_at(self, k: int, steps: int) -> float:
-        """The penalty μ of the L step after C step ``k``, in the units of the loss's curvature."""
-        return self.mu * self.mu_growth**k / (self.lr * max(1, steps))
+    def constrain(
+        self, scheme: Scheme, weights: Weights, penalty: Penalty, mu: float, density: float, facts: Facts
+    ) -> tuple[Penalty, float]:
+        """Multipliers and C step: from the penalty of the last L step to that of the next, and the residual."""
+        multipliers = penalty.multipliers(weights) if self.augmented else {}
+        theta = c_step(scheme, weights, multipliers, mu, density, facts)
+        values = scheme.delta(theta)
+        next_penalty = Penalty.towards(values, theta.support, multipliers, mu)
+        return next_penalty, residual(weights, values, next_penalty.bound)
 
-    def density_at(self, progress: float, density: float) -> float:
-        """From dense to the target as ``progress`` goes from 0 to 1, fast first and then slowly.
+    def n_steps(self, train: Split) -> int:
+        """Gradient steps of the whole budget."""
+        return self.steps or n_steps(train, self.epochs)
+
+    def schedule(self, steps: int) -> tuple[int, int]:
+        """How many C steps there are in a budget of gradient steps, and the gradient steps after each."""
+        alternating = int(steps * self.alternating)
+        c_steps = max(1, min(self.c_steps, alternating)) if self.alternating else 0
+        return c_steps, alternating // max(1, c_steps)
+
+    def density_at(self, progress: float, density: float, initial: float = 1.0) -> float:
+        """From ``initial`` to ``density`` as ``progress`` goes from 0 to 1, fast first and then slowly.
 
         The cubic of Zhu & Gupta, "To Prune, or Not to Prune" (2017), applied to the density's logarithm.
         """
-        return float(density ** (1 - (1 - progress) ** 3))
-
-
-class Learner:
-    """The L step: SGD on the task's loss and distillation, and after each of its steps one on the penalty.
-
-    Args:
-        config: Learning rate and budget.
-        model: Trained in place.
-        task: The data, the loss and the teacher.
-        seed: Seeds the order of the batches.
-    """
-
-    def __init__(self, config: LearningCompression, model: nn.Module, task: Task, seed: int) -> None:
-        self.config = config
-        self.model = model.train()
-        self.weights: Weights = dict(model.named_parameters())
-        steps = n_steps(task.train, config.epochs)
-        self.descent = Descent(model, steps, config.lr, config.momentum, config.weight_decay)
-        self._loss = task.loss
-        self._device = device_of(model)
-        self._batches = endless_taught(task.train, task.model, torch.Generator().manual_seed(seed))
-
-    def l_step(self, steps: int, penalty: Penalty) -> float:
-        """Takes gradient steps under ``penalty``; returns their mean loss (without the penalty)."""
-        total = torch.zeros((), device=self._device)
-        for _ in range(steps):
-            loss = self._task_loss(*next(self._batches))
-            lr = self.descent.step(loss)
-            penalty.apply(self.weights, lr)
-            total += loss.detach()
-        mean = float(total) / max(1, steps)
-        finite = torch.stack([w.isfinite().all() for w in self.weights.values()]).all()
-        if not math.isfinite(mean) or not finite:
-            raise FloatingPointError(f"the training diverged (loss {mean}); try a smaller learning rate")
-        return mean
-
-    def _task_loss(self, x: Tensor, y: Tensor, taught: Tensor) -> Tensor:
-        logits = self.model(x.to(self._device))
-        loss = self._loss(logits, y.to(self._device))
-        if not self.config.distill:
-            return loss
-        distilled = distillation_loss(logits, taught.to(self._device), self.config.temperature)
-        return (1 - self.config.distill) * loss + self.config.distill * distilled
-
-
-@torch.no_grad()
-def freeze(scheme: Scheme, weights: Weights, density: float, facts: Facts) -> Theta:
-    """θ = Π(w), and w ← Δ(θ)."""
-    theta = scheme.pi({name: w.detach() for name, w in weights.items()}, density, facts)
-    for name, value in scheme.delta(theta).items():
-        weights[name].copy_(value)
-    return theta
+        if progress >= 1:
+            return density
+        return float(initial * (density / initial) ** (1 - (1 - progress) ** 3))

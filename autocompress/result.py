@@ -14,6 +14,7 @@ from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement
 from autocompress.posterior import Posterior
+from autocompress.recovery import Recovery, settings_of
 from autocompress.scheme import Scheme, describe
 from autocompress.search import INTERRUPTED
 from autocompress.task import Task
@@ -34,7 +35,7 @@ class Settings:
         bound: What may be lost.
         objective: What to optimize within the bound.
         sampler: Which densities to try, see `autocompress.sampler.SAMPLERS`.
-        recovery: The optimizer of a trial and its budget.
+        recovery: How a trial compresses and trains, and its budget.
         seed: Seeds the search and the trials.
         trials: How many trials, at most.
         timeout_s: Seconds after which no further trial begins; None for no limit.
@@ -45,7 +46,7 @@ class Settings:
     bound: Bound
     objective: Objective
     sampler: str = "threshold"
-    recovery: LearningCompression = field(default_factory=LearningCompression)
+    recovery: Recovery = field(default_factory=LearningCompression)
     seed: int = 0
     trials: int = DEFAULT_TRIALS
     timeout_s: float | None = None
@@ -76,7 +77,7 @@ class Settings:
             "objective": self.objective.source or self.objective.name,
             "sampler": self.sampler,
             "seed": self.seed,
-            "recovery": asdict(self.recovery),
+            "recovery": settings_of(self.recovery),
         }
 
     def budget(self) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from autocompress.certify import Verdict, certifiable_drop, certify
 from autocompress.data import digits
 from autocompress.export import Export, export
 from autocompress.goal import Objective, as_objective
-from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement, compare, count_macs, measure
+from autocompress.recovery import Recovery, make_recovery, with_epochs
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.sampler import make_sampler
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
@@ -61,7 +61,7 @@ def tune(
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
     epochs: float | None = None,
-    recovery: LearningCompression | None = None,
+    recovery: str | Recovery = "lc",
     sampler: str = "threshold",
     seed: int = 0,
     device: str = "auto",
@@ -81,7 +81,8 @@ def tune(
         trials: How many trials, at most.
         timeout: Seconds after which no further trial begins.
         epochs: Gradient steps of one trial's recovery, in passes over the training data.
-        recovery: The optimizer of a trial with its learning rate and the rest; ``epochs`` replaces its own.
+        recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a
+            `LearningCompression` with settings of your own; ``epochs`` replaces its budget.
         sampler: Which densities to try: threshold, gp, tpe, bisection, grid or random.
         seed: Seeds the search and the trials.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
@@ -93,13 +94,13 @@ def tune(
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
     """
-    recovery = recovery or LearningCompression()
+    recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
     settings = Settings(
         scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
         bound=Bound(max_drop, relative=_is_relative(drop)),
         objective=as_objective(objective),
         sampler=sampler,
-        recovery=replace(recovery, epochs=epochs) if epochs is not None else recovery,
+        recovery=with_epochs(recovery, epochs) if epochs is not None else recovery,
         seed=seed,
         trials=trials,
         timeout_s=timeout,
@@ -200,7 +201,7 @@ class Study:
                 notes=(*self.notes, *self._prospect()),
             )
         )
-        recovery = {f"lc.{name}": value for name, value in identity.pop("recovery").items()}
+        recovery = {f"recovery.{name}": value for name, value in identity.pop("recovery").items()}
         self.tracker.start(
             self.folder.path.name,
             {**identity, **recovery, "trials": settings.trials, "device": settings.device},

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from torch.optim.swa_utils import update_bn
 
 from autocompress.task import Batch, Loss, Split, TensorSplit, device_of, evaluating, predict
 
-Taught: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Taught: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+Optimizer: TypeAlias = Literal["sgd", "adamw"]
 
 MAX_GRADIENT = 1.0  # norm at which gradients are clipped: one bad batch shall not throw a trained network away
+SLOWER = 0.1  # factor on the learning rate after a step that could not be taken
+FISHER_DECAY = 0.98  # of the running mean of squared gradients: it looks back some fifty steps
 WORTH_SHARING = 200_000_000  # multiply-accumulates of a batch: some milliseconds of one core
 
 
@@ -52,37 +55,117 @@ def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.1) -> float:
 
 
 class Descent:
-    """SGD with Nesterov momentum along one cycle of the learning rate.
+    """SGD with Nesterov momentum, or AdamW, along one cycle of the learning rate.
+
+    A gradient that is not finite is not followed: the step is left out and the learning rate falls to a tenth
+    for good. At the second such gradient the training has diverged.
 
     Args:
         model: Its trainable parameters are updated in place.
         steps: Length of the cycle.
         lr: Peak learning rate.
-        momentum: Nesterov momentum.
-        weight_decay: L2 penalty.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        momentum: Nesterov momentum of SGD; the first moment's decay of AdamW.
+        weight_decay: L2 penalty of SGD; decoupled decay of AdamW.
+        scaler: Scales the loss where gradients are computed in fp16.
+        fisher: Whether to keep a running mean of the squared gradients.
     """
 
     def __init__(
-        self, model: nn.Module, steps: int, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4
+        self,
+        model: nn.Module,
+        steps: int,
+        lr: float,
+        *,
+        optimizer: Optimizer = "sgd",
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        scaler: torch.amp.GradScaler | None = None,
+        fisher: bool = False,
     ) -> None:
-        self.steps = self.steps_left = steps
+        self.steps = steps
+        self.taken = 0
+        self.slowed = 1.0
         self._peak = lr
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.SGD(
-            self._trainable, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
-        )
+        self._scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trainable = list(self._named.values())
+        self._optimizer: torch.optim.Optimizer
+        if optimizer == "sgd":
+            self._optimizer = torch.optim.SGD(
+                self._trainable, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+            )
+        else:
+            self._optimizer = torch.optim.AdamW(
+                self._trainable, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
+            )
+        # Where nothing was trained yet there is nothing to know of the gradients: None.
+        self.squared_gradients: dict[str, Tensor] | None = None
+        self._fisher = fisher
+
+    @property
+    def steps_left(self) -> int:
+        """Steps to the end of the cycle."""
+        return self.steps - self.taken
 
     def step(self, loss: Tensor) -> float:
-        """One step down the gradient of ``loss``; returns the learning rate it was taken with."""
-        lr = one_cycle(self.steps - self.steps_left, self.steps, self._peak)
+        """One step down the gradient of ``loss``; returns the learning rate it was taken with.
+
+        Raises:
+            FloatingPointError: If a gradient is not finite for the second time.
+        """
+        lr = one_cycle(self.taken, self.steps, self._peak) * self.slowed
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self.taken += 1
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT)
-        self._optimizer.step()
-        self.steps_left -= 1
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT)
+        if self._scaler.is_enabled() or norm.isfinite():
+            self._scaler.step(self._optimizer)  # which leaves out, by itself, what overflowed in fp16
+            self._scaler.update()
+            if self._fisher:
+                self._remember_gradients(norm)
+        elif self.slowed == 1.0:
+            self.slowed = SLOWER
+        else:
+            raise FloatingPointError(
+                f"the training diverged (loss {float(loss.detach())}); try a smaller learning rate"
+            )
         return lr
+
+    @torch.no_grad()
+    def _remember_gradients(self, norm: Tensor) -> None:
+        gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+        if self.squared_gradients is None:
+            self.squared_gradients = {name: torch.zeros_like(g) for name, g in gradients.items()}
+        means = [self.squared_gradients[name] for name in gradients]
+        clipped = float((norm / MAX_GRADIENT).clamp_min(1))
+        torch._foreach_mul_(means, FISHER_DECAY)
+        values = list(gradients.values())
+        torch._foreach_addcmul_(means, values, values, (1 - FISHER_DECAY) * clipped**2)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the optimizer remembers, as tensors by name."""
+        state = {}
+        for name, p in self._named.items():
+            for key, value in self._optimizer.state.get(p, {}).items():
+                state[f"{key}/{name}"] = torch.as_tensor(value)
+        return state | {f"fisher/{name}": value for name, value in (self.squared_gradients or {}).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], taken: int, slowed: float) -> None:
+        """Goes on where another optimizer was when it gave its `state_dict`."""
+        self.taken, self.slowed = taken, slowed
+        self.squared_gradients = None
+        for entry, value in state.items():
+            key, name = entry.split("/", 1)
+            p = self._named[name]
+            if key == "fisher":
+                self.squared_gradients = self.squared_gradients or {}
+                self.squared_gradients[name] = value.to(p.device).clone()
+            else:
+                self._optimizer.state[p][key] = value.clone() if value.dim() == 0 else value.to(p.device).clone()
 
 
 def fit(model: nn.Module, split: Split, loss: Loss, *, epochs: float, lr: float, seed: int) -> None:
@@ -90,40 +173,79 @@ def fit(model: nn.Module, split: Split, loss: Loss, *, epochs: float, lr: float,
     device = device_of(model)
     descent = Descent(model, n_steps(split, epochs), lr)
     model.train()
-    for x, y in islice(endless(split, torch.Generator().manual_seed(seed)), descent.steps):
+    for x, y in islice(Stream(split, seed), descent.steps):
         descent.step(loss(model(x.to(device)), y.to(device)))
     model.eval()
 
 
-def endless(split: Split, generator: torch.Generator) -> Iterator[Batch]:
-    """Shuffled batches of ``split``, one pass after the other."""
-    while True:
-        served = False
-        for batch in split.batches(generator):
-            served = True
-            yield batch
-        if not served:
+class Stream(Iterator[Batch]):
+    """Shuffled batches without end, one pass after the other, that can be taken up anywhere.
+
+    Args:
+        split: The data.
+        seed: Seeds the order; each pass has its own.
+        epoch: Passes that were served before.
+        position: Batches of the pass after them that were served before.
+
+    Raises:
+        ValueError: If a pass serves no full batch.
+    """
+
+    def __init__(self, split: Split, seed: int, epoch: int = 0, position: int = 0) -> None:
+        self._split, self._seed = split, seed
+        self.epoch, self.position = epoch, position
+        self._pass = islice(self._shuffled(), position, None)
+
+    def _shuffled(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed((self._seed << 20) + self.epoch)
+        return self._split.batches(generator)
+
+    def __next__(self) -> Batch:
+        for batch in self._pass:
+            self.position += 1
+            return batch
+        if self.position == 0:
             raise ValueError(
-                f"train= serves no full batch: {split.n_samples} samples, {split.batch_size} a batch; "
+                f"train= serves no full batch: {self._split.n_samples} samples, {self._split.batch_size} a batch; "
                 "give it more samples or smaller batches"
             )
+        self.epoch, self.position = self.epoch + 1, 0
+        self._pass = islice(self._shuffled(), 0, None)
+        return next(self)
 
 
-def endless_taught(split: Split, teacher: nn.Module, generator: torch.Generator) -> Iterator[Taught]:
-    """Shuffled batches ``(x, y, teacher's logits)``, one pass after the other.
+class TaughtStream(Iterator[Taught]):
+    """Shuffled batches ``(x, y, teacher's logits)`` without end; None for the logits without a teacher.
 
     Where the samples are held as tensors nothing augments them, so the teacher sees each just once.
+
+    Args:
+        split: The data.
+        teacher: The model to learn from.
+        seed: Seeds the order.
+        epoch: See `Stream`.
+        position: See `Stream`.
     """
-    if isinstance(split, TensorSplit):
-        logits = torch.from_numpy(predict(teacher, split)[0])
-        numbered = TensorSplit(split.x, torch.arange(split.n_samples), split.batch_size)
-        for x, index in endless(numbered, generator):
-            yield x, split.y[index], logits[index]
-    device = device_of(teacher)
-    for x, y in endless(split, generator):
-        with evaluating(teacher), torch.no_grad():
-            taught = teacher(x.to(device))
-        yield x, y, taught
+
+    def __init__(
+        self, split: Split, teacher: nn.Module | None, seed: int, epoch: int = 0, position: int = 0
+    ) -> None:
+        self._teacher = teacher
+        self._held: tuple[Tensor, Tensor] | None = None
+        if teacher is not None and isinstance(split, TensorSplit):
+            self._held = split.y, torch.from_numpy(predict(teacher, split)[0])
+            split = TensorSplit(split.x, torch.arange(split.n_samples), split.batch_size)
+        self.batches = Stream(split, seed, epoch, position)
+
+    def __next__(self) -> Taught:
+        x, y = next(self.batches)
+        if self._held is not None:  # y numbers the samples
+            targets, logits = self._held
+            return x, targets[y], logits[y]
+        if self._teacher is None:
+            return x, y, None
+        with evaluating(self._teacher), torch.no_grad():
+            return x, y, self._teacher(x.to(device_of(self._teacher)))
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

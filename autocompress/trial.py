@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from autocompress.certify import drop_standard_error
 from autocompress.goal import Objective
-from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement, measure
+from autocompress.recovery import Recovery
 from autocompress.scheme import Facts, Scheme, Theta, realize_by_part
 from autocompress.task import Evaluation, Task, channels_last, device_of, evaluating
 
@@ -44,7 +44,7 @@ class TrialSpec:
         task: The dense model, the data and the metric.
         scheme: How to compress.
         facts: What the scheme found out about the model, once for the study.
-        recovery: The optimizer and its budget.
+        recovery: How to compress and train.
         objective: What the search optimizes.
         bound: What may be lost.
         dense: The dense model's evaluation on val.
@@ -58,7 +58,7 @@ class TrialSpec:
     task: Task
     scheme: Scheme
     facts: Facts
-    recovery: LearningCompression
+    recovery: Recovery
     objective: Objective
     bound: Bound
     dense: Evaluation

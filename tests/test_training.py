@@ -11,9 +11,9 @@ from autocompress.task import LoaderSplit, Task, TensorSplit, as_split
 from autocompress.training import (
     WORTH_SHARING,
     Descent,
+    Stream,
+    TaughtStream,
     distillation_loss,
-    endless,
-    endless_taught,
     fit,
     n_steps,
     one_cycle,
@@ -85,17 +85,17 @@ def test_steps_of_a_number_of_epochs(n: int, batch_size: int, epochs: float, ste
 # Batches
 
 
-def test_endless_passes_are_each_shuffled_and_whole() -> None:
+def test_passes_are_each_shuffled_and_whole() -> None:
     split = numbered(12, 4)
-    batches = [y.tolist() for _, y in islice(endless(split, torch.Generator().manual_seed(0)), 9)]
+    batches = [y.tolist() for _, y in islice(Stream(split, 0), 9)]
     passes = [list(chain(*batches[i : i + 3])) for i in (0, 3, 6)]
     assert all(sorted(one) == list(range(12)) for one in passes)
     assert len({tuple(one) for one in passes}) == 3
 
 
-def test_endless_is_deterministic() -> None:
+def test_the_stream_is_deterministic() -> None:
     def first(seed: int) -> list[list[int]]:
-        return [y.tolist() for _, y in islice(endless(numbered(12, 4), torch.Generator().manual_seed(seed)), 7)]
+        return [y.tolist() for _, y in islice(Stream(numbered(12, 4), seed), 7)]
 
     assert first(3) == first(3) != first(4)
 
@@ -116,28 +116,38 @@ class Counting(nn.Module):
 
 def test_the_teacher_sees_tensors_once() -> None:
     teacher, split = Counting().train(), numbered(12, 4)
-    for x, y, taught in islice(endless_taught(split, teacher, torch.Generator().manual_seed(0)), 10):
+    for x, y, taught in islice(TaughtStream(split, teacher, 0), 10):
         assert torch.equal(y, x[:, 0].long())
         torch.testing.assert_close(taught, teacher.linear(x).detach())
-        assert not taught.requires_grad
+        assert taught is not None and not taught.requires_grad
     assert teacher.seen == 12
     assert teacher.training
 
 
 def test_batches_with_and_without_a_teacher_are_the_same() -> None:
-    plain = islice(endless(numbered(12, 4), torch.Generator().manual_seed(0)), 7)
-    taught = islice(endless_taught(numbered(12, 4), Counting(), torch.Generator().manual_seed(0)), 7)
-    for (x, y), (tx, ty, _) in zip(plain, taught, strict=True):
+    plain = islice(Stream(numbered(12, 4), 0), 7)
+    taught = islice(TaughtStream(numbered(12, 4), Counting(), 0), 7)
+    untaught = islice(TaughtStream(numbered(12, 4), None, 0), 7)
+    for (x, y), (tx, ty, _), (ux, uy, nothing) in zip(plain, taught, untaught, strict=True):
         assert torch.equal(x, tx) and torch.equal(y, ty)
+        assert torch.equal(x, ux) and torch.equal(y, uy) and nothing is None
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 5])
+def test_a_stream_can_be_taken_up_anywhere(taken: int) -> None:
+    whole = Stream(numbered(12, 4), 3)
+    for _ in islice(whole, taken):
+        pass
+    again = Stream(numbered(12, 4), 3, whole.epoch, whole.position)
+    for (x, y), (ax, ay) in islice(zip(whole, again, strict=False), 7):
+        assert torch.equal(x, ax) and torch.equal(y, ay)
 
 
 def test_the_teacher_sees_every_batch_of_a_loader() -> None:
     """A loader may augment: yesterday's logits are not today's."""
     loader = DataLoader(TensorDataset(*next(numbered(12, 12).batches())), batch_size=4, shuffle=True)
     teacher = Counting().train()
-    for x, y, taught in islice(
-        endless_taught(as_split(loader, "train"), teacher, torch.Generator().manual_seed(0)), 6
-    ):
+    for x, y, taught in islice(TaughtStream(as_split(loader, "train"), teacher, 0), 6):
         assert torch.equal(y, x[:, 0].long())
         torch.testing.assert_close(taught, teacher.linear(x).detach())  # in eval mode: no dropout
     assert teacher.seen == 24
@@ -248,7 +258,7 @@ def test_small_batches_run_on_one_thread(macs: int, threads: int) -> None:
 def test_a_loader_that_serves_no_full_batch_is_an_error_and_not_a_hang() -> None:
     loader = DataLoader(TensorDataset(torch.zeros(5, 2), torch.zeros(5).long()), batch_size=64, drop_last=True)
     with pytest.raises(ValueError, match="train= serves no full batch: 5 samples, 64 a batch"):
-        next(endless(LoaderSplit(loader), torch.Generator()))
+        next(Stream(LoaderSplit(loader), 0))
 
 
 def test_one_bad_batch_moves_the_weights_by_no_more_than_the_clipped_gradient() -> None:
@@ -256,3 +266,66 @@ def test_one_bad_batch_moves_the_weights_by_no_more_than_the_clipped_gradient() 
     before = model.weight.detach().clone()
     lr = Descent(model, 10, lr=0.1, momentum=0.0, weight_decay=0.0).step(1e6 * model.weight.sum())
     assert float((model.weight.detach() - before).norm()) == pytest.approx(lr, rel=1e-4)
+
+
+def test_descent_with_adamw_follows_its_update_rule() -> None:
+    w = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        w.weight.fill_(1.0)
+    descent = Descent(w, steps=3, lr=0.1, optimizer="adamw", momentum=0.9, weight_decay=0.5)
+    value, first, second = 1.0, 0.0, 0.0
+    for step in range(3):
+        lr = descent.step((0.8 * w.weight).sum())
+        value -= lr * 0.5 * value
+        first, second = 0.9 * first + 0.1 * 0.8, 0.999 * second + 0.001 * 0.8**2
+        corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        value -= lr * corrected[0] / (math.sqrt(corrected[1]) + 1e-8)
+        assert float(w.weight.detach()) == pytest.approx(value, rel=1e-5)
+
+
+def test_descent_leaves_out_a_bad_step_once_and_slows_down() -> None:
+    w = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        w.weight.fill_(1.0)
+    descent = Descent(w, steps=10, lr=0.1)
+    descent.step(w.weight.sum())
+    before = float(w.weight.detach())
+    descent.step(math.nan * w.weight.sum())
+    assert float(w.weight.detach()) == before
+    assert descent.step(w.weight.sum()) == pytest.approx(0.1 * one_cycle(2, 10, 0.1))
+    assert float(w.weight.detach()) < before
+    with pytest.raises(FloatingPointError, match=r"diverged \(loss inf\); try a smaller learning rate"):
+        descent.step(math.inf * w.weight.sum())
+
+
+def test_descent_remembers_squared_gradients_as_they_were_before_clipping() -> None:
+    w = nn.Linear(2, 1, bias=False)
+    descent = Descent(w, steps=10, lr=0.1, fisher=True)
+    assert descent.squared_gradients is None
+    expected = torch.zeros(1, 2)
+    for gradient in (torch.tensor([[30.0, 40.0]]), torch.tensor([[0.1, -0.2]])):
+        descent.step((gradient * w.weight).sum())
+        expected = 0.98 * expected + 0.02 * gradient.square()
+        assert descent.squared_gradients is not None
+        torch.testing.assert_close(descent.squared_gradients["weight"], expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_optimizer_goes_on_from_its_state(optimizer: str) -> None:
+    def steps(descent: Descent, model: nn.Module, n: int) -> None:
+        for _ in range(n):
+            descent.step((model(torch.ones(1, 3)) - 1).square().sum())
+
+    torch.manual_seed(0)
+    whole = nn.Linear(3, 2)
+    first = copy.deepcopy(whole)
+    descent = Descent(whole, 8, lr=0.1, optimizer=optimizer, fisher=True)
+    steps(descent, whole, 8)
+    begun = Descent(first, 8, lr=0.1, optimizer=optimizer, fisher=True)
+    steps(begun, first, 3)
+    second = copy.deepcopy(first)
+    resumed = Descent(second, 8, lr=0.1, optimizer=optimizer, fisher=True)
+    resumed.load_state_dict(begun.state_dict(), begun.taken, begun.slowed)
+    steps(resumed, second, 5)
+    assert torch.equal(whole.weight, second.weight) and torch.equal(whole.bias, second.bias)
+    assert torch.equal(descent.squared_gradients["weight"], resumed.squared_gradients["weight"])

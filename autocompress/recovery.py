@@ -1,0 +1,223 @@
+"""Recovery: how a compressed network regains what it lost. L-C, and the plain ways it is measured against.
+
+All of them train through the same L step with the same data, teacher and learning-rate cycle. Most are limits
+of L-C: at μ = ∞ weights that a C step prunes are zero at once and for good.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from autocompress.lc import LearningCompression, Recovered, freeze, frozen
+from autocompress.learner import Learner
+from autocompress.scheme import Facts, Observer, Scheme, observe
+from autocompress.task import Task
+from autocompress.training import recalibrate_batchnorm
+
+
+class Recovery(Protocol):
+    """How a trial compresses a model and trains it."""
+
+    @property
+    def method(self) -> str:
+        """Its name, see `RECOVERIES`."""
+
+    @property
+    def epochs(self) -> float:
+        """Its budget, in passes over the training data."""
+
+    def recover(
+        self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
+    ) -> Recovered:
+        """Compresses ``model`` in place, see `LearningCompression.recover`."""
+
+
+def gradual(**settings: Any) -> LearningCompression:
+    """Gradual pruning: the density falls step by step, and what goes is zero at once.
+
+    Zhu & Gupta, "To Prune, or Not to Prune" (2017).
+    """
+    return LearningCompression(mu=math.inf, **settings)
+
+
+def rewind(**settings: Any) -> LearningCompression:
+    """One-shot pruning, then training with the learning rate rewound to its peak.
+
+    Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning" (ICLR 2020).
+    """
+    return LearningCompression(mu=math.inf, alternating=0.0, **settings)
+
+
+def finetune(lr: float = 0.01, **settings: Any) -> LearningCompression:
+    """One-shot pruning, then fine-tuning at a small learning rate.
+
+    Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015).
+    """
+    return rewind(lr=lr, **settings)
+
+
+@dataclass(frozen=True)
+class Iterative:
+    """Rounds of pruning and training in turn, each with a learning-rate cycle of its own.
+
+    The density falls by the same factor in every round (Han et al., NeurIPS 2015; Renda et al., ICLR 2020).
+
+    Args:
+        training: The training of all the rounds together.
+        rounds: How many there are.
+    """
+
+    training: LearningCompression = field(default_factory=rewind)
+    rounds: int = 4
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        return "iterative"
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}; it must be at least 1")
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training data in all the rounds."""
+        return self.training.epochs
+
+    def recover(
+        self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
+    ) -> Recovered:
+        """Compresses ``model`` in place, see `Recovery.recover`."""
+        total = self.training.n_steps(task.train)
+        rounds = min(self.rounds, total)
+        for done in range(rounds):
+            steps = total * (done + 1) // rounds - total * done // rounds
+            target = density ** ((done + 1) / rounds)
+            one_round = replace(self.training, steps=steps)
+            found = one_round.recover(model, scheme, facts, target, task, seed * rounds + done)
+        return found
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """One layer after the other is pruned to its final width, with training after each.
+
+    The layers' shares are those of the dense model: what the scheme prunes at the target density.
+
+    Args:
+        training: The training of all the layers together.
+    """
+
+    training: LearningCompression = field(default_factory=rewind)
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        return "layerwise"
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training data for all the layers."""
+        return self.training.epochs
+
+    def recover(
+        self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
+    ) -> Recovered:
+        """Compresses ``model`` in place, see `Recovery.recover`."""
+        learner = Learner(self.training, model, task, seed, fisher=isinstance(scheme, Observer))
+        facts = observe(scheme, learner.evidence(), facts)
+        theta = scheme.pi({name: w.detach() for name, w in learner.weights.items()}, density, facts)
+        whole = frozen(scheme, theta)
+        pruned: dict[str, Tensor] = {}
+        layers = _by_layer([name for name in learner.weights if name in theta.support])
+        for left, names in zip(range(len(layers), 0, -1), layers, strict=True):
+            pruned |= {name: whole.bound[name] for name in names}
+            penalty = replace(whole, bound=pruned)
+            penalty.apply(learner.weights, lr=1.0)
+            learner.l_step(learner.descent.steps_left // left, penalty)
+        theta = freeze(scheme, learner.weights, density, facts)
+        recalibrate_batchnorm(model, task.train)
+        return Recovered(theta)
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Names of parameters, those of one layer together, in the order in which they come."""
+    return [list(layer) for _, layer in groupby(names, key=lambda name: name.rpartition(".")[0])]
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Compression alone: BatchNorm's statistics are computed anew, no weight is trained."""
+
+    epochs: float = 0.0
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        return "none"
+
+    def recover(
+        self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
+    ) -> Recovered:
+        """Compresses ``model`` in place, see `Recovery.recover`."""
+        learner = Learner(LearningCompression(distill=0.0), model, task, seed)
+        facts = observe(scheme, learner.evidence(), facts)
+        theta = freeze(scheme, learner.weights, density, facts)
+        recalibrate_batchnorm(model, task.train)
+        return Recovered(theta)
+
+
+def iterative(**settings: Any) -> Iterative:
+    """Rounds of one-shot pruning and training, see `Iterative`."""
+    return Iterative(rewind(**settings))
+
+
+def layerwise(**settings: Any) -> Layerwise:
+    """One layer after the other, see `Layerwise`."""
+    return Layerwise(rewind(**settings))
+
+
+def untrained(**settings: Any) -> Untrained:
+    """No training at all, see `Untrained`."""
+    return Untrained()
+
+
+RECOVERIES: Mapping[str, Callable[..., Recovery]] = {
+    "lc": LearningCompression,
+    "gradual": gradual,
+    "iterative": iterative,
+    "layerwise": layerwise,
+    "rewind": rewind,
+    "finetune": finetune,
+    "none": untrained,
+}
+
+
+def make_recovery(method: str, **settings: Any) -> Recovery:
+    """The recovery of that name, with the settings of its `LearningCompression` that are given.
+
+    Raises:
+        ValueError: If there is no such method, or a setting is refused.
+    """
+    if method not in RECOVERIES:
+        raise ValueError(f"there is no recovery {method!r}; it must be one of {', '.join(RECOVERIES)}")
+    return RECOVERIES[method](**settings)
+
+
+def with_epochs(recovery: Recovery, epochs: float) -> Recovery:
+    """The same recovery with another budget."""
+    if isinstance(recovery, Iterative | Layerwise):
+        return replace(recovery, training=replace(recovery.training, epochs=epochs))
+    return replace(recovery, epochs=epochs)  # type: ignore[type-var]  # recoveries are dataclasses
+
+
+def settings_of(recovery: Recovery) -> dict[str, Any]:
+    """What a recovery was made with, the settings of its training among them: JSON types only."""
+    settings: dict[str, Any] = asdict(recovery)  # type: ignore[call-overload]  # recoveries are dataclasses
+    settings |= settings.pop("training", {})
+    plain = {name: "inf" if value == math.inf else value for name, value in settings.items()}
+    return {"method": recovery.method, **plain}

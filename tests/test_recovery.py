@@ -1,0 +1,169 @@
+import copy
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autocompress.lc import LearningCompression
+from autocompress.learner import Learner, Penalty
+from autocompress.measurement import count_params
+from autocompress.recovery import (
+    RECOVERIES,
+    Iterative,
+    Layerwise,
+    Recovery,
+    make_recovery,
+    settings_of,
+    with_epochs,
+)
+from autocompress.scheme import Scheme
+from autocompress.schemes import Prune, StructPrune
+from autocompress.task import Task, TensorSplit
+
+TRAINED = [name for name in RECOVERIES if name != "none"]
+
+
+class Steps:
+    """Counts the gradient steps of L steps, and what each held fixed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken = 0
+        self.rates: list[float] = []
+        self.bound: list[list[str]] = []
+        l_step = Learner.l_step
+
+        def counting(learner: Learner, steps: int, penalty: Penalty) -> float:
+            before = learner.descent.taken
+            loss = l_step(learner, steps, penalty)
+            self.taken += learner.descent.taken - before
+            self.bound.append([name for name, bound in penalty.bound.items() if bound.any()])
+            return loss
+
+        monkeypatch.setattr(Learner, "l_step", counting)
+
+
+def small_batches(task: Task) -> Task:
+    x, y = task.train.x, task.train.y
+    return Task(task.model, TensorSplit(x, y, 12), (x, y), (x, y))
+
+
+def recovered(recovery: Recovery, scheme: Scheme, density: float, task: Task) -> tuple[nn.Module, float]:
+    facts = scheme.analyze(task.model, task.example_input)
+    model = copy.deepcopy(task.model)
+    found = recovery.recover(model, scheme, facts, density, task, 0)
+    for name, kept in found.theta.support.items():
+        assert not dict(model.named_parameters())[name].detach()[~kept].any(), name
+    return model, found.theta.kept / count_params(task.model)
+
+
+@pytest.mark.parametrize("scheme", [Prune(), StructPrune()])
+@pytest.mark.parametrize("method", RECOVERIES)
+def test_every_recovery_meets_the_density_in_its_budget(
+    tiny_task: Task, method: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, steps = small_batches(tiny_task), Steps(monkeypatch)
+    recovery = make_recovery(method, epochs=3.5, lr=0.02)
+    model, density = recovered(recovery, scheme, 0.4, task)
+    assert 0.2 < density <= 0.4
+    assert steps.taken == (0 if method == "none" else round(3.5 * 5))
+    assert all(p.isfinite().all() for p in model.state_dict().values())
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_training_is_worth_its_epochs(tiny_task: Task, method: str) -> None:
+    """Each gets nearer to the labels than the same compression without training."""
+    task = small_batches(tiny_task)
+    losses = []
+    for recovery in (make_recovery("none"), make_recovery(method, epochs=20)):
+        model, _ = recovered(recovery, StructPrune(), 0.2, task)
+        with torch.no_grad():
+            losses.append(float(task.loss(model.eval()(task.train.x), task.train.y)))
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_gradual_pruning_never_revives_a_weight(tiny_task: Task) -> None:
+    states: list[Tensor] = []
+
+    def keep(state: object) -> None:
+        states.append(torch.cat([bound.flatten() for bound in state.penalty.bound.values()]))
+
+    facts = Prune().analyze(tiny_task.model, tiny_task.example_input)
+    recovery = make_recovery("gradual", epochs=6, c_steps=4)
+    model = copy.deepcopy(tiny_task.model)
+    recovery.recover(model, Prune(), facts, 0.3, tiny_task, 0, checkpoint=keep)
+    shares = [float(bound.float().mean()) for bound in states]
+    assert shares == sorted(shares) and shares[0] < shares[3]
+    for earlier, later in pairwise(states):
+        assert not (earlier & ~later).any()
+
+
+def test_one_shot_prunes_what_was_smallest_in_the_dense_model(tiny_task: Task) -> None:
+    weights = {name: p.detach() for name, p in tiny_task.model.named_parameters()}
+    facts = Prune().analyze(tiny_task.model, tiny_task.example_input)
+    expected = Prune().pi(weights, 0.3, facts).support
+    for method in ("rewind", "finetune", "layerwise"):
+        model, _ = recovered(make_recovery(method, epochs=2, lr=0.01), Prune(), 0.3, small_batches(tiny_task))
+        for name, kept in expected.items():
+            assert torch.equal(dict(model.named_parameters())[name] != 0, kept), (method, name)
+
+
+def test_iterative_pruning_lowers_the_density_by_the_same_factor_in_every_round(tiny_task: Task) -> None:
+    asked = []
+
+    class Watched(StructPrune):
+        def pi(self, weights, density, facts):  # type: ignore[no-untyped-def]
+            asked.append(density)
+            return super().pi(weights, density, facts)
+
+    recovered(
+        Iterative(make_recovery("rewind", epochs=2, lr=0.02), rounds=3), Watched(), 0.216, small_batches(tiny_task)
+    )
+    assert asked == pytest.approx([0.6, 0.6, 0.36, 0.36, 0.216, 0.216])  # before and after each training
+
+
+def test_layerwise_pruning_goes_from_the_first_layer_to_the_last(
+    tiny_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    recovered(make_recovery("layerwise", epochs=4, lr=0.02), StructPrune(), 0.3, tiny_task)
+    assert len(steps.bound) >= 3
+    order = [name for name, _ in tiny_task.model.named_parameters()]
+    for fewer, more in pairwise(steps.bound):
+        assert set(fewer) < set(more)
+        added = set(more) - set(fewer)
+        assert min(map(order.index, added)) > max(map(order.index, fewer))
+
+
+@pytest.mark.parametrize("method", RECOVERIES)
+def test_settings_are_plain_and_make_the_same_recovery_again(method: str) -> None:
+    given = {} if method == "none" else {"lr": 0.03, "distill": 0.25, "optimizer": "adamw"}
+    recovery = with_epochs(make_recovery(method, **given), 7.0)
+    settings = json.loads(json.dumps(settings_of(recovery), allow_nan=False))
+    assert settings["method"] in RECOVERIES
+    assert settings["epochs"] == 7.0
+    again = make_recovery(settings["method"], **{name: settings[name] for name in given})
+    assert with_epochs(again, settings["epochs"]) == recovery
+
+
+def test_unknown_methods_and_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="there is no recovery 'magic'; it must be one of lc, gradual"):
+        make_recovery("magic")
+    with pytest.raises(ValueError, match="lr=-1; it must be positive"):
+        make_recovery("gradual", lr=-1)
+    with pytest.raises(ValueError, match="rounds=0; it must be at least 1"):
+        Iterative(rounds=0)
+
+
+def test_a_recovery_says_what_it_is() -> None:
+    assert LearningCompression().method == "lc"
+    assert LearningCompression(mu=math.inf).method == "gradual"
+    assert make_recovery("finetune").method == make_recovery("rewind").method == "rewind"
+    assert [make_recovery(name).method for name in ("iterative", "layerwise", "none")] == [
+        "iterative",
+        "layerwise",
+        "none",
+    ]
+    assert Layerwise().epochs == Iterative().epochs == LearningCompression().epochs
