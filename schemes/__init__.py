@@ -3,11 +3,12 @@
 from .compositions import FilterPruneQuantize16, PruneQuantize16, StructPruneQuantize16
 from .prune import Prune
 from .quantize import Quantize16
-from .struct import FilterPrune, StructPrune
+from .struct import FilterPrune, NeuronPrune, StructPrune
 
 __all__ = [
     "FilterPrune",
     "FilterPruneQuantize16",
+    "NeuronPrune",
     "Prune",
     "PruneQuantize16",
     "Quantize16",

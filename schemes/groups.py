@@ -227,16 +227,6 @@ def _shrunk_dims(module: nn.Module, prune: Any, idxs: Sequence[int]) -> list[tup
     ]
 
 
-def saliency(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
-    """Squared norm of all that goes with each channel, over the group's mean; shape ``(width,)``."""
-    total = torch.zeros(group.width, device=next(iter(weights.values())).device)
-    for s in group.slices:
-        w = weights[s.parameter]
-        energy = w.square().sum([d for d in range(w.dim()) if d != s.dim]) if w.dim() > 1 else w.square()
-        total.index_add_(0, s.channels.to(w.device), energy[s.positions.to(w.device)])
-    return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
-
-
 def sizes_along(groups: Sequence[Group], shapes: Mapping[str, torch.Size], order: Tensor) -> Tensor:
     """Parameters left after each removal of a sequence.
 

@@ -18,7 +18,16 @@ from .criteria import (
     observe_entries,
 )
 from .patterns import checked_min_keep, checked_skip, modules_matching, per_module
-from .spread import Spread, allocate, allocate_by_lamp, best, best_overall, checked_spread, relative_density
+from .spread import (
+    Spread,
+    allocate,
+    allocate_by_lamp,
+    as_lamp,
+    best,
+    best_overall,
+    checked_spread,
+    relative_density,
+)
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
@@ -117,9 +126,7 @@ class Prune:
         n_kept -= facts.n_others
         if n_kept < sum(facts.floors):
             raise density_error(density, self.lowest_density(facts))
-        # Layer by layer, LAMP ranks as the square does: the criterion of that name is a spread.
-        criterion = "l2" if self.criterion == "lamp" else self.criterion
-        spread = "lamp" if self.criterion == "lamp" and self.spread == "global" else self.spread
+        criterion, spread = as_lamp(self.criterion, self.spread)
         scores = []
         for name, score in entry_scores(criterion, weights, facts.prunable, facts.observed).items():
             dead = weights[name] == 0  # these go first: then nothing is gained or lost by pruning again

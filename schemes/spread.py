@@ -39,6 +39,13 @@ def checked_spread(spread: Spread) -> SpreadName | PerModule[float]:
     )
 
 
+def as_lamp(criterion: str, spread: Spread) -> tuple[str, Spread]:
+    """The criterion ``lamp`` as the spread that it is: within a layer it ranks as the square does."""
+    if criterion != "lamp":
+        return criterion, spread
+    return "l2", "lamp" if spread == "global" else spread
+
+
 def relative_density(
     spread: Spread, shapes: Iterable[torch.Size], named: Mapping[str, float], modules: Iterable[str]
 ) -> float:
