@@ -97,4 +97,5 @@ def _per_channel(
             channels, positions = places[key].channels.to(device), places[key].positions.to(device)
             total.index_add_(0, channels, mean[positions])
             count.index_add_(0, channels, torch.ones_like(mean[positions]))
-    return total / count
+    mean_of_channel: Tensor = total / count
+    return mean_of_channel
