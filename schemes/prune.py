@@ -12,6 +12,14 @@ from autocompress.scheme import Theta, Weights, density_error, register_scheme
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of linear and convolutional layers by name; one that several layers share comes once."""
+    parameters = dict(model.named_parameters())
+    named = model.named_modules()  # the model itself is named ""
+    names = (f"{name}.weight".lstrip(".") for name, module in named if isinstance(module, PRUNABLE))
+    return {name: parameters[name] for name in names if name in parameters}
+
+
 @dataclass(frozen=True)
 class Layers:
     """The facts of a model for unstructured pruning.
@@ -49,14 +57,11 @@ class Prune:
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
         """Finds the weights of linear and convolutional layers."""
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        named = model.named_modules()  # the model itself is named ""
-        layers = (f"{name}.weight".lstrip(".") for name, module in named if isinstance(module, PRUNABLE))
-        prunable = tuple(name for name in layers if sizes.get(name, 0) > self.min_keep)
-        if not prunable:
+        sizes = {name: w.numel() for name, w in prunable_weights(model).items() if w.numel() > self.min_keep}
+        if not sizes:
             raise ValueError("Prune finds no linear or convolutional weights in this model")
-        n_prunable = sum(sizes[name] for name in prunable)
-        return Layers(prunable, n_prunable, sum(sizes.values()) - n_prunable)
+        n_prunable = sum(sizes.values())
+        return Layers(tuple(sizes), n_prunable, sum(p.numel() for p in model.parameters()) - n_prunable)
 
     def lowest_density(self, facts: Layers) -> float:
         """The density at which every layer has ``min_keep`` weights left."""
