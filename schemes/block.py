@@ -1,16 +1,20 @@
 """Block pruning: rectangles of weights become zero together, which kernels for sparse matrices can skip."""
 
 import copy
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocompress.scheme import Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
 
+from .criteria import Observed, entry_scores, observe_entries
 from .prune import prunable_weights
+
+# LAMP scores add up within a layer to much the same whatever its blocks: it ranks single weights alone.
+BlockCriterion: TypeAlias = Literal["l1", "l2", "taylor", "obd", "random"]
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,18 @@ class Blocks:
     Attributes:
         shapes: The shape of each weight that is cut into blocks.
         n_params: Parameters of the whole model.
+        observed: What the criterion saw of the data, if it looks at any.
     """
 
     shapes: dict[str, torch.Size]
     n_params: int
+    observed: Observed | None = None
 
 
 @register_scheme
 @dataclass(frozen=True)
 class BlockPrune:
-    """Sets blocks of weights to zero, those of the smallest mean magnitude in the whole network.
+    """Sets blocks of weights to zero, those that matter least in the whole network.
 
     A block spans outputs x inputs of a linear layer (Narang et al., "Block-Sparse Recurrent Neural Networks",
     2017; Gray et al., "GPU Kernels for Block-Sparse Weights", 2017). In a convolution it lies within one
@@ -39,10 +45,13 @@ class BlockPrune:
 
     Args:
         block: Outputs and inputs that a block spans.
+        criterion: The importance of a weight, see `autocompress.schemes.criteria.entry_scores`; a block's is
+            the mean. With ``l2`` what is left is the nearest point in the Euclidean norm.
         min_keep: Blocks that every layer keeps at least.
     """
 
     block: tuple[int, int] = (4, 4)
+    criterion: BlockCriterion = "l2"
     min_keep: int = 1
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
@@ -51,6 +60,9 @@ class BlockPrune:
         sizes = self.block if isinstance(self.block, tuple) else ()
         if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"block={self.block!r}; it must be two positive numbers, as in (4, 4)")
+        if self.criterion not in get_args(BlockCriterion):
+            allowed = ", ".join(get_args(BlockCriterion))
+            raise ValueError(f"criterion={self.criterion!r}; it must be one of {allowed}")
         if self.min_keep < 1:
             raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 block")
 
@@ -62,17 +74,22 @@ class BlockPrune:
             raise ValueError("BlockPrune finds no weights in this model that are larger than a block")
         return Blocks(shapes, sum(p.numel() for p in model.parameters()))
 
+    def observe(self, evidence: Evidence, facts: Blocks) -> Blocks:
+        """What the criterion needs to know of the data."""
+        return replace(facts, observed=observe_entries(self.criterion, evidence, facts.shapes))
+
     def lowest_density(self, facts: Blocks) -> float:
         """The density at which every layer has ``min_keep`` of its largest blocks left."""
         removable = (self._sizes(shape).sort().values[: -self.min_keep] for shape in facts.shapes.values())
         return (facts.n_params - sum(int(sizes.sum()) for sizes in removable)) / facts.n_params
 
     def pi(self, weights: Weights, density: float, facts: Blocks) -> Theta:
-        """Removes the blocks of the smallest mean magnitude until what is left fits ``density``."""
+        """Removes the blocks of the lowest mean score until what is left fits ``density``."""
+        entries = entry_scores(self.criterion, weights, facts.shapes, facts.observed)
         scores, sizes = [], []
         for name, shape in facts.shapes.items():
             size = self._sizes(shape)
-            score = self._sums(weights[name].abs()).flatten().cpu() / size
+            score = self._sums(entries[name]).flatten().cpu() / size
             score[self._safe(score, size)] = torch.inf  # out of reach
             scores.append(score)
             sizes.append(size)
@@ -106,9 +123,9 @@ class BlockPrune:
         """Sums over the blocks of a weight (out, in, ...): shape (blocks out, blocks in, kernel positions)."""
         height, width = self.block
         entries = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
-        m, n, _ = entries.shape
+        m, n, positions = entries.shape
         padded = functional.pad(entries, (0, 0, 0, -n % width, 0, -m % height))
-        return padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).sum((1, 3))
+        return padded.reshape(-(-m // height), height, -(-n // width), width, positions).sum((1, 3))
 
     def _sizes(self, shape: torch.Size) -> Tensor:
         """How many weights each block of a weight has, one after the other."""

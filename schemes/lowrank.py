@@ -142,7 +142,9 @@ class LowRank:
             size += added
             ranks[layer] = rank
 
-    def _steps_down(self, layer: str, energies: Tensor, full: int, facts: Matrices) -> list[tuple[float, str, int]]:
+    def _steps_down(
+        self, layer: str, energies: Tensor, full: int, facts: Matrices
+    ) -> list[tuple[float, str, int]]:
         """Ranks to go down to, with the energy lost per parameter saved, which rises from step to step.
 
         From a whole matrix the first step goes to the rank at which that price is lowest: factors of a rank
