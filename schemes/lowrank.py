@@ -13,6 +13,7 @@ from autocompress.scheme import Theta, Weights, density_error, register_scheme
 from autocompress.task import device_of, evaluating
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+TINY = torch.finfo(torch.float32).tiny
 FACTORIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -54,11 +55,11 @@ class LowRank:
     A linear layer becomes two. A convolution, as the matrix (out, in x kernel), becomes one with ``rank``
     filters and a 1x1 convolution behind it (Denton et al., "Exploiting Linear Structure Within Convolutional
     Networks for Efficient Evaluation", NeurIPS 2014). How many singular values each layer keeps is settled for
-    all layers together, by the energy that is lost per parameter saved, as in the C step of Idelbayev &
-    Carreira-Perpiñán, "Low-Rank Compression of Neural Nets: Learning the Rank of Each Layer" (CVPR 2020). A
-    layer whose two factors would not be smaller stays whole; the classifier is a layer like any other. Grouped
-    and transposed convolutions, layers that share their weights, and layers whose weights are read from
-    outside (the projections of `torch.nn.MultiheadAttention`) stay whole.
+    all layers together, by the share of a layer's energy that is lost per parameter saved, much as in the C
+    step of Idelbayev & Carreira-Perpiñán, "Low-Rank Compression of Neural Nets: Learning the Rank of Each
+    Layer" (CVPR 2020). A layer whose two factors would not be smaller stays whole; the classifier is a layer
+    like any other. Grouped and transposed convolutions, layers that share their weights, and layers whose
+    weights are read from outside (the projections of `torch.nn.MultiheadAttention`) stay whole.
 
     Args:
         min_rank: The rank that every layer keeps at least.
@@ -94,7 +95,9 @@ class LowRank:
         The values of a factorized weight are its two factors. None of its entries is free.
         """
         spectra = {layer: Spectrum.of(weights[_weight(layer)]) for layer in facts.shapes}
-        ranks = self.choose_ranks({layer: s.energies for layer, s in spectra.items()}, density, facts)
+        # A share of the layer's energy, so that a scale that the BatchNorm behind it undoes does not count.
+        energies = {layer: s.energies / s.energies.sum().clamp_min(TINY) for layer, s in spectra.items()}
+        ranks = self.choose_ranks(energies, density, facts)
         factorized = {layer: rank for layer, rank in ranks.items() if facts.is_factorized(layer, rank)}
         values = {name: w.clone() for name, w in weights.items()}
         support = {}
@@ -113,7 +116,7 @@ class LowRank:
         fits again comes back.
 
         Args:
-            energies: Squared singular values of each layer, the largest first.
+            energies: Squared singular values of each layer over their sum, the largest first.
             density: The target.
             facts: The layers.
 
@@ -233,7 +236,7 @@ class Spectrum:
             Weights of the shapes ``(rank, in, ...)`` and ``(out, rank, 1, ...)``.
         """
         matrix, basis = weight.detach().flatten(1).double(), self.basis[:, :rank]
-        root = self.energies[:rank].pow(0.25).to(basis.device).clamp_min(torch.finfo(torch.float32).tiny)
+        root = self.energies[:rank].pow(0.25).to(basis.device).clamp_min(TINY)
         if len(matrix) <= matrix.shape[1]:
             first, second = (basis.T @ matrix) / root[:, None], basis * root
         else:
