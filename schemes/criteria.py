@@ -61,7 +61,10 @@ def _scores(criterion: str, name: str, w: Tensor, seen: Tensor | None) -> Tensor
         case "l2":
             return w.square()
         case "lamp":
-            return lamp(w.square().flatten()).view_as(w)
+            ranked = w.square().flatten().sort()
+            return (
+                torch.empty_like(ranked.values).scatter_(0, ranked.indices, lamp(ranked.values).to(w)).view_as(w)
+            )
         case "taylor" if seen is not None:
             return (w * seen).square()
         case "obd" if seen is not None:
@@ -85,6 +88,16 @@ def observe_entries(criterion: str, evidence: Evidence, names: Collection[str]) 
     return None
 
 
+def check_criterion(scheme: object, criterion: str, allowed: Collection[str]) -> None:
+    """Checks a scheme's criterion.
+
+    Raises:
+        ValueError: If the scheme does not know it.
+    """
+    if criterion not in allowed:
+        raise ValueError(f"criterion={criterion!r}; {type(scheme).__name__} takes {', '.join(allowed)}")
+
+
 def required(observed: Observed | None, criterion: str) -> Observed:
     """What was observed.
 
@@ -98,14 +111,19 @@ def required(observed: Observed | None, criterion: str) -> Observed:
     return observed
 
 
-def lamp(scores: Tensor) -> Tensor:
-    """Each score over the sum of those that are no smaller, shape ``(n,)``: the LAMP score of squared weights.
+def lamp(rising: Tensor) -> Tensor:
+    """Each score over the sum of those that are no smaller: the LAMP score, if these are squared weights.
 
     Lee et al., "Layer-Adaptive Sparsity for the Magnitude-Based Pruning" (ICLR 2021), equation 1.
+
+    Args:
+        rising: The scores of a layer, none negative, the smallest first, shape ``(n,)``.
+
+    Returns:
+        As many, rising too, the last one 1 (or 0 if all are 0), in double precision.
     """
-    ranked = scores.double().sort(descending=True, stable=True)
-    tails = ranked.values.cumsum(0).clamp_min(torch.finfo(torch.double).tiny)
-    return torch.empty_like(scores).scatter_(0, ranked.indices, (ranked.values / tails).to(scores.dtype))
+    sums = rising.flip(0).cumsum(0, dtype=torch.double).flip(0)
+    return rising / sums.clamp_min(torch.finfo(torch.double).tiny)
 
 
 def draw(name: str, n: int) -> Tensor:

@@ -1,13 +1,24 @@
 """Unstructured pruning: single weights become zero. The file shrinks; the arithmetic does not."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
+
+from .criteria import (
+    ENTRY_CRITERIA,
+    EntryCriterion,
+    Observed,
+    check_criterion,
+    entry_scores,
+    observe_entries,
+)
+from .patterns import checked_min_keep, checked_skip, modules_matching, per_module
+from .spread import Spread, allocate, allocate_by_lamp, best, best_overall, checked_spread, relative_density
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
@@ -26,66 +37,109 @@ class Layers:
 
     Attributes:
         prunable: Names of the weights that may become zero.
-        n_prunable: How many entries they have.
-        n_others: Parameters that are always kept: biases, normalisation.
+        sizes: How many entries each has.
+        floors: How many of them each keeps at least.
+        relative: The relative density of each, for the spreads that go by it.
+        n_others: Parameters that are always kept: biases, normalisation, skipped layers.
+        observed: What the criterion saw of the data.
     """
 
     prunable: tuple[str, ...]
-    n_prunable: int
+    sizes: tuple[int, ...]
+    floors: tuple[int, ...]
+    relative: tuple[float, ...]
     n_others: int
+    observed: Observed | None = None
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the whole model."""
+        return sum(self.sizes) + self.n_others
 
 
 @register_scheme
 @dataclass(frozen=True)
 class Prune:
-    """Sets the weights of smallest magnitude to zero (one threshold for the whole network).
+    """Sets the least important weights to zero: the smallest ones, or by another criterion.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015). Weights
     of linear and convolutional layers are pruned; biases and normalisation are kept and count as parameters.
 
     Args:
-        min_keep: Weights that every layer keeps at least.
+        criterion: What makes a weight important, see `autocompress.schemes.criteria.entry_scores`.
+        spread: How the density is spread over the layers: ``global`` (one threshold for the whole network),
+            ``uniform`` (the same density in each), ``erk`` (Erdős-Rényi kernel: small layers stay denser),
+            ``lamp`` (one threshold on each score over those that are no smaller in its layer), or relative
+            densities by module, as ``{"layer1.*": 1.0, "layer4.*": 0.3}``: layer4 is to be 0.3 times as dense
+            as layer1, as far as no layer is more than whole. Modules without a match have 1, and the sum
+            always meets the density asked for.
+        min_keep: Weights that every layer keeps at least; or by module, as ``{"fc": 100}``, and 1 elsewhere.
+        skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
-    min_keep: int = 1
+    criterion: EntryCriterion = "l2"
+    spread: Spread = "global"
+    min_keep: int | Mapping[str, int] = 1
+    skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
-        if self.min_keep < 1:
-            raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 weight")
+        check_criterion(self, self.criterion, ENTRY_CRITERIA)
+        object.__setattr__(self, "spread", checked_spread(self.spread))
+        object.__setattr__(self, "min_keep", checked_min_keep(self.min_keep, "weight"))
+        object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
         """Finds the weights of linear and convolutional layers."""
-        sizes = {name: w.numel() for name, w in prunable_weights(model).items() if w.numel() > self.min_keep}
-        if not sizes:
-            raise ValueError("Prune finds no linear or convolutional weights in this model")
-        n_prunable = sum(sizes.values())
-        return Layers(tuple(sizes), n_prunable, sum(p.numel() for p in model.parameters()) - n_prunable)
+        skipped = modules_matching(model, self.skip, "skip")
+        floors, floor_elsewhere = per_module(model, self.min_keep, 1, "min_keep")
+        densities, _ = per_module(model, self.spread if isinstance(self.spread, Mapping) else {}, 1.0, "spread")
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        found = []
+        for layer, module in model.named_modules():  # the model itself is named ""
+            name, floor = f"{layer}.weight".lstrip("."), floors.get(layer, floor_elsewhere)
+            if not isinstance(module, PRUNABLE) or name not in shapes or layer in skipped:
+                continue
+            if shapes[name].numel() > floor:
+                density = relative_density(self.spread, [shapes[name]], densities, [layer])
+                found.append((name, shapes[name].numel(), floor, density))
+        if not found:
+            raise ValueError("Prune finds no linear or convolutional weights in this model that it can prune")
+        names, sizes, kept, relative = zip(*found, strict=True)
+        return Layers(names, sizes, kept, relative, sum(s.numel() for s in shapes.values()) - sum(sizes))
+
+    def observe(self, evidence: Evidence, facts: Layers) -> Layers:
+        """Looks at gradients, if the criterion needs them."""
+        return replace(facts, observed=observe_entries(self.criterion, evidence, facts.prunable))
 
     def lowest_density(self, facts: Layers) -> float:
         """The density at which every layer has ``min_keep`` weights left."""
-        kept = facts.n_others + self.min_keep * len(facts.prunable)
-        return kept / (facts.n_others + facts.n_prunable)
+        return (facts.n_others + sum(facts.floors)) / facts.n_params
 
     def pi(self, weights: Weights, density: float, facts: Layers) -> Theta:
-        """Keeps the largest weights: the nearest point, in the Euclidean norm, with that many non-zeros."""
-        n_params = facts.n_prunable + facts.n_others
-        n_kept = int(density * n_params) + 1
-        while n_kept / n_params > density:  # not the product's rounding decides, but the density reached
+        """Keeps the most important weights; with ``l2`` that is the nearest point with so many non-zeros."""
+        n_kept = int(density * facts.n_params) + 1
+        while n_kept / facts.n_params > density:  # not the product's rounding decides, but the density reached
             n_kept -= 1
         n_kept -= facts.n_others
-        if n_kept < self.min_keep * len(facts.prunable):
+        if n_kept < sum(facts.floors):
             raise density_error(density, self.lowest_density(facts))
-        magnitudes = []
-        for name in facts.prunable:  # the largest weights of each layer are never out of the running
-            magnitude = weights[name].abs().flatten()
-            magnitude[magnitude.topk(self.min_keep).indices] = torch.inf
-            magnitudes.append(magnitude)
-        ranked = torch.cat(magnitudes)
-        chosen = torch.zeros_like(ranked, dtype=torch.bool)
-        chosen[ranked.topk(n_kept, sorted=False).indices] = True
-        masks = torch.split(chosen, [m.numel() for m in magnitudes])
+        # Layer by layer, LAMP ranks as the square does: the criterion of that name is a spread.
+        criterion = "l2" if self.criterion == "lamp" else self.criterion
+        spread = "lamp" if self.criterion == "lamp" and self.spread == "global" else self.spread
+        scores = []
+        for name, score in entry_scores(criterion, weights, facts.prunable, facts.observed).items():
+            dead = weights[name] == 0  # these go first: then nothing is gained or lost by pruning again
+            scores.append(score.masked_fill_(dead, -1).flatten())
+        if spread == "global":
+            masks = best_overall(scores, n_kept, facts.floors)
+        else:
+            if spread == "lamp":
+                n_each = allocate_by_lamp(scores, n_kept, facts.floors)
+            else:
+                n_each = allocate(n_kept, facts.sizes, facts.relative, facts.floors)
+            masks = list(map(best, scores, n_each))
         kept = {name: mask.view_as(weights[name]) for name, mask in zip(facts.prunable, masks, strict=True)}
         values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
         return Theta(values, kept, n_kept + facts.n_others)

@@ -26,6 +26,10 @@ from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16
         ("Quantize16(dtype='fp16')", Quantize16(dtype="fp16")),
         ("StructPrune+Quantize16", Compose(StructPrune(), Quantize16())),
         ("Prune(min_keep=3) + Quantize16(dtype=fp16)", Compose(Prune(min_keep=3), Quantize16(dtype="fp16"))),
+        ("Prune(criterion=taylor, spread=erk)", Prune(criterion="taylor", spread="erk")),
+        ("Prune(spread={'layer1.*': 1.0, 'layer4': 0.3})", Prune(spread={"layer1.*": 1.0, "layer4": 0.3})),
+        ("Prune(min_keep={'fc': 5}, skip=['0', 'Linear'])", Prune(min_keep={"fc": 5}, skip=("0", "Linear"))),
+        ("Prune(skip=Linear)", Prune(skip=["Linear"])),
         ("PruneQuantize16", PruneQuantize16()),
         ("PruneQuantize16", Compose(Prune(), Quantize16())),
     ],
@@ -33,6 +37,7 @@ from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16
 def test_specs_are_parsed_and_described(spec: str, scheme: Scheme) -> None:
     assert parse_scheme(spec) == scheme
     assert parse_scheme(describe(scheme)) == scheme
+    assert hash(parse_scheme(describe(scheme))) == hash(scheme)
 
 
 def test_describe_leaves_out_defaults() -> None:
@@ -53,7 +58,7 @@ def test_describe_leaves_out_defaults() -> None:
         ("Prune-Quantize16", r"'Prune-Quantize16' is not a scheme"),
         ("Prune(3)", r"parameters as Name\(parameter=value\)"),
         ("a.Prune", r"is not a scheme"),
-        ("Prune(keep=3)", r"Prune has no parameter 'keep' \(it has: min_keep\)"),
+        ("Prune(keep=3)", r"Prune has no parameter 'keep' \(it has: criterion, spread, min_keep, skip\)"),
         ("PruneQuantize16(min_keep=3)", r"PruneQuantize16 has no parameter 'min_keep' \(it has: none\)"),
         ("Prune(**x)", r"has no parameter None"),
         ("Prune(min_keep=0)", r"min_keep=0; every layer must keep at least 1 weight"),
