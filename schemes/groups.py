@@ -136,7 +136,9 @@ def _dependency_graph(model: nn.Module, example_input: Tensor) -> Any:
     """The graph of ``model`` (and of this very copy: it is keyed by module identity)."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # what autograd does not see, the graph does not see
-    with torch.enable_grad(), evaluating(model):
+    with torch.enable_grad(), evaluating(model), warnings.catch_warnings():
+        # It tells what it does with parameters of no known layer; whether that is right is checked afterwards.
+        warnings.filterwarnings("ignore", "Unwrapped parameters", UserWarning)
         return tp.DependencyGraph().build_dependency(
             model, example_inputs=(example_input.detach().to(device_of(model)).requires_grad_(True),)
         )

@@ -32,6 +32,15 @@ from .spread import (
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
+def prunable_weights(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The weights of linear and convolutional layers by name; one that several layers share comes once."""
+    parameters, skipped = dict(model.named_parameters()), modules_matching(model, skip, "skip")
+    named = model.named_modules()  # the model itself is named ""
+    layers = (layer for layer, module in named if isinstance(module, PRUNABLE) and layer not in skipped)
+    names = (f"{layer}.weight".lstrip(".") for layer in layers)
+    return {name: parameters[name] for name in names if name in parameters}
+
+
 @dataclass(frozen=True)
 class Layers:
     """The facts of a model for unstructured pruning.
@@ -93,22 +102,19 @@ class Prune:
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
         """Finds the weights of linear and convolutional layers."""
-        skipped = modules_matching(model, self.skip, "skip")
         floors, floor_elsewhere = per_module(model, self.min_keep, 1, "min_keep")
         densities, _ = per_module(model, self.spread if isinstance(self.spread, Mapping) else {}, 1.0, "spread")
-        shapes = {name: p.shape for name, p in model.named_parameters()}
         found = []
-        for layer, module in model.named_modules():  # the model itself is named ""
-            name, floor = f"{layer}.weight".lstrip("."), floors.get(layer, floor_elsewhere)
-            if not isinstance(module, PRUNABLE) or name not in shapes or layer in skipped:
-                continue
-            if shapes[name].numel() > floor:
-                density = relative_density(self.spread, [shapes[name]], densities, [layer])
-                found.append((name, shapes[name].numel(), floor, density))
+        for name, weight in prunable_weights(model, self.skip).items():
+            layer = name.rpartition(".")[0]
+            floor = floors.get(layer, floor_elsewhere)
+            if weight.numel() > floor:
+                density = relative_density(self.spread, [weight.shape], densities, [layer])
+                found.append((name, weight.numel(), floor, density))
         if not found:
             raise ValueError("Prune finds no linear or convolutional weights in this model that it can prune")
         names, sizes, kept, relative = zip(*found, strict=True)
-        return Layers(names, sizes, kept, relative, sum(s.numel() for s in shapes.values()) - sum(sizes))
+        return Layers(names, sizes, kept, relative, sum(p.numel() for p in model.parameters()) - sum(sizes))
 
     def observe(self, evidence: Evidence, facts: Layers) -> Layers:
         """Looks at gradients, if the criterion needs them."""

@@ -12,7 +12,7 @@ from autocompress.scheme import (
     parts_of,
     realize_by_part,
 )
-from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16, StructPrune
+from autocompress.schemes import FilterPrune, NeuronPrune, Prune, PruneQuantize16, Quantize16, StructPrune
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,11 @@ from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16
         ("Prune(spread={'layer1.*': 1.0, 'layer4': 0.3})", Prune(spread={"layer1.*": 1.0, "layer4": 0.3})),
         ("Prune(min_keep={'fc': 5}, skip=['0', 'Linear'])", Prune(min_keep={"fc": 5}, skip=("0", "Linear"))),
         ("Prune(skip=Linear)", Prune(skip=["Linear"])),
+        (
+            "StructPrune(criterion=taylor, align=8, skip=['layer1.*'])",
+            StructPrune(criterion="taylor", align=8, skip=["layer1.*"]),
+        ),
+        ("NeuronPrune(spread={'fc*': 0.5}, normalize=False)", NeuronPrune(spread={"fc*": 0.5}, normalize=False)),
         ("PruneQuantize16", PruneQuantize16()),
         ("PruneQuantize16", Compose(Prune(), Quantize16())),
     ],
@@ -50,7 +55,7 @@ def test_describe_leaves_out_defaults() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("StructPrun", r"unknown scheme 'StructPrun'; did you mean StructPrune.*available: FilterPrune, "),
+        ("StructPrun", r"unknown scheme 'StructPrun'; did you mean StructPrune.*available: .*FilterPrune, "),
         ("structprune", r"did you mean StructPrune"),
         ("Magic", r"unknown scheme 'Magic'.*available"),
         ("", r"'' is not a scheme"),
@@ -62,7 +67,14 @@ def test_describe_leaves_out_defaults() -> None:
         ("PruneQuantize16(min_keep=3)", r"PruneQuantize16 has no parameter 'min_keep' \(it has: none\)"),
         ("Prune(**x)", r"has no parameter None"),
         ("Prune(min_keep=0)", r"min_keep=0; every layer must keep at least 1 weight"),
-        ("Prune(min_keep=many)", r"min_keep"),
+        ("Prune(min_keep=many)", r"min_keep='many'; every layer must keep at least 1 weight: give a whole number"),
+        ("Prune(min_keep={'fc': 0})", r"min_keep=\{'fc': 0\}; every layer must keep at least 1"),
+        ("Prune(criterion=hrank)", r"criterion='hrank'; Prune takes l1, l2, lamp, taylor, obd, random$"),
+        ("FilterPrune(criterion=best)", r"criterion='best'; FilterPrune takes l1, l2, .*beta_rank, random$"),
+        ("StructPrune(spread=even)", r"spread='even'; it must be global, uniform, erk, lamp, or a mapping"),
+        ("Prune(spread={'fc': 0.0})", r"spread=\{'fc': 0.0\}; it must be"),
+        ("StructPrune(align=0)", r"align=0; widths can be multiples of a whole number from 1 up"),
+        ("StructPrune(skip=3)", r"skip=3; it must be a list of modules' names, globs or types"),
         ("Prune(min_keep=2*3)", r"'2 \* 3' is not a plain value"),
         ("Prune(min_keep=__import__('os'))", r"is not a plain value"),
         ("Quantize16(dtype=int8)", r"dtype='int8'; it must be auto, fp16 or bf16"),
