@@ -62,9 +62,7 @@ def _scores(criterion: str, name: str, w: Tensor, seen: Tensor | None) -> Tensor
             return w.square()
         case "lamp":
             ranked = w.square().flatten().sort()
-            return (
-                torch.empty_like(ranked.values).scatter_(0, ranked.indices, lamp(ranked.values).to(w)).view_as(w)
-            )
+            return torch.empty_like(ranked.values).scatter_(0, ranked.indices, lamp(ranked.values)).view_as(w)
         case "taylor" if seen is not None:
             return (w * seen).square()
         case "obd" if seen is not None:
@@ -120,10 +118,10 @@ def lamp(rising: Tensor) -> Tensor:
         rising: The scores of a layer, none negative, the smallest first, shape ``(n,)``.
 
     Returns:
-        As many, rising too, the last one 1 (or 0 if all are 0), in double precision.
+        As many, rising too, the last one 1 (or 0 if all are 0).
     """
-    sums = rising.flip(0).cumsum(0, dtype=torch.double).flip(0)
-    return rising / sums.clamp_min(torch.finfo(torch.double).tiny)
+    sums = rising.flip(0).cumsum(0, dtype=torch.double).flip(0).to(rising.dtype)
+    return rising / sums.clamp_min_(torch.finfo(rising.dtype).tiny)
 
 
 def draw(name: str, n: int) -> Tensor:

@@ -24,7 +24,7 @@ from .spread import (
     allocate_by_lamp,
     as_lamp,
     best,
-    best_overall,
+    best_with_floors,
     checked_spread,
     relative_density,
 )
@@ -133,19 +133,20 @@ class Prune:
         if n_kept < sum(facts.floors):
             raise density_error(density, self.lowest_density(facts))
         criterion, spread = as_lamp(self.criterion, self.spread)
-        scores = []
-        for name, score in entry_scores(criterion, weights, facts.prunable, facts.observed).items():
-            dead = weights[name] == 0  # these go first: then nothing is gained or lost by pruning again
-            scores.append(score.masked_fill_(dead, -1).flatten())
+        scores = list(entry_scores(criterion, weights, facts.prunable, facts.observed).values())
+        if criterion not in ("l1", "l2"):  # what is zero already goes first: pruning again changes nothing
+            scores = [
+                s.masked_fill(weights[name] == 0, -1) for name, s in zip(facts.prunable, scores, strict=True)
+            ]
         if spread == "global":
-            masks = best_overall(scores, n_kept, facts.floors)
+            masks = best_with_floors(scores, n_kept, facts.floors)
         else:
             if spread == "lamp":
                 n_each = allocate_by_lamp(scores, n_kept, facts.floors)
             else:
                 n_each = allocate(n_kept, facts.sizes, facts.relative, facts.floors)
-            masks = list(map(best, scores, n_each))
-        kept = {name: mask.view_as(weights[name]) for name, mask in zip(facts.prunable, masks, strict=True)}
+            masks = [best([score], n)[0] for score, n in zip(scores, n_each, strict=True)]
+        kept = dict(zip(facts.prunable, masks, strict=True))
         values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
         return Theta(values, kept, n_kept + facts.n_others)
 

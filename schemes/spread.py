@@ -102,38 +102,53 @@ def allocate(total: int, sizes: Sequence[int], relative: Sequence[float], floors
     return kept
 
 
-def best(scores: Tensor, n: int) -> Tensor:
-    """True at the n highest scores, shape ``(entries,)``; of equal ones at the first."""
-    threshold = _highest(scores, n)
-    chosen = scores >= threshold
-    surplus = int(chosen.sum()) - n
-    if surplus:
-        chosen[(scores == threshold).nonzero()[-surplus:, 0]] = False
-    return chosen
+def best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
+    """True at the n highest of all the scores, in their shapes; of equal ones those that come first in memory."""
+    flat = [_flat(s) for s in scores]
+    threshold = _nth_highest(torch.cat(flat) if len(flat) > 1 else flat[0], n)
+    masks = [s >= threshold for s in scores]
+    surplus = int(torch.stack([mask.sum() for mask in masks]).sum()) - n
+    for s, mask in zip(reversed(scores), reversed(masks), strict=True):
+        if surplus:
+            dropped = _flat(s == threshold).nonzero()[-surplus:, 0]
+            _flat(mask)[dropped] = False
+            surplus -= len(dropped)
+    return masks
 
 
-def _highest(scores: Tensor, n: int) -> Tensor:
-    """The n-th highest score, shape ``(1,)``."""
-    k = len(scores) - n
-    if scores.device.type == "cpu":  # numpy selects ten times, and sorts twenty times, as fast as torch does there
-        return torch.from_numpy(np.partition(scores.numpy(), k)[k : k + 1])
-    return scores.kthvalue(k + 1, keepdim=True).values
-
-
-def best_overall(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
-    """True at the n highest scores of all layers together, among them each layer's highest up to its floor."""
-    above = [s.masked_fill(best(s, floor), torch.inf) for s, floor in zip(scores, floors, strict=True)]
-    return list(torch.split(best(torch.cat(above), n), [len(s) for s in scores]))
+def best_with_floors(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
+    """True at the n highest of all the scores, as far as each layer keeps as many as its floor."""
+    masks = best(scores, n)
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    if all(count >= floor for count, floor in zip(counts, floors, strict=True)):
+        return masks
+    above = [s.masked_fill(best([s], floor)[0], torch.inf) for s, floor in zip(scores, floors, strict=True)]
+    return best(above, n)
 
 
 def allocate_by_lamp(scores: Sequence[Tensor], total: int, floors: Sequence[int]) -> list[int]:
     """How many entries each layer keeps under one threshold on their LAMP scores, see `allocate`."""
-    rising = [lamp(_rising(s).clamp_min(0)) for s in scores]
-    return [int(chosen.sum()) for chosen in best_overall(rising, total, floors)]
+    lamps = [lamp(_rising(_flat(s)).clamp_min(0)) for s in scores]
+    return torch.stack([mask.sum() for mask in best_with_floors(lamps, total, floors)]).tolist()
+
+
+def _flat(entries: Tensor) -> Tensor:
+    """The entries as they lie in memory, shape ``(n,)``: without a copy, whatever the layout."""
+    by_stride = sorted(range(entries.dim()), key=entries.stride, reverse=True)
+    return entries.permute(by_stride).flatten()
+
+
+# Numpy selects ten times, and sorts twenty times, as fast as torch does on a CPU.
+
+
+def _nth_highest(scores: Tensor, n: int) -> Tensor:
+    k = len(scores) - n
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.partition(scores.numpy(), k)[k : k + 1])
+    return scores.kthvalue(k + 1, keepdim=True).values
 
 
 def _rising(scores: Tensor) -> Tensor:
-    """The scores, the lowest first."""
     if scores.device.type == "cpu":
         return torch.from_numpy(np.sort(scores.numpy()))
     return scores.sort().values

@@ -20,7 +20,7 @@ from autocompress.schemes.spread import (
     allocate,
     allocate_by_lamp,
     best,
-    best_overall,
+    best_with_floors,
     erdos_renyi_kernel,
     removal_order,
 )
@@ -46,13 +46,26 @@ def densities_of(theta: Theta) -> dict[str, float]:
 
 def test_best_takes_the_first_of_equal_scores() -> None:
     scores = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0])
-    assert best(scores, 3).tolist() == [True, True, False, True, False]
-    assert best(scores, 5).all() and best(scores, 1).tolist() == [False, True, False, False, False]
+    assert best([scores], 3)[0].tolist() == [True, True, False, True, False]
+    assert best([scores], 5)[0].all() and best([scores], 1)[0].tolist() == [False, True, False, False, False]
+    of_all = best([torch.ones(2, 3), torch.tensor([2.0, 1.0])], 5)
+    assert [mask.tolist() for mask in of_all] == [[[True, True, True], [True, False, False]], [True, False]]
 
 
-def test_best_overall_honours_the_floors() -> None:
-    masks = best_overall([torch.tensor([5.0, 4.0, 3.0]), torch.tensor([0.1, 0.2, 0.3])], 3, [1, 2])
+def test_best_is_the_same_set_in_any_memory_layout() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(8, 6, 3, 3)
+    in_channels_last = best([scores.to(memory_format=torch.channels_last)], 100)[0]
+    assert torch.equal(in_channels_last, best([scores], 100)[0]) and in_channels_last.sum() == 100
+    tied = torch.zeros(8, 6, 3, 3).to(memory_format=torch.channels_last)
+    assert best([tied], 17)[0].sum() == 17
+
+
+def test_best_with_floors() -> None:
+    masks = best_with_floors([torch.tensor([5.0, 4.0, 3.0]), torch.tensor([0.1, 0.2, 0.3])], 3, [1, 2])
     assert [mask.tolist() for mask in masks] == [[True, False, False], [False, True, True]]
+    masks = best_with_floors([torch.tensor([5.0, 0.4, 3.0]), torch.tensor([0.1, 0.2, 2.0])], 3, [1, 1])
+    assert [mask.tolist() for mask in masks] == [[True, False, True], [False, False, True]]
 
 
 @pytest.mark.parametrize("total", [6, 7, 23, 50, 117, 118])
