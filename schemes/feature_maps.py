@@ -81,7 +81,7 @@ def _look(criterion: str, s: Slices, roles: Roles, module: nn.Module, x: Tensor,
         rank: Tensor = torch.linalg.matrix_rank(maps[:, :RANKED_SAMPLES].float()).float().mean(1)
         return rank
     of_inputs = x.std(0, correction=0).mean()  # over the batch, at each position
-    of_outputs = maps.std(1, correction=0).flatten(1).mean(1)
+    of_outputs = maps.std(1, correction=0).reshape(len(maps), -1).mean(1)
     ratio: Tensor = of_outputs / of_inputs.clamp_min(torch.finfo(x.dtype).tiny)
     return ratio
 

@@ -114,7 +114,10 @@ class StructPrune:
         groups = tuple(g for g in found if any(len(part) > floor_of(g) for part in g.parts))
         _warn_of_whole((g for g in found if self._is_narrow(g, floor_of(g))), f"too narrow for align={self.align}")
         if not groups:
-            raise ValueError(f"{type(self).__name__} finds no channels in this model that it can remove")
+            raise ValueError(
+                f"{type(self).__name__} finds no channels in this model that it can remove: there are none, or "
+                "criterion, skip, align and min_keep leave every layer whole"
+            )
         layers = [
             Layer(part + start, floor_of(group), relative_of(group))
             for group, start in zip(groups, first_channels(groups), strict=False)

@@ -253,6 +253,14 @@ def test_beta_rank_by_its_equations() -> None:
     torch.testing.assert_close(channels("beta_rank", model, size=12)["0"], torch.tensor(expected))
 
 
+def test_beta_rank_of_neurons_is_that_of_filters_with_one_position() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 7), nn.ReLU(), nn.Linear(7, 4))
+    flat, w = X.flatten(1), model.get_parameter("1.weight").detach()
+    outputs = flat @ w.T
+    expected = w.abs().sum(1) * outputs.std(0, correction=0) / flat.std(0, correction=0).mean()
+    torch.testing.assert_close(channels("beta_rank", model, size=12)["1"], expected)
+
+
 def test_random_scores_of_channels_are_fixed_and_differ_between_groups() -> None:
     first, second = channels("random", residual()), channels("random", residual())
     assert all(torch.equal(first[root], scores) for root, scores in second.items())
