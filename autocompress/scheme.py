@@ -27,7 +27,8 @@ class Theta:
     Attributes:
         values: The weights as the scheme stores them; `Scheme.delta` decompresses them.
         support: For each weight by name, which of its entries the compressed model keeps (bool, the weight's
-            shape). What is not named is kept whole. Kept entries are free: θ follows w there.
+            shape). What is not named is kept whole. Kept entries are free: θ follows w there. Where a weight
+            is compressed as a whole, into factors for instance, no entry is kept or free.
         kept: Parameters of the realized model.
         plan: What `Scheme.realize` must know to build the compressed architecture: JSON types only.
     """
@@ -78,7 +79,10 @@ class Scheme(Protocol):
         """
 
     def delta(self, theta: Theta) -> Weights:
-        """Decompresses: the weights in the dense model's shapes, zero where nothing is kept."""
+        """Decompresses: the weights in the dense model's shapes.
+
+        Zero where a weight keeps other entries than these.
+        """
 
     def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
         """The model that ships, from a model of the dense architecture that carries ``delta(theta)``.
@@ -170,13 +174,13 @@ class Compose:
         return min(part.lowest_density(f) for part, f in zip(self.parts, facts, strict=True))
 
     def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
-        """Projects with one part after the other, each on what the part before it left."""
+        """Projects with one part after the other, each on what the part before it stores."""
         support: dict[str, Tensor] = {}
         kept, plans = None, []
         theta = None
         for part, part_facts in zip(self.parts, facts, strict=True):
             theta = part.pi(weights, density, part_facts)
-            weights = part.delta(theta)
+            weights = theta.values
             support |= theta.support
             kept = theta.kept if kept is None else min(kept, theta.kept)
             plans.append(dict(theta.plan))
@@ -184,8 +188,10 @@ class Compose:
         return Theta(theta.values, support, kept, {"parts": plans})
 
     def delta(self, theta: Theta) -> Weights:
-        """Decompresses the last part's values; what the earlier parts removed is zero in them."""
-        return self.parts[-1].delta(theta)
+        """Decompresses with one part after the other, the last one first."""
+        for part, plan in reversed(list(zip(self.parts, theta.plan["parts"], strict=True))):
+            theta = replace(theta, values=part.delta(replace(theta, plan=plan)))
+        return theta.values
 
     def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
         """Realizes with one part after the other."""

@@ -163,7 +163,7 @@ class Study:
         self.dense = task.evaluate(task.model, task.val)
         self.dense_cost, self.timing = self._measure_dense()
         lowest = settings.scheme.lowest_density(self.facts)
-        low = max(lowest, LOWEST_DENSITY)
+        low = max(lowest, LOWEST_DENSITY) if settings.scheme.takes_density else 1.0
         self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s)
         dense_value = settings.objective(self.dense_cost)
         self._report_beginning(dense_value)

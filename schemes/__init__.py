@@ -1,13 +1,20 @@
 """The schemes that ship with autocompress, one family a file. Importing this registers them."""
 
+from .block import BlockPrune
 from .compositions import FilterPruneQuantize16, PruneQuantize16, StructPruneQuantize16
+from .lowrank import LowRank
+from .nm import NMPrune
 from .prune import Prune
 from .quantize import Quantize16
-from .struct import FilterPrune, StructPrune
+from .struct import FilterPrune, NeuronPrune, StructPrune
 
 __all__ = [
+    "BlockPrune",
     "FilterPrune",
     "FilterPruneQuantize16",
+    "LowRank",
+    "NMPrune",
+    "NeuronPrune",
     "Prune",
     "PruneQuantize16",
     "Quantize16",

@@ -136,7 +136,9 @@ def _dependency_graph(model: nn.Module, example_input: Tensor) -> Any:
     """The graph of ``model`` (and of this very copy: it is keyed by module identity)."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # what autograd does not see, the graph does not see
-    with torch.enable_grad(), evaluating(model):
+    with torch.enable_grad(), evaluating(model), warnings.catch_warnings():
+        # It tells what it does with parameters of no known layer; whether that is right is checked afterwards.
+        warnings.filterwarnings("ignore", "Unwrapped parameters", UserWarning)
         return tp.DependencyGraph().build_dependency(
             model, example_inputs=(example_input.detach().to(device_of(model)).requires_grad_(True),)
         )
@@ -225,16 +227,6 @@ def _shrunk_dims(module: nn.Module, prune: Any, idxs: Sequence[int]) -> list[tup
         for dim, size in enumerate(shape)
         if after[name].shape[dim] != size
     ]
-
-
-def saliency(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
-    """Squared norm of all that goes with each channel, over the group's mean; shape ``(width,)``."""
-    total = torch.zeros(group.width, device=next(iter(weights.values())).device)
-    for s in group.slices:
-        w = weights[s.parameter]
-        energy = w.square().sum([d for d in range(w.dim()) if d != s.dim]) if w.dim() > 1 else w.square()
-        total.index_add_(0, s.channels.to(w.device), energy[s.positions.to(w.device)])
-    return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def sizes_along(groups: Sequence[Group], shapes: Mapping[str, torch.Size], order: Tensor) -> Tensor:

@@ -1,15 +1,44 @@
 """Unstructured pruning: single weights become zero. The file shrinks; the arithmetic does not."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
+
+from .criteria import (
+    ENTRY_CRITERIA,
+    EntryCriterion,
+    Observed,
+    check_criterion,
+    entry_scores,
+    observe_entries,
+)
+from .patterns import checked_min_keep, checked_skip, modules_matching, per_module
+from .spread import (
+    Spread,
+    allocate,
+    allocate_by_lamp,
+    as_lamp,
+    best,
+    best_with_floors,
+    checked_spread,
+    relative_density,
+)
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+
+
+def prunable_weights(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The weights of linear and convolutional layers by name; one that several layers share comes once."""
+    parameters, skipped = dict(model.named_parameters()), modules_matching(model, skip, "skip")
+    named = model.named_modules()  # the model itself is named ""
+    layers = (layer for layer, module in named if isinstance(module, PRUNABLE) and layer not in skipped)
+    names = (f"{layer}.weight".lstrip(".") for layer in layers)
+    return {name: parameters[name] for name in names if name in parameters}
 
 
 @dataclass(frozen=True)
@@ -18,70 +47,106 @@ class Layers:
 
     Attributes:
         prunable: Names of the weights that may become zero.
-        n_prunable: How many entries they have.
-        n_others: Parameters that are always kept: biases, normalisation.
+        sizes: How many entries each has.
+        floors: How many of them each keeps at least.
+        relative: The relative density of each, for the spreads that go by it.
+        n_others: Parameters that are always kept: biases, normalisation, skipped layers.
+        observed: What the criterion saw of the data.
     """
 
     prunable: tuple[str, ...]
-    n_prunable: int
+    sizes: tuple[int, ...]
+    floors: tuple[int, ...]
+    relative: tuple[float, ...]
     n_others: int
+    observed: Observed | None = None
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the whole model."""
+        return sum(self.sizes) + self.n_others
 
 
 @register_scheme
 @dataclass(frozen=True)
 class Prune:
-    """Sets the weights of smallest magnitude to zero (one threshold for the whole network).
+    """Sets the least important weights to zero: the smallest ones, or by another criterion.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015). Weights
     of linear and convolutional layers are pruned; biases and normalisation are kept and count as parameters.
 
     Args:
-        min_keep: Weights that every layer keeps at least.
+        criterion: What makes a weight important, see `autocompress.schemes.criteria.entry_scores`.
+        spread: How the density is spread over the layers: ``global`` (one threshold for the whole network),
+            ``uniform`` (the same density in each), ``erk`` (Erdős-Rényi kernel: small layers stay denser),
+            ``lamp`` (one threshold on each score over those that are no smaller in its layer), or relative
+            densities by module, as ``{"layer1.*": 1.0, "layer4.*": 0.3}``: layer4 is to be 0.3 times as dense
+            as layer1, as far as no layer is more than whole. Modules without a match have 1, and the sum
+            always meets the density asked for.
+        min_keep: Weights that every layer keeps at least; or by module, as ``{"fc": 100}``, and 1 elsewhere.
+        skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
-    min_keep: int = 1
+    criterion: EntryCriterion = "l2"
+    spread: Spread = "global"
+    min_keep: int | Mapping[str, int] = 1
+    skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
-        if self.min_keep < 1:
-            raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 weight")
+        check_criterion(self, self.criterion, ENTRY_CRITERIA)
+        object.__setattr__(self, "spread", checked_spread(self.spread))
+        object.__setattr__(self, "min_keep", checked_min_keep(self.min_keep, "weight"))
+        object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
         """Finds the weights of linear and convolutional layers."""
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        named = model.named_modules()  # the model itself is named ""
-        layers = (f"{name}.weight".lstrip(".") for name, module in named if isinstance(module, PRUNABLE))
-        prunable = tuple(name for name in layers if sizes.get(name, 0) > self.min_keep)
-        if not prunable:
-            raise ValueError("Prune finds no linear or convolutional weights in this model")
-        n_prunable = sum(sizes[name] for name in prunable)
-        return Layers(prunable, n_prunable, sum(sizes.values()) - n_prunable)
+        floors, floor_elsewhere = per_module(model, self.min_keep, 1, "min_keep")
+        densities, _ = per_module(model, self.spread if isinstance(self.spread, Mapping) else {}, 1.0, "spread")
+        found = []
+        for name, weight in prunable_weights(model, self.skip).items():
+            layer = name.rpartition(".")[0]
+            floor = floors.get(layer, floor_elsewhere)
+            if weight.numel() > floor:
+                density = relative_density(self.spread, [weight.shape], densities, [layer])
+                found.append((name, weight.numel(), floor, density))
+        if not found:
+            raise ValueError("Prune finds no linear or convolutional weights in this model that it can prune")
+        names, sizes, kept, relative = zip(*found, strict=True)
+        return Layers(names, sizes, kept, relative, sum(p.numel() for p in model.parameters()) - sum(sizes))
+
+    def observe(self, evidence: Evidence, facts: Layers) -> Layers:
+        """Looks at gradients, if the criterion needs them."""
+        return replace(facts, observed=observe_entries(self.criterion, evidence, facts.prunable))
 
     def lowest_density(self, facts: Layers) -> float:
         """The density at which every layer has ``min_keep`` weights left."""
-        kept = facts.n_others + self.min_keep * len(facts.prunable)
-        return kept / (facts.n_others + facts.n_prunable)
+        return (facts.n_others + sum(facts.floors)) / facts.n_params
 
     def pi(self, weights: Weights, density: float, facts: Layers) -> Theta:
-        """Keeps the largest weights: the nearest point, in the Euclidean norm, with that many non-zeros."""
-        n_params = facts.n_prunable + facts.n_others
-        n_kept = int(density * n_params) + 1
-        while n_kept / n_params > density:  # not the product's rounding decides, but the density reached
+        """Keeps the most important weights; with ``l2`` that is the nearest point with so many non-zeros."""
+        n_kept = int(density * facts.n_params) + 1
+        while n_kept / facts.n_params > density:  # not the product's rounding decides, but the density reached
             n_kept -= 1
         n_kept -= facts.n_others
-        if n_kept < self.min_keep * len(facts.prunable):
+        if n_kept < sum(facts.floors):
             raise density_error(density, self.lowest_density(facts))
-        magnitudes = []
-        for name in facts.prunable:  # the largest weights of each layer are never out of the running
-            magnitude = weights[name].abs().flatten()
-            magnitude[magnitude.topk(self.min_keep).indices] = torch.inf
-            magnitudes.append(magnitude)
-        ranked = torch.cat(magnitudes)
-        chosen = torch.zeros_like(ranked, dtype=torch.bool)
-        chosen[ranked.topk(n_kept, sorted=False).indices] = True
-        masks = torch.split(chosen, [m.numel() for m in magnitudes])
-        kept = {name: mask.view_as(weights[name]) for name, mask in zip(facts.prunable, masks, strict=True)}
+        criterion, spread = as_lamp(self.criterion, self.spread)
+        scores = list(entry_scores(criterion, weights, facts.prunable, facts.observed).values())
+        if criterion not in ("l1", "l2"):  # what is zero already goes first: pruning again changes nothing
+            scores = [
+                s.masked_fill(weights[name] == 0, -1) for name, s in zip(facts.prunable, scores, strict=True)
+            ]
+        if spread == "global":
+            masks = best_with_floors(scores, n_kept, facts.floors)
+        else:
+            if spread == "lamp":
+                n_each = allocate_by_lamp(scores, n_kept, facts.floors)
+            else:
+                n_each = allocate(n_kept, facts.sizes, facts.relative, facts.floors)
+            masks = [best([score], n)[0] for score, n in zip(scores, n_each, strict=True)]
+        kept = dict(zip(facts.prunable, masks, strict=True))
         values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
         return Theta(values, kept, n_kept + facts.n_others)
 

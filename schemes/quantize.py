@@ -70,5 +70,5 @@ class Quantize16:
     def realize(self, model: nn.Module, theta: Theta, facts: str) -> nn.Module:
         """The model cast to 16 bits, behind an interface of 32."""
         wrapped = SixteenBit(copy.deepcopy(model).to(DTYPES[theta.plan["dtype"]]))
-        wrapped.train(model.training)
+        wrapped.training = model.training  # what is inside keeps its modes
         return wrapped

@@ -1,14 +1,31 @@
 """Structured pruning: whole channels and neurons are removed, so the model is smaller and faster as it is."""
 
-from dataclasses import dataclass
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
 
-from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, saliency, sizes_along
+from .criteria import Observed, check_criterion
+from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, sizes_along
+from .importance import (
+    CHANNEL_CRITERIA,
+    ChannelCriterion,
+    can_rate,
+    channel_scores,
+    observe_channels,
+    over_mean,
+)
+from .patterns import checked_min_keep, checked_skip, modules_matching, per_module
+from .roles import Roles
+from .spread import Layer, Order, Spread, as_lamp, checked_spread, relative_density, removal_order
+
+MIN_KEEP = 2
 
 
 @dataclass(frozen=True)
@@ -17,78 +34,157 @@ class Structure:
 
     Attributes:
         groups: The groups of coupled channels that may shrink.
+        layers: The layers that their channels live in, and how far each may shrink.
         shapes: The shape of every parameter of the model.
+        roles: What the parameters are there for.
         example_input: A batch of one sample to trace the model with.
+        observed: What the criterion saw of the data.
     """
 
     groups: tuple[Group, ...]
+    layers: tuple[Layer, ...]
     shapes: dict[str, torch.Size]
+    roles: Roles
     example_input: Tensor
+    observed: Observed | None = None
 
 
 @register_scheme
 @dataclass(frozen=True)
 class StructPrune:
-    """Removes channels and neurons with all that is coupled to them (group magnitude, one global threshold).
+    """Removes channels and neurons with all that is coupled to them.
 
-    A channel's saliency is the squared norm of its coupled slices over the mean of its group (Fang et al.,
-    "DepGraph: Towards Any Structural Pruning", CVPR 2023). The channels of lowest saliency in the whole
-    network go, until what is left fits the density. The classes at the output are never pruned.
+    The least important channels of the whole network go, until what is left fits the density. The classes at
+    the output are never pruned, and every layer keeps some channels.
 
     Args:
-        min_keep: Channels that every layer keeps at least.
+        criterion: What makes a channel important, see `autocompress.schemes.importance.channel_scores`. Layers
+            that it cannot rate (``hrank`` a linear layer, ``bn_scale`` one without BatchNorm) are left whole,
+            with a warning that names them.
+        spread: How the density is spread over the layers: ``global`` (one threshold for the whole network),
+            ``uniform`` (the same share of channels in each), ``erk`` (Erdős-Rényi kernel: small layers stay
+            wider), ``lamp`` (one threshold on each score over those that are no smaller in its layer), or
+            relative widths by module, as ``{"layer1.*": 1.0, "layer4.*": 0.3}``: layer4 is to keep 0.3 times
+            the share of channels that layer1 keeps, as far as no layer is more than whole. Modules without a
+            match have 1; of coupled layers the largest counts; the sum always meets the density asked for.
+        align: The number of channels that a layer is left with is a multiple of it (8 suits most hardware).
+            Layers that are too narrow for that are left whole, with a warning that names them.
+        min_keep: Channels that every layer keeps at least; or by module, as ``{"layer1.*": 16}``, and 2
+            elsewhere.
+        skip: Layers whose channels are all kept, and with them those coupled to them: names of modules, globs
+            or types, as ``["conv1", "Linear"]``.
+        normalize: Whether scores are divided by their layer's mean before ``global`` compares them, so that
+            one threshold suits layers of all sizes.
     """
 
-    min_keep: int = 2
+    criterion: ChannelCriterion = "l2"
+    spread: Spread = "global"
+    align: int = 1
+    min_keep: int | Mapping[str, int] = MIN_KEEP
+    skip: Sequence[str] = ()
+    normalize: bool = True
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
-        if self.min_keep < 1:
-            raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 channel")
+        check_criterion(self, self.criterion, CHANNEL_CRITERIA)
+        if not isinstance(self.align, int) or self.align < 1:
+            raise ValueError(f"align={self.align!r}; widths can be multiples of a whole number from 1 up")
+        object.__setattr__(self, "spread", checked_spread(self.spread))
+        object.__setattr__(self, "min_keep", checked_min_keep(self.min_keep, "channel"))
+        object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def prunes(self, group: Group) -> bool:
         """Whether the scheme removes channels of this kind."""
         return True
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Structure:
-        """Finds the coupled groups through torch-pruning's dependency graph."""
-        found = find_groups(model, example_input)
-        groups = tuple(g for g in found if self.prunes(g) and any(len(part) > self.min_keep for part in g.parts))
+        """Finds the coupled groups through torch-pruning's dependency graph.
+
+        Raises:
+            ValueError: If nothing can be removed, or a pattern matches no module.
+        """
+        roles = Roles.of(model)
+        skipped = modules_matching(model, self.skip, "skip")
+        floor_of, relative_of = self._floors(model, roles), self._relative_widths(model, roles)
+        found = [g for g in find_groups(model, example_input) if self.prunes(g) and not roles.owners(g) & skipped]
+        rated = {g.root: can_rate(self.criterion, g, roles) for g in found}
+        _warn_of_whole((g for g in found if not rated[g.root]), f"criterion={self.criterion!r} cannot rate them")
+        found = [g for g in found if rated[g.root]]
+        groups = tuple(g for g in found if any(len(part) > floor_of(g) for part in g.parts))
+        _warn_of_whole((g for g in found if self._is_narrow(g, floor_of(g))), f"too narrow for align={self.align}")
         if not groups:
-            raise ValueError(f"{type(self).__name__} finds no channels in this model that it can remove")
+            raise ValueError(
+                f"{type(self).__name__} finds no channels in this model that it can remove: there are none, or "
+                "criterion, skip, align and min_keep leave every layer whole"
+            )
+        layers = [
+            Layer(part + start, floor_of(group), relative_of(group))
+            for group, start in zip(groups, first_channels(groups), strict=False)
+            for part in group.parts
+            if len(part) > floor_of(group)
+        ]
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        return Structure(groups, shapes, example_input.detach().clone())
+        return Structure(groups, tuple(layers), shapes, roles, example_input.detach().clone())
+
+    def _floors(self, model: nn.Module, roles: Roles) -> Callable[[Group], int]:
+        """Tells what the layers of a group keep at least: a multiple of ``align``."""
+        floors, elsewhere = per_module(model, self.min_keep, MIN_KEEP, "min_keep")
+
+        def floor_of(group: Group) -> int:
+            floor = max((floors[m] for m in roles.owners(group) if m in floors), default=elsewhere)
+            return math.ceil(floor / self.align) * self.align
+
+        return floor_of
+
+    def _relative_widths(self, model: nn.Module, roles: Roles) -> Callable[[Group], float]:
+        """Tells the relative density of a group's layers, for the spreads that go by it."""
+        named, _ = per_module(model, self.spread if isinstance(self.spread, Mapping) else {}, 1.0, "spread")
+        weights = dict(model.named_parameters())
+
+        def relative_of(group: Group) -> float:
+            shapes = [weights[s.parameter].shape for s in roles.filters(group) or group.slices]
+            relative = relative_density(self.spread, shapes, named, roles.owners(group))
+            return math.sqrt(relative) if self.spread == "erk" else relative  # a layer thins on both of its sides
+
+        return relative_of
+
+    def _is_narrow(self, group: Group, floor: int) -> bool:
+        """Whether a layer would shrink, were it not for the alignment."""
+        return self.align > 1 and any(floor - self.align < len(part) <= floor for part in group.parts)
+
+    def observe(self, evidence: Evidence, facts: Structure) -> Structure:
+        """Looks at gradients or at feature maps, if the criterion needs them."""
+        criterion, _ = as_lamp(self.criterion, self.spread)
+        return replace(facts, observed=observe_channels(criterion, evidence, facts.groups, facts.roles))
 
     def lowest_density(self, facts: Structure) -> float:
-        """The density at which every layer has ``min_keep`` channels left."""
-        starts = first_channels(facts.groups)
-        parts = [part + start for group, start in zip(facts.groups, starts, strict=False) for part in group.parts]
-        removable = [part[self.min_keep :] for part in parts]
-        sizes = sizes_along(facts.groups, facts.shapes, torch.cat(removable))
+        """The density at which every layer is as narrow as ``min_keep``, ``align`` and ``skip`` let it be."""
+        removable = torch.cat([layer.channels[layer.floor :] for layer in facts.layers])
+        sizes = sizes_along(facts.groups, facts.shapes, removable)
         return int(sizes[-1]) / int(sizes[0])
 
     def pi(self, weights: Weights, density: float, facts: Structure) -> Theta:
-        """Removes the channels of lowest saliency until what is left fits ``density``."""
-        saliencies = [saliency(group, weights).cpu() for group in facts.groups]
-        floored = []
-        for group, s in zip(facts.groups, saliencies, strict=True):
-            s = s.clone()
-            for part in group.parts:  # the most salient channels of each layer are out of reach
-                s[part[s[part].topk(min(self.min_keep, len(part))).indices]] = torch.inf
-            floored.append(s)
-        ranked = torch.cat(floored).sort(stable=True)
-        order = ranked.indices[ranked.values.isfinite()]
-        sizes = sizes_along(facts.groups, facts.shapes, order)
+        """Removes the least important channels until what is left fits ``density``."""
+        order = self._removal_order(weights, facts)
+        sizes = sizes_along(facts.groups, facts.shapes, order.channels)[order.ends]
         fits = sizes.double() / int(sizes[0]) <= density  # float32 cannot tell millions of parameters apart
         if not fits.any():
             raise density_error(density, self.lowest_density(facts))
         # Channels that are zero already go whatever the target: it is free, and it makes pi idempotent.
-        n_removed = max(int(fits.int().argmax()), int((ranked.values == 0).sum()))
-        removed = _by_group(facts.groups, order[:n_removed])
+        steps = max(int(fits.int().argmax()), order.n_dead)
+        removed = _by_group(facts.groups, order.channels[: order.ends[steps]])
         kept = kept_entries(facts.groups, removed, weights)
         values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
-        return Theta(values, kept, int(sizes[n_removed]), {"removed": removed})
+        return Theta(values, kept, int(sizes[steps]), {"removed": removed})
+
+    def _removal_order(self, weights: Weights, facts: Structure) -> Order:
+        criterion, spread = as_lamp(self.criterion, self.spread)
+        scores = channel_scores(criterion, facts.groups, weights, facts.roles, facts.observed)
+        energy = scores if criterion == "l2" else channel_scores("l2", facts.groups, weights, facts.roles, None)
+        if self.normalize:
+            scores = over_mean(scores, facts.groups)
+        return removal_order(scores, energy == 0, facts.layers, spread, self.align)
 
     def delta(self, theta: Theta) -> Weights:
         """The weights, with zeros in place of the removed channels."""
@@ -104,13 +200,30 @@ class StructPrune:
 class FilterPrune(StructPrune):
     """Removes filters of convolutions with all that is coupled to them; linear layers keep their neurons.
 
-    Args:
-        min_keep: Filters that every layer keeps at least.
+    Args: those of `StructPrune`.
     """
 
     def prunes(self, group: Group) -> bool:
         """Only groups whose channels are filters."""
         return group.is_filter
+
+
+@register_scheme
+@dataclass(frozen=True)
+class NeuronPrune(StructPrune):
+    """Removes neurons of linear layers with all that is coupled to them; convolutions keep their filters.
+
+    Args: those of `StructPrune`.
+    """
+
+    def prunes(self, group: Group) -> bool:
+        """Only groups whose channels are neurons."""
+        return not group.is_filter
+
+
+def _warn_of_whole(groups: Iterable[Group], why: str) -> None:
+    if names := ", ".join(group.root for group in groups):
+        warnings.warn(f"left at full width ({why}): {names}", stacklevel=3)
 
 
 def _by_group(groups: tuple[Group, ...], channels: Tensor) -> dict[str, list[int]]:

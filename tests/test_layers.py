@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
-    ("plugins", "weights", "metrics", "parity", "gpu"),
+    ("plugins", "weights", "metrics", "parity", "gpu", "testing_models"),
     ("task",),
     ("measurement",),
     ("scheme", "goal", "training"),
@@ -24,6 +24,7 @@ ENGINE = (
     ("search", "tracking", "ui"),
     ("result",),
     ("study", "display"),
+    ("testing_tools",),
     ("cli", "testing", "__init__"),  # what others call; nothing else imports it
 )
 # All that a plugin may import of the engine, ours as a third party's; siblings come relatively.

@@ -12,7 +12,7 @@ from autocompress.scheme import (
     parts_of,
     realize_by_part,
 )
-from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16, StructPrune
+from autocompress.schemes import FilterPrune, NeuronPrune, Prune, PruneQuantize16, Quantize16, StructPrune
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,15 @@ from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16
         ("Quantize16(dtype='fp16')", Quantize16(dtype="fp16")),
         ("StructPrune+Quantize16", Compose(StructPrune(), Quantize16())),
         ("Prune(min_keep=3) + Quantize16(dtype=fp16)", Compose(Prune(min_keep=3), Quantize16(dtype="fp16"))),
+        ("Prune(criterion=taylor, spread=erk)", Prune(criterion="taylor", spread="erk")),
+        ("Prune(spread={'layer1.*': 1.0, 'layer4': 0.3})", Prune(spread={"layer1.*": 1.0, "layer4": 0.3})),
+        ("Prune(min_keep={'fc': 5}, skip=['0', 'Linear'])", Prune(min_keep={"fc": 5}, skip=("0", "Linear"))),
+        ("Prune(skip=Linear)", Prune(skip=["Linear"])),
+        (
+            "StructPrune(criterion=taylor, align=8, skip=['layer1.*'])",
+            StructPrune(criterion="taylor", align=8, skip=["layer1.*"]),
+        ),
+        ("NeuronPrune(spread={'fc*': 0.5}, normalize=False)", NeuronPrune(spread={"fc*": 0.5}, normalize=False)),
         ("PruneQuantize16", PruneQuantize16()),
         ("PruneQuantize16", Compose(Prune(), Quantize16())),
     ],
@@ -33,6 +42,7 @@ from autocompress.schemes import FilterPrune, Prune, PruneQuantize16, Quantize16
 def test_specs_are_parsed_and_described(spec: str, scheme: Scheme) -> None:
     assert parse_scheme(spec) == scheme
     assert parse_scheme(describe(scheme)) == scheme
+    assert hash(parse_scheme(describe(scheme))) == hash(scheme)
 
 
 def test_describe_leaves_out_defaults() -> None:
@@ -45,7 +55,7 @@ def test_describe_leaves_out_defaults() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("StructPrun", r"unknown scheme 'StructPrun'; did you mean StructPrune.*available: FilterPrune, "),
+        ("StructPrun", r"unknown scheme 'StructPrun'; did you mean StructPrune.*available: .*FilterPrune, "),
         ("structprune", r"did you mean StructPrune"),
         ("Magic", r"unknown scheme 'Magic'.*available"),
         ("", r"'' is not a scheme"),
@@ -53,11 +63,18 @@ def test_describe_leaves_out_defaults() -> None:
         ("Prune-Quantize16", r"'Prune-Quantize16' is not a scheme"),
         ("Prune(3)", r"parameters as Name\(parameter=value\)"),
         ("a.Prune", r"is not a scheme"),
-        ("Prune(keep=3)", r"Prune has no parameter 'keep' \(it has: min_keep\)"),
+        ("Prune(keep=3)", r"Prune has no parameter 'keep' \(it has: criterion, spread, min_keep, skip\)"),
         ("PruneQuantize16(min_keep=3)", r"PruneQuantize16 has no parameter 'min_keep' \(it has: none\)"),
         ("Prune(**x)", r"has no parameter None"),
         ("Prune(min_keep=0)", r"min_keep=0; every layer must keep at least 1 weight"),
-        ("Prune(min_keep=many)", r"min_keep"),
+        ("Prune(min_keep=many)", r"min_keep='many'; every layer must keep at least 1 weight: give a whole number"),
+        ("Prune(min_keep={'fc': 0})", r"min_keep=\{'fc': 0\}; every layer must keep at least 1"),
+        ("Prune(criterion=hrank)", r"criterion='hrank'; Prune takes l1, l2, lamp, taylor, obd, random$"),
+        ("FilterPrune(criterion=best)", r"criterion='best'; FilterPrune takes l1, l2, .*beta_rank, random$"),
+        ("StructPrune(spread=even)", r"spread='even'; it must be global, uniform, erk, lamp, or a mapping"),
+        ("Prune(spread={'fc': 0.0})", r"spread=\{'fc': 0.0\}; it must be"),
+        ("StructPrune(align=0)", r"align=0; widths can be multiples of a whole number from 1 up"),
+        ("StructPrune(skip=3)", r"skip=3; it must be a list of modules' names, globs or types"),
         ("Prune(min_keep=2*3)", r"'2 \* 3' is not a plain value"),
         ("Prune(min_keep=__import__('os'))", r"is not a plain value"),
         ("Quantize16(dtype=int8)", r"dtype='int8'; it must be auto, fp16 or bf16"),

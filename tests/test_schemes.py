@@ -1,5 +1,6 @@
 import copy
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import (
     FilterPrune,
     FilterPruneQuantize16,
+    NeuronPrune,
     Prune,
     PruneQuantize16,
     Quantize16,
@@ -52,6 +54,106 @@ class TestPrune(SchemeConformance):
 class TestStructPrune(Structured):
     def make_scheme(self) -> Scheme:
         return StructPrune()
+
+
+# Criteria, spreads and restrictions in combination, on a few models and densities each.
+
+FEW = (0.7, 0.2, 0.05)
+
+
+def some_models(*names: str) -> dict[str, Callable[[], nn.Module]]:
+    return {name: SchemeConformance.models[name] for name in names}
+
+
+class TestPruneByObdAndErk(SchemeConformance):
+    models = some_models("residual", "flattened")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return Prune(criterion="obd", spread="erk", skip=["Linear"])
+
+
+class TestPruneByTaylorAndLamp(SchemeConformance):
+    models = some_models("depthwise")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return Prune(criterion="taylor", spread="lamp", min_keep=3)
+
+
+class TestPruneAtRandomAndUniformly(SchemeConformance):
+    models = some_models("gated")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return Prune(criterion="random", spread="uniform")
+
+
+class TestStructPruneByTaylorAligned(Structured):
+    models = some_models("residual", "concatenated")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return StructPrune(criterion="taylor", align=4)
+
+    def unit_size(self, case: Case) -> int:
+        return 4 * super().unit_size(case)
+
+
+class TestStructPruneByObdUniformly(Structured):
+    models = some_models("depthwise", "flattened")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return StructPrune(criterion="obd", spread="uniform", normalize=False)
+
+
+class TestStructPruneByMedianAndErk(Structured):
+    models = some_models("concatenated", "gated")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return StructPrune(criterion="fpgm", spread="erk")
+
+
+class TestStructPruneByActivation(Structured):
+    models = some_models("residual", "gated")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return StructPrune(criterion="activation")
+
+
+class TestStructPruneByBetaRank(Structured):
+    models = some_models("plain", "depthwise")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return StructPrune(criterion="beta_rank", spread="lamp", min_keep=3)
+
+
+class TestFilterPruneByHRankSkipping(Structured):
+    models = some_models("residual", "flattened")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return FilterPrune(criterion="hrank", skip=["Linear"])
+
+
+class TestStructPruneByScaleAndStage(Structured):
+    models = some_models("residual")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return StructPrune(criterion="bn_scale", spread={"2": 0.5, "3.*": 0.25}, skip=["0.0"])
+
+
+class TestNeuronPrune(Structured):
+    models = some_models("flattened")
+    densities = FEW
+
+    def make_scheme(self) -> Scheme:
+        return NeuronPrune(criterion="l1")
 
 
 class TestFilterPrune(Structured):

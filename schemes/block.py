@@ -1,0 +1,144 @@
+"""Block pruning: rectangles of weights become zero together, which kernels for sparse matrices can skip."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
+
+from .criteria import Observed, entry_scores, observe_entries
+from .prune import prunable_weights
+
+# LAMP scores add up within a layer to much the same whatever its blocks: it ranks single weights alone.
+BlockCriterion: TypeAlias = Literal["l1", "l2", "taylor", "obd", "random"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The facts of a model for block pruning.
+
+    Attributes:
+        shapes: The shape of each weight that is cut into blocks.
+        n_params: Parameters of the whole model.
+        observed: What the criterion saw of the data, if it looks at any.
+    """
+
+    shapes: dict[str, torch.Size]
+    n_params: int
+    observed: Observed | None = None
+
+
+@register_scheme
+@dataclass(frozen=True)
+class BlockPrune:
+    """Sets blocks of weights to zero, those that matter least in the whole network.
+
+    A block spans outputs x inputs of a linear layer (Narang et al., "Block-Sparse Recurrent Neural Networks",
+    2017; Gray et al., "GPU Kernels for Block-Sparse Weights", 2017). In a convolution it lies within one
+    position of the kernel: so the matrix of an implicit matrix product, channels innermost, has the same blocks.
+    Blocks at the far edges are cut off where the shape is no multiple. Biases and normalisation are kept and
+    count as parameters; the classifier is pruned like any other layer.
+
+    Args:
+        block: Outputs and inputs that a block spans.
+        criterion: The importance of a weight, see `autocompress.schemes.criteria.entry_scores`; a block's is
+            the mean. With ``l2`` what is left is the nearest point in the Euclidean norm.
+        min_keep: Blocks that every layer keeps at least.
+    """
+
+    block: tuple[int, int] = (4, 4)
+    criterion: BlockCriterion = "l2"
+    min_keep: int = 1
+    takes_density: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 1e-5
+
+    def __post_init__(self) -> None:
+        sizes = self.block if isinstance(self.block, tuple) else ()
+        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"block={self.block!r}; it must be two positive numbers, as in (4, 4)")
+        if self.criterion not in get_args(BlockCriterion):
+            allowed = ", ".join(get_args(BlockCriterion))
+            raise ValueError(f"criterion={self.criterion!r}; it must be one of {allowed}")
+        if self.min_keep < 1:
+            raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 block")
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Blocks:
+        """Finds the weights of linear and convolutional layers that have more than ``min_keep`` blocks."""
+        shapes = {name: w.shape for name, w in prunable_weights(model).items()}
+        shapes = {name: shape for name, shape in shapes.items() if len(self._sizes(shape)) > self.min_keep}
+        if not shapes:
+            raise ValueError("BlockPrune finds no weights in this model that are larger than a block")
+        return Blocks(shapes, sum(p.numel() for p in model.parameters()))
+
+    def observe(self, evidence: Evidence, facts: Blocks) -> Blocks:
+        """What the criterion needs to know of the data."""
+        return replace(facts, observed=observe_entries(self.criterion, evidence, facts.shapes))
+
+    def lowest_density(self, facts: Blocks) -> float:
+        """The density at which every layer has ``min_keep`` of its largest blocks left."""
+        removable = (self._sizes(shape).sort().values[: -self.min_keep] for shape in facts.shapes.values())
+        return (facts.n_params - sum(int(sizes.sum()) for sizes in removable)) / facts.n_params
+
+    def pi(self, weights: Weights, density: float, facts: Blocks) -> Theta:
+        """Removes the blocks of the lowest mean score until what is left fits ``density``."""
+        entries = entry_scores(self.criterion, weights, facts.shapes, facts.observed)
+        scores, sizes = [], []
+        for name, shape in facts.shapes.items():
+            size = self._sizes(shape)
+            score = self._sums(entries[name]).flatten().cpu() / size
+            score[self._safe(score, size)] = torch.inf  # out of reach
+            scores.append(score)
+            sizes.append(size)
+        ranked = torch.cat(scores).sort(stable=True)
+        order = ranked.indices[ranked.values.isfinite()]
+        left = facts.n_params - torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(sizes)[order].cumsum(0)])
+        fits = left.double() / facts.n_params <= density
+        if not fits.any():
+            raise density_error(density, self.lowest_density(facts))
+        # Blocks that are zero already go whatever the target: it is free, and it makes pi idempotent.
+        n_removed = max(int(fits.int().argmax()), int((ranked.values == 0).sum()))
+        chosen = torch.ones(len(ranked.values), dtype=torch.bool)
+        chosen[order[:n_removed]] = False
+        parts = torch.split(chosen, [len(size) for size in sizes])
+        kept = {
+            name: self._spread(part, shape).to(weights[name].device)
+            for (name, shape), part in zip(facts.shapes.items(), parts, strict=True)
+        }
+        values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
+        return Theta(values, kept, int(left[n_removed]))
+
+    def delta(self, theta: Theta) -> Weights:
+        """The weights, zero where blocks were removed."""
+        return theta.values
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Blocks) -> nn.Module:
+        """A copy: the zeros are in the weights, and the saved file does not store them."""
+        return copy.deepcopy(model)
+
+    def _sums(self, weight: Tensor) -> Tensor:
+        """Sums over the blocks of a weight (out, in, ...): shape (blocks out, blocks in, kernel positions)."""
+        height, width = self.block
+        entries = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
+        m, n, positions = entries.shape
+        padded = functional.pad(entries, (0, 0, 0, -n % width, 0, -m % height))
+        return padded.reshape(-(-m // height), height, -(-n // width), width, positions).sum((1, 3))
+
+    def _sizes(self, shape: torch.Size) -> Tensor:
+        """How many weights each block of a weight has, one after the other."""
+        return self._sums(torch.ones(shape)).long().flatten()
+
+    def _safe(self, score: Tensor, size: Tensor) -> Tensor:
+        """The blocks that a layer keeps in any case: of the largest, so that the lowest density is known."""
+        best = score.argsort(descending=True, stable=True)
+        return best[size[best].argsort(descending=True, stable=True)][: self.min_keep]
+
+    def _spread(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        """One value per block as one per weight, of the weight's shape."""
+        height, width = self.block
+        m, n = shape[:2]
+        blocks = chosen.view(-(-m // height), -(-n // width), -1)
+        return blocks.repeat_interleave(height, 0)[:m].repeat_interleave(width, 1)[:, :n].reshape(shape)

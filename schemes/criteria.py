@@ -1,0 +1,158 @@
+"""Importance of single weights: how much is lost when one of them becomes zero.
+
+`entry_scores` gives a score to every entry of a weight, the larger the more important. Criteria that look at
+data take it from `observe_entries`, which a scheme calls in its `autocompress.scheme.Observer.observe`.
+"""
+
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from autocompress.scheme import Evidence, Weights
+from autocompress.task import Batch, device_of, evaluating
+
+EntryCriterion: TypeAlias = Literal["l1", "l2", "lamp", "taylor", "obd", "random"]
+ENTRY_CRITERIA: tuple[str, ...] = get_args(EntryCriterion)
+
+Observed: TypeAlias = Mapping[str, Tensor]
+"""What a criterion saw of the data: a tensor by the name of the weight, or of the group, that it is about."""
+
+
+def entry_scores(
+    criterion: str, weights: Weights, names: Collection[str], observed: Observed | None = None
+) -> Weights:
+    """The importance of every entry of some weights.
+
+    Args:
+        criterion: With w an entry and g its gradient of the loss:
+
+            - ``l1``: |w|; ``l2``: w² (Han et al., "Learning both Weights and Connections for Efficient Neural
+              Networks", NeurIPS 2015). Single weights rank alike under both.
+            - ``lamp``: w² over the sum of the squares that are no smaller in its layer (Lee et al.,
+              "Layer-Adaptive Sparsity for the Magnitude-Based Pruning", ICLR 2021).
+            - ``taylor``: (g·w)², the change of the loss to first order (Molchanov et al., "Importance
+              Estimation for Neural Network Pruning", CVPR 2019), g over all the observed batches.
+            - ``obd``: w²·F, the change of the loss to second order with the diagonal of the empirical Fisher
+              matrix F = E[g²] for the Hessian (LeCun et al., "Optimal Brain Damage", NeurIPS 1989; Theis et
+              al., "Faster Gaze Prediction with Dense Networks and Fisher Pruning", 2018).
+            - ``random``: a fixed draw, the baseline of all others.
+        weights: The weights, by name.
+        names: Which of them to score.
+        observed: What `observe_entries` returned.
+
+    Returns:
+        Scores by name, each of its weight's shape, on its device, none negative.
+
+    Raises:
+        ValueError: If the criterion looks at data and nothing was observed.
+    """
+    seen = required(observed, criterion) if criterion in ("taylor", "obd") else {}
+    return {name: _scores(criterion, name, weights[name], seen.get(name)) for name in names}
+
+
+def _scores(criterion: str, name: str, w: Tensor, seen: Tensor | None) -> Tensor:
+    match criterion:
+        case "l1":
+            return w.abs()
+        case "l2":
+            return w.square()
+        case "lamp":
+            ranked = w.square().flatten().sort()
+            return torch.empty_like(ranked.values).scatter_(0, ranked.indices, lamp(ranked.values)).view_as(w)
+        case "taylor" if seen is not None:
+            return (w * seen).square()
+        case "obd" if seen is not None:
+            return w.square() * seen
+        case "random":
+            return draw(name, w.numel()).to(w).view_as(w)
+    raise AssertionError(f"no criterion {criterion!r} for single weights")
+
+
+def observe_entries(criterion: str, evidence: Evidence, names: Collection[str]) -> Observed | None:
+    """What `entry_scores` needs to know of the data; None for a criterion that looks at weights alone.
+
+    The mean of the gradient over the batches for ``taylor``. The mean of its square for ``obd``: the one that
+    training has already gathered, if there is one. The model is left as it was.
+    """
+    if criterion == "taylor":
+        return _mean_gradients(evidence, names, power=1)
+    if criterion == "obd":
+        gathered = evidence.squared_gradients
+        return gathered if set(names) <= gathered.keys() else _mean_gradients(evidence, names, power=2)
+    return None
+
+
+def check_criterion(scheme: object, criterion: str, allowed: Collection[str]) -> None:
+    """Checks a scheme's criterion.
+
+    Raises:
+        ValueError: If the scheme does not know it.
+    """
+    if criterion not in allowed:
+        raise ValueError(f"criterion={criterion!r}; {type(scheme).__name__} takes {', '.join(allowed)}")
+
+
+def required(observed: Observed | None, criterion: str) -> Observed:
+    """What was observed.
+
+    Raises:
+        ValueError: If that is nothing.
+    """
+    if observed is None:
+        raise ValueError(
+            f"criterion={criterion!r} looks at data and has seen none; pass the facts through observe before pi"
+        )
+    return observed
+
+
+def lamp(rising: Tensor) -> Tensor:
+    """Each score over the sum of those that are no smaller: the LAMP score, if these are squared weights.
+
+    Lee et al., "Layer-Adaptive Sparsity for the Magnitude-Based Pruning" (ICLR 2021), equation 1.
+
+    Args:
+        rising: The scores of a layer, none negative, the smallest first, shape ``(n,)``.
+
+    Returns:
+        As many, rising too, the last one 1 (or 0 if all are 0).
+    """
+    sums = rising.flip(0).cumsum(0, dtype=torch.double).flip(0).to(rising.dtype)
+    return rising / sums.clamp_min_(torch.finfo(rising.dtype).tiny)
+
+
+def draw(name: str, n: int) -> Tensor:
+    """Numbers from 0 to 1 that depend on ``name`` alone, shape ``(n,)``."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+@contextmanager
+def looking_at(evidence: Evidence) -> Iterator[Iterator[Batch]]:
+    """Serves the batches on the model's device, the model in eval mode: nothing of it changes, nor the RNG."""
+    device = device_of(evidence.model)
+    cuda = [device] if device.type == "cuda" else []
+    with evaluating(evidence.model), torch.random.fork_rng(devices=cuda):
+        yield ((x.to(device), y.to(device)) for x, y in evidence.batches())
+
+
+def _mean_gradients(evidence: Evidence, names: Collection[str], power: int) -> Weights:
+    """Mean over the batches of the loss's gradient, entry by entry to a power."""
+    weights = {name: p.detach().requires_grad_() for name, p in evidence.model.named_parameters()}
+    total = {name: torch.zeros_like(weights[name], requires_grad=False) for name in names}
+    n = 0
+    with looking_at(evidence) as batches, torch.enable_grad():
+        for x, y in batches:
+            n += 1
+            outputs = torch.func.functional_call(evidence.model, weights, (x,))
+            gradients = torch.autograd.grad(
+                evidence.loss(outputs, y), [weights[name] for name in names], allow_unused=True
+            )
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient.pow(power)
+    if not n:
+        raise ValueError("there are no batches to look at; the training data must serve at least one")
+    return {name: value / n for name, value in total.items()}

@@ -1,0 +1,101 @@
+"""What layers put out on data, for the importance criteria that go by it."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.scheme import Evidence
+
+from .criteria import Observed, looking_at
+from .groups import Group, Slices
+from .roles import Roles, cover, module_of
+
+MAP_CRITERIA = ("activation", "hrank", "beta_rank")
+RANKED_SAMPLES = 16  # of a batch: Lin et al. find that the rank hardly depends on which they are
+
+
+def watched(criterion: str, group: Group, roles: Roles) -> list[Slices]:
+    """Where a group's channels can be watched; empty where they cannot.
+
+    As their readers get them, that is behind BatchNorm and activation, or else as the filters put them out.
+    """
+    places = [roles.filters(group)] if criterion == "beta_rank" else [roles.readers(group), roles.filters(group)]
+    if criterion == "hrank":  # a neuron has no map
+        places = [[s for s in slices if s.parameter in roles.planar] for slices in places]
+    return next((slices for slices in places if cover(slices, group)), [])
+
+
+def observe_maps(criterion: str, evidence: Evidence, groups: Sequence[Group], roles: Roles) -> Observed:
+    """The mean over batches, and over the places where a channel can be watched, of what the criterion looks at.
+
+    Args:
+        criterion: One of `MAP_CRITERIA`.
+        evidence: The model and the data.
+        groups: The groups.
+        roles: The roles of the model's parameters.
+
+    Returns:
+        ``activation``: mean magnitude of each channel, by the name of the group's root, shape ``(width,)``.
+        ``hrank``: likewise the mean rank of its maps. ``beta_rank``: by the filters' weight, the ratio of the
+        standard deviations of each filter's output and input, shape ``(filters,)``.
+    """
+    totals: dict[tuple[str, int], Tensor] = {}
+    counts: dict[tuple[str, int], int] = defaultdict(int)
+
+    def note(key: tuple[str, int], s: Slices, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        value = _look(criterion, s, roles, module, inputs[0], output)
+        totals[key] = totals[key] + value if key in totals else value
+        counts[key] += 1
+
+    hooks = []
+    places = {(group.root, i): s for group in groups for i, s in enumerate(watched(criterion, group, roles))}
+    try:
+        for key, s in places.items():
+            module = evidence.model.get_submodule(module_of(s))
+            hooks.append(module.register_forward_hook(partial(note, key, s)))
+        with looking_at(evidence) as batches, torch.no_grad():
+            for x, _ in batches:
+                evidence.model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not totals:
+        raise ValueError("there are no batches to look at; the training data must serve at least one")
+    means = {key: total / counts[key] for key, total in totals.items()}
+    if criterion == "beta_rank":
+        return {places[key].parameter: mean for key, mean in means.items()}
+    return {group.root: _per_channel(group, places, means) for group in groups}
+
+
+def _look(criterion: str, s: Slices, roles: Roles, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What the criterion looks at in one pass, along the dimension of the channels; shape ``(n,)``."""
+    maps = (y if roles.outputs[s.parameter] == s.dim else x).movedim(-1 if isinstance(module, nn.Linear) else 1, 0)
+    if criterion == "activation":
+        magnitude: Tensor = maps.abs().flatten(1).mean(1)
+        return magnitude
+    if criterion == "hrank":
+        rank: Tensor = torch.linalg.matrix_rank(maps[:, :RANKED_SAMPLES].float()).float().mean(1)
+        return rank
+    of_inputs = x.std(0, correction=0).mean()  # over the batch, at each position
+    of_outputs = maps.std(1, correction=0).reshape(len(maps), -1).mean(1)
+    ratio: Tensor = of_outputs / of_inputs.clamp_min(torch.finfo(x.dtype).tiny)
+    return ratio
+
+
+def _per_channel(
+    group: Group, places: dict[tuple[str, int], Slices], means: dict[tuple[str, int], Tensor]
+) -> Tensor:
+    """The mean of each channel over the places where it was watched."""
+    device = next(iter(means.values())).device
+    total, count = torch.zeros(2, group.width, device=device)
+    for key, mean in means.items():
+        if key[0] == group.root:
+            channels, positions = places[key].channels.to(device), places[key].positions.to(device)
+            total.index_add_(0, channels, mean[positions])
+            count.index_add_(0, channels, torch.ones_like(mean[positions]))
+    mean_of_channel: Tensor = total / count
+    return mean_of_channel

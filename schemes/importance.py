@@ -1,0 +1,125 @@
+"""Importance of channels: how much is lost when one of them goes, with all that is coupled to it."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from autocompress.scheme import Evidence, Weights
+
+from .criteria import Observed, draw, entry_scores, observe_entries, required
+from .feature_maps import MAP_CRITERIA, observe_maps, watched
+from .groups import Group, Slices, first_channels
+from .roles import Roles, cover
+
+ChannelCriterion: TypeAlias = Literal[
+    "l1", "l2", "lamp", "taylor", "obd", "bn_scale", "fpgm", "activation", "hrank", "beta_rank", "random"
+]
+CHANNEL_CRITERIA: tuple[str, ...] = get_args(ChannelCriterion)
+
+
+def channel_scores(
+    criterion: str, groups: Sequence[Group], weights: Weights, roles: Roles, observed: Observed | None
+) -> Tensor:
+    """The importance of every channel of the groups.
+
+    Args:
+        criterion: What makes a channel important:
+
+            - ``l1``, ``l2``, ``taylor``, ``obd``: the sum of the scores of all entries that go with it, see
+              `autocompress.schemes.criteria.entry_scores`; ``l2`` is group magnitude (Fang et al., "DepGraph:
+              Towards Any Structural Pruning", CVPR 2023).
+            - ``bn_scale``: the magnitude of BatchNorm's scales (Liu et al., "Learning Efficient Convolutional
+              Networks through Network Slimming", ICCV 2017).
+            - ``fpgm``: the distance of its filters from all others of the layer, summed: the filter at the
+              geometric median can be replaced by them (He et al., "Filter Pruning via Geometric Median",
+              CVPR 2019).
+            - ``activation``: the mean magnitude of what it puts out, as the next layer gets it (Polyak & Wolf,
+              "Channel-Level Acceleration of Deep Face Representations", IEEE Access 2015).
+            - ``hrank``: the mean rank of its feature maps (Lin et al., "HRank: Filter Pruning using High-Rank
+              Feature Map", CVPR 2020).
+            - ``beta_rank``: the l1 norm of its filters, each times the ratio of the standard deviations over a
+              batch of its output and its input, averaged over positions (Homayounfar et al., "Beta-Rank: A Robust
+              Convolutional Filter Pruning Method for Imbalanced Medical Image Analysis", 2023).
+            - ``random``: a fixed draw.
+        groups: The groups.
+        weights: All the model's parameters.
+        roles: What they are there for.
+        observed: What `observe_channels` returned.
+
+    Returns:
+        Scores that are not negative, one group after the other, shape ``(channels,)``, on the CPU.
+
+    Raises:
+        ValueError: If the criterion looks at data and nothing was observed.
+    """
+    if criterion == "random":
+        return torch.cat([draw(group.root, group.width) for group in groups])
+    if criterion in ("activation", "hrank"):
+        seen = required(observed, criterion)
+        return torch.cat([seen[group.root] for group in groups]).cpu()
+    if criterion == "bn_scale":
+        scales = [[s for s in group.slices if s.parameter in roles.scales] for group in groups]
+        total = _summed(groups, scales, lambda s: weights[s.parameter].abs())
+        return total / _summed(groups, scales, lambda s: torch.ones(len(weights[s.parameter])))
+    filters = [roles.filters(group) for group in groups]
+    if criterion == "fpgm":
+        return _summed(groups, filters, lambda s: _distances(weights[s.parameter], s))
+    if criterion == "beta_rank":
+        seen = required(observed, criterion)
+        return _summed(groups, filters, lambda s: _along(weights[s.parameter].abs(), s) * seen[s.parameter])
+    scores = entry_scores(criterion, weights, {s.parameter for g in groups for s in g.slices}, observed)
+    return _summed(groups, [g.slices for g in groups], lambda s: _along(scores[s.parameter], s))
+
+
+def observe_channels(criterion: str, evidence: Evidence, groups: Sequence[Group], roles: Roles) -> Observed | None:
+    """What `channel_scores` needs to know of the data; None for a criterion that looks at weights alone.
+
+    The model is left as it was.
+    """
+    if criterion in MAP_CRITERIA:
+        return observe_maps(criterion, evidence, groups, roles)
+    return observe_entries(criterion, evidence, sorted({s.parameter for g in groups for s in g.slices}))
+
+
+def can_rate(criterion: str, group: Group, roles: Roles) -> bool:
+    """Whether the criterion can tell the channels of a group apart: their scale, filter or map must be there."""
+    if criterion in MAP_CRITERIA:
+        return bool(watched(criterion, group, roles))
+    if criterion == "bn_scale":
+        return cover((s for s in group.slices if s.parameter in roles.scales), group)
+    return criterion != "fpgm" or cover(roles.filters(group), group)
+
+
+def over_mean(scores: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Every score over the mean of its group: one threshold then suits wide and narrow layers alike."""
+    parts = torch.split(scores, [group.width for group in groups])
+    return torch.cat([part / part.mean().clamp_min(torch.finfo(part.dtype).tiny) for part in parts])
+
+
+def _summed(
+    groups: Sequence[Group], slices: Sequence[Sequence[Slices]], score: Callable[[Slices], Tensor]
+) -> Tensor:
+    """For every channel, the sum over its slices of what ``score`` says along their dimension; on the CPU.
+
+    What is on another device comes over in one piece.
+    """
+    taken = [(start, s) for start, of_group in zip(first_channels(groups), slices, strict=False) for s in of_group]
+    found = [score(s) for _, s in taken]
+    on_cpu = torch.split(torch.cat(found).cpu(), [len(f) for f in found])
+    total = torch.zeros(sum(group.width for group in groups))
+    for (start, s), values in zip(taken, on_cpu, strict=True):
+        total.index_add_(0, s.channels + start, values[s.positions])
+    return total
+
+
+def _along(entries: Tensor, s: Slices) -> Tensor:
+    """The sum over all dimensions but that of the slices."""
+    return entries.sum([d for d in range(entries.dim()) if d != s.dim]) if entries.dim() > 1 else entries
+
+
+def _distances(weight: Tensor, s: Slices) -> Tensor:
+    """For each filter, the sum of its Euclidean distances from all others; shape ``(filters,)``."""
+    filters = weight.movedim(s.dim, 0).flatten(1)
+    return torch.cdist(filters, filters).sum(1)

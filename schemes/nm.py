@@ -1,0 +1,108 @@
+"""N:M sparsity: of M consecutive inputs each output reads N, the pattern that sparse tensor cores compute with."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.scheme import Evidence, Theta, Weights, register_scheme
+
+from .criteria import Observed, entry_scores, observe_entries
+from .prune import prunable_weights
+
+# Within M weights of one layer LAMP ranks as the magnitude does.
+NMCriterion: TypeAlias = Literal["l1", "l2", "taylor", "obd", "random"]
+
+
+@dataclass(frozen=True)
+class Patterned:
+    """The facts of a model for N:M sparsity.
+
+    Attributes:
+        shapes: The shape of each weight with at least M inputs.
+        n_params: Parameters of the whole model.
+        observed: What the criterion saw of the data, if it looks at any.
+    """
+
+    shapes: dict[str, torch.Size]
+    n_params: int
+    observed: Observed | None = None
+
+
+@register_scheme
+@dataclass(frozen=True)
+class NMPrune:
+    """Keeps the N most important of every M consecutive weights along the inputs (2:4 by default).
+
+    Mishra et al., "Accelerating Sparse Deep Neural Networks" (2021). In a convolution the M weights belong to
+    consecutive input channels at one position of the kernel. Inputs beyond the last multiple of M are kept,
+    and so is a layer with fewer than M of them (the first one, of an image's three colours). The pattern sets
+    the density; there is none to search for. The zeros make the file smaller; the arithmetic is that of dense
+    layers until a runtime with sparse kernels takes it over.
+
+    Args:
+        n: Weights that are kept of every ``m``.
+        m: Consecutive inputs that form a group.
+        criterion: The importance of a weight, see `autocompress.schemes.criteria.entry_scores`.
+    """
+
+    n: int = 2
+    m: int = 4
+    criterion: NMCriterion = "l1"
+    takes_density: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 1e-5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"n={self.n}, m={self.m}; n must be at least 1 and below m, as in 2 of 4")
+        if self.criterion not in get_args(NMCriterion):
+            allowed = ", ".join(get_args(NMCriterion))
+            raise ValueError(f"criterion={self.criterion!r}; it must be one of {allowed}")
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Patterned:
+        """Finds the weights of linear and convolutional layers with at least ``m`` inputs."""
+        shapes = {name: w.shape for name, w in prunable_weights(model).items() if w.shape[1] >= self.m}
+        if not shapes:
+            raise ValueError(f"NMPrune finds no weights in this model with at least m={self.m} inputs")
+        return Patterned(shapes, sum(p.numel() for p in model.parameters()))
+
+    def observe(self, evidence: Evidence, facts: Patterned) -> Patterned:
+        """What the criterion needs to know of the data."""
+        return replace(facts, observed=observe_entries(self.criterion, evidence, facts.shapes))
+
+    def lowest_density(self, facts: Patterned) -> float:
+        """The density that the pattern sets."""
+        return self._kept(facts) / facts.n_params
+
+    def pi(self, weights: Weights, density: float, facts: Patterned) -> Theta:
+        """Keeps the ``n`` most important of every ``m`` weights: by magnitude the nearest point in the pattern."""
+        scores = entry_scores(self.criterion, weights, facts.shapes, facts.observed)
+        support = {name: self._pattern(score) for name, score in scores.items()}
+        values = {name: w * support[name] if name in support else w.clone() for name, w in weights.items()}
+        return Theta(values, support, self._kept(facts))
+
+    def delta(self, theta: Theta) -> Weights:
+        """The weights, zero where the pattern leaves them out."""
+        return theta.values
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Patterned) -> nn.Module:
+        """A copy: the zeros are in the weights, and the saved file does not store them."""
+        return copy.deepcopy(model)
+
+    def _pattern(self, scores: Tensor) -> Tensor:
+        """True at the ``n`` highest of every ``m`` scores along dimension 1, and in what is left over."""
+        whole = scores.shape[1] // self.m * self.m
+        groups = scores[:, :whole].reshape(len(scores), whole // self.m, self.m, *scores.shape[2:])
+        kept = torch.ones_like(scores, dtype=torch.bool)
+        top = groups.topk(self.n, dim=2).indices
+        kept[:, :whole] = torch.zeros_like(groups, dtype=torch.bool).scatter(2, top, True).flatten(1, 2)
+        return kept
+
+    def _kept(self, facts: Patterned) -> int:
+        """Parameters that are left."""
+        removed = 0
+        for shape in facts.shapes.values():
+            removed += shape.numel() // shape[1] * (shape[1] // self.m) * (self.m - self.n)
+        return facts.n_params - removed

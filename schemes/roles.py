@@ -1,0 +1,72 @@
+"""What the parameters of a group are there for: filters that make its channels, inputs that read them, scales."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from .groups import Group, Slices
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The roles of a model's parameters.
+
+    Attributes:
+        outputs: Weights of linear and convolutional layers by name, and the dimension of their outputs.
+        planar: Those whose layers put out two-dimensional maps.
+        grouped: Those whose layers do not let every filter see every input.
+        scales: The scales of BatchNorm layers.
+    """
+
+    outputs: Mapping[str, int]
+    planar: frozenset[str]
+    grouped: frozenset[str]
+    scales: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Roles":
+        """Reads the roles off the types of the modules."""
+        outputs, planar, grouped, scales = {}, set(), set(), set()
+        for layer, module in model.named_modules():  # the model itself is named ""
+            name = f"{layer}.weight".lstrip(".")
+            if isinstance(module, nn.Linear | _ConvNd):
+                outputs[name] = int(getattr(module, "transposed", False))
+                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                    planar.add(name)
+                if getattr(module, "groups", 1) > 1:
+                    grouped.add(name)
+            elif isinstance(module, _BatchNorm) and module.affine:
+                scales.add(name)
+        return cls(outputs, frozenset(planar), frozenset(grouped), frozenset(scales))
+
+    def filters(self, group: Group) -> list[Slices]:
+        """The slices that put the channels out: filters, neurons."""
+        return [s for s in group.slices if self.outputs.get(s.parameter) == s.dim]
+
+    def readers(self, group: Group) -> list[Slices]:
+        """The slices that read the channels, position by position."""
+        return [s for s in group.slices if self._reads(s) and s.parameter not in self.grouped]
+
+    def owners(self, group: Group) -> set[str]:
+        """Names of the modules that the channels belong to: those that put them out, scale or shift them."""
+        return {module_of(s) for s in group.slices if not self._reads(s)}
+
+    def _reads(self, s: Slices) -> bool:
+        return s.parameter in self.outputs and self.outputs[s.parameter] != s.dim
+
+
+def module_of(s: Slices) -> str:
+    """The name of the module that has the parameter."""
+    return s.parameter.rpartition(".")[0]
+
+
+def cover(slices: Iterable[Slices], group: Group) -> bool:
+    """Whether each channel of the group is in one of the slices."""
+    reached = torch.zeros(group.width, dtype=torch.bool)
+    for s in slices:
+        reached[s.channels] = True
+    return bool(reached.all())

@@ -1,0 +1,226 @@
+"""How a density is spread over the layers of a network.
+
+Every spread is an order in which entries leave: a threshold on their scores for ``global`` and ``lamp``, and for
+the others the level t at which the layer has no room for them any more. A layer of relative density a keeps the
+share min(1, a·t) of its entries, the best of them, and t falls from dense to what fits.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .criteria import lamp
+from .patterns import PerModule
+
+SpreadName: TypeAlias = Literal["global", "uniform", "erk", "lamp"]
+Spread: TypeAlias = SpreadName | Mapping[str, float]
+
+
+def checked_spread(spread: Spread) -> SpreadName | PerModule[float]:
+    """The spread, a mapping made one that can be hashed.
+
+    Raises:
+        ValueError: If it is no spread.
+    """
+    if isinstance(spread, Mapping):
+        if spread and all(isinstance(a, int | float) and 0 < a < math.inf for a in spread.values()):
+            return PerModule(spread)
+    elif spread in get_args(SpreadName):
+        return spread
+    raise ValueError(
+        f"spread={spread!r}; it must be {', '.join(get_args(SpreadName))}, or a mapping from patterns to positive "
+        "relative densities such as {'layer1.*': 1.0, 'layer4.*': 0.3}"
+    )
+
+
+def as_lamp(criterion: str, spread: Spread) -> tuple[str, Spread]:
+    """The criterion ``lamp`` as the spread that it is: within a layer it ranks as the square does."""
+    if criterion != "lamp":
+        return criterion, spread
+    return "l2", "lamp" if spread == "global" else spread
+
+
+def relative_density(
+    spread: Spread, shapes: Iterable[torch.Size], named: Mapping[str, float], modules: Iterable[str]
+) -> float:
+    """The relative density a of a layer.
+
+    Args:
+        spread: The spread.
+        shapes: The shapes of the layer's weights.
+        named: The relative densities that the spread gives by module.
+        modules: The names of the modules that the weights belong to.
+    """
+    if spread == "erk":
+        return erdos_renyi_kernel(shapes)
+    return max((named[module] for module in modules if module in named), default=1.0)
+
+
+def erdos_renyi_kernel(shapes: Iterable[torch.Size]) -> float:
+    """The relative density of a layer with weights of these shapes: the sum of their sizes over their entries.
+
+    Evci et al., "Rigging the Lottery: Making All Tickets Winners" (ICML 2020), section 3: the smaller a layer,
+    the denser it stays.
+    """
+    shapes = list(shapes)
+    return sum(map(sum, shapes)) / sum(shape.numel() for shape in shapes)
+
+
+def allocate(total: int, sizes: Sequence[int], relative: Sequence[float], floors: Sequence[int]) -> list[int]:
+    """How many entries each layer keeps, ``total`` in all.
+
+    Args:
+        total: From the sum of the floors to the sum of the sizes.
+        sizes: Entries of each layer.
+        relative: Their relative densities a: a layer keeps the share min(1, a·t) of its entries.
+        floors: What each keeps at least.
+    """
+
+    def kept_at(t: float) -> list[int]:
+        shares = zip(sizes, relative, floors, strict=True)
+        return [max(floor, min(size, int(size * a * t))) for size, a, floor in shares]
+
+    low, high = 0.0, 1 / min(relative)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(kept_at(middle)) > total else (middle, high)
+    kept = kept_at(low)
+    # What rounding down has left over goes to the layers that reach their next entry at the lowest level.
+    reached = [((kept[i] + 1) / sizes[i] / relative[i], i) for i in range(len(sizes)) if kept[i] < sizes[i]]
+    heapq.heapify(reached)
+    for _ in range(total - sum(kept)):
+        _, i = heapq.heappop(reached)
+        kept[i] += 1
+        if kept[i] < sizes[i]:
+            heapq.heappush(reached, ((kept[i] + 1) / sizes[i] / relative[i], i))
+    return kept
+
+
+def best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
+    """True at the n highest of all the scores, in their shapes; of equal ones those that come first in memory."""
+    flat = [_flat(s) for s in scores]
+    threshold = _nth_highest(torch.cat(flat) if len(flat) > 1 else flat[0], n)
+    masks = [s >= threshold for s in scores]
+    surplus = int(torch.stack([mask.sum() for mask in masks]).sum()) - n
+    for s, mask in zip(reversed(scores), reversed(masks), strict=True):
+        if surplus:
+            dropped = _flat(s == threshold).nonzero()[-surplus:, 0]
+            _flat(mask)[dropped] = False
+            surplus -= len(dropped)
+    return masks
+
+
+def best_with_floors(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
+    """True at the n highest of all the scores, as far as each layer keeps as many as its floor."""
+    masks = best(scores, n)
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    if all(count >= floor for count, floor in zip(counts, floors, strict=True)):
+        return masks
+    above = [s.masked_fill(best([s], floor)[0], torch.inf) for s, floor in zip(scores, floors, strict=True)]
+    return best(above, n)
+
+
+def allocate_by_lamp(scores: Sequence[Tensor], total: int, floors: Sequence[int]) -> list[int]:
+    """How many entries each layer keeps under one threshold on their LAMP scores, see `allocate`."""
+    lamps = [lamp(_rising(_flat(s)).clamp_min(0)) for s in scores]
+    return torch.stack([mask.sum() for mask in best_with_floors(lamps, total, floors)]).tolist()
+
+
+def _flat(entries: Tensor) -> Tensor:
+    """The entries as they lie in memory, shape ``(n,)``: without a copy, whatever the layout."""
+    by_stride = sorted(range(entries.dim()), key=entries.stride, reverse=True)
+    return entries.permute(by_stride).flatten()
+
+
+# Numpy selects ten times, and sorts twenty times, as fast as torch does on a CPU.
+
+
+def _nth_highest(scores: Tensor, n: int) -> Tensor:
+    k = len(scores) - n
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.partition(scores.numpy(), k)[k : k + 1])
+    return scores.kthvalue(k + 1, keepdim=True).values
+
+
+def _rising(scores: Tensor) -> Tensor:
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.sort(scores.numpy()))
+    return scores.sort().values
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Channels that leave one after the other, those of lowest score first.
+
+    Attributes:
+        channels: Their numbers among all the channels of the network, shape ``(n,)``.
+        floor: How many stay at least: a multiple of what the width is aligned to, below n.
+        relative: The layer's relative density, for the spreads that go by it.
+    """
+
+    channels: Tensor
+    floor: int
+    relative: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which channels leave.
+
+    Attributes:
+        channels: Their numbers, shape ``(m,)``.
+        ends: Where one may stop: how many have left after 0, 1, 2, … steps.
+        n_dead: How many of the steps take only channels that are dead already.
+    """
+
+    channels: Tensor
+    ends: Tensor
+    n_dead: int
+
+
+def removal_order(scores: Tensor, dead: Tensor, layers: Sequence[Layer], spread: Spread, align: int) -> Order:
+    """The order in which channels leave, dead ones first: then nothing is gained or lost by pruning again.
+
+    Args:
+        scores: The importance of every channel, not negative, shape ``(channels,)``.
+        dead: Which of them are zero already, shape ``(channels,)``.
+        layers: The layers; a channel is in one of them at most.
+        spread: How the layers compare.
+        align: Widths are multiples of it: channels leave in chunks, which go by the mean of their members.
+    """
+    leaving, sizes, keys, is_dead = [], [], [], []
+    for layer in layers:
+        n_leaving = len(layer.channels) - layer.floor
+        ranked = scores[layer.channels].masked_fill(dead[layer.channels], -1).sort(stable=True)
+        leaving.append(layer.channels[ranked.indices[:n_leaving]])
+        first = n_leaving % align or align  # what a width that is no multiple has too much
+        ends = torch.arange(first, n_leaving + 1, align)
+        key = _keys(ranked.values.clamp_min(0).double(), spread, layer.relative)[:n_leaving]
+        means = torch.cat([key[:first].mean(0, keepdim=True), key[first:].view(-1, align).mean(1)])
+        sizes.append(torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long)))
+        keys.append(means.cummax(0).values)  # equal keys may have means that differ in the last bit
+        is_dead.append(ranked.values[ends - 1] < 0)
+    dead_steps = torch.cat(is_dead)
+    steps = torch.cat(keys).masked_fill(dead_steps, -torch.inf).argsort(stable=True)
+    size = torch.cat(sizes)
+    step_of_channel = torch.arange(len(size)).repeat_interleave(size)
+    place = torch.empty_like(steps).scatter_(0, steps, torch.arange(len(steps)))
+    order = torch.cat(leaving)[place[step_of_channel].argsort(stable=True)]
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), size[steps].cumsum(0)])
+    return Order(order, ends, int(dead_steps.sum()))
+
+
+def _keys(ranked: Tensor, spread: Spread, relative: float) -> Tensor:
+    """What the channels of a layer, in rising order of score, are compared by with those of others."""
+    if spread == "global":
+        return ranked
+    if spread == "lamp":
+        return lamp(ranked)
+    n = len(ranked)
+    return -(n - torch.arange(n, dtype=torch.double)) / n / relative
