@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from autocompress.scheme import Theta, Weights, density_error, register_scheme
 from autocompress.task import device_of, evaluating
+
+from .patterns import checked_skip, modules_matching
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 TINY = torch.finfo(torch.float32).tiny
@@ -63,20 +65,25 @@ class LowRank:
 
     Args:
         min_rank: The rank that every layer keeps at least.
+        skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
     min_rank: int = 1
+    skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
         if self.min_rank < 1:
             raise ValueError(f"min_rank={self.min_rank}; every layer must keep at least rank 1")
+        object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Matrices:
         """Finds the layers that two factors of rank ``min_rank`` would be smaller than."""
-        shapes = {}
+        shapes, skipped = {}, modules_matching(model, self.skip, "skip")
         for name, layer in _own_layers(model, example_input).items():
+            if name in skipped:
+                continue
             m, n = layer.weight.shape[0], layer.weight[0].numel()
             if self.min_rank * (m + n) < m * n:
                 shapes[name] = (m, n)

@@ -23,11 +23,12 @@ from .spread import Spread, allocate, allocate_by_lamp, best, best_overall, chec
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
-def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def prunable_weights(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """The weights of linear and convolutional layers by name; one that several layers share comes once."""
-    parameters = dict(model.named_parameters())
+    parameters, skipped = dict(model.named_parameters()), modules_matching(model, skip, "skip")
     named = model.named_modules()  # the model itself is named ""
-    names = (f"{name}.weight".lstrip(".") for name, module in named if isinstance(module, PRUNABLE))
+    layers = (layer for layer, module in named if isinstance(module, PRUNABLE) and layer not in skipped)
+    names = (f"{layer}.weight".lstrip(".") for layer in layers)
     return {name: parameters[name] for name in names if name in parameters}
 
 
