@@ -99,7 +99,8 @@ class LowRank:
     def pi(self, weights: Weights, density: float, facts: Matrices) -> Theta:
         """Keeps the leading singular values: the nearest matrices (Eckart & Young) of the ranks chosen.
 
-        The values of a factorized weight are its two factors. None of its entries is free.
+        The values have the names of the realized model's parameters: of a factorized weight, its two factors.
+        None of its entries is free.
         """
         spectra = {layer: Spectrum.of(weights[_weight(layer)]) for layer in facts.shapes}
         # A share of the layer's energy, so that a scale that the BatchNorm behind it undoes does not count.
@@ -112,6 +113,7 @@ class LowRank:
             whole = values.pop(_weight(layer))
             support[_weight(layer)] = torch.zeros_like(whole, dtype=torch.bool)
             values |= dict(zip(_factors(layer), spectra[layer].factors(whole, rank), strict=True))
+            _rename(values, _name(layer, "bias"), _name(layer, "1.bias"))
         kept = facts.n_params + sum(facts.size(layer, r) - facts.full_size(layer) for layer, r in ranks.items())
         return Theta(values, support, kept, {"ranks": factorized})
 
@@ -189,6 +191,7 @@ class LowRank:
             first, second = (values.pop(name) for name in _factors(layer))
             product = second.flatten(1).double() @ first.flatten(1).double()  # rounded once, and not at each step
             values[_weight(layer)] = product.to(first.dtype).view(len(second), *first.shape[1:])
+            _rename(values, _name(layer, "1.bias"), _name(layer, "bias"))
         return values
 
     def realize(self, model: nn.Module, theta: Theta, facts: Matrices) -> nn.Module:
@@ -250,8 +253,8 @@ class Spectrum:
             first, second = (basis * root).T, (matrix @ basis) / root
         ones = [1] * (weight.dim() - 2)
         return (
-            first.to(weight.dtype).reshape(rank, *weight.shape[1:]),
-            second.to(weight.dtype).reshape(len(weight), rank, *ones),
+            first.to(weight.dtype).reshape(rank, *weight.shape[1:]).contiguous(),
+            second.to(weight.dtype).reshape(len(weight), rank, *ones).contiguous(),
         )
 
 
@@ -296,11 +299,20 @@ def _two_layers(whole: Layer, first: Tensor, second: Tensor) -> nn.Sequential:
     return nn.Sequential(*layers).train(whole.training)
 
 
+def _name(layer: str, parameter: str) -> str:
+    """The full name of a layer's parameter; the model itself is named ``""``."""
+    return f"{layer}.{parameter}".lstrip(".")
+
+
 def _weight(layer: str) -> str:
-    """The name of a layer's weight; the model itself is named ``""``."""
-    return f"{layer}.weight".lstrip(".")
+    return _name(layer, "weight")
 
 
 def _factors(layer: str) -> tuple[str, str]:
     """The names of the two weights that a factorized layer has."""
-    return f"{layer}.0.weight".lstrip("."), f"{layer}.1.weight".lstrip(".")
+    return _name(layer, "0.weight"), _name(layer, "1.weight")
+
+
+def _rename(values: Weights, old: str, new: str) -> None:
+    if old in values:
+        values[new] = values.pop(old)
