@@ -50,7 +50,7 @@ def test_describe_leaves_out_defaults() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("StructPrun", r"unknown scheme 'StructPrun'; did you mean StructPrune.*available: FilterPrune, "),
+        ("StructPrun", r"unknown scheme 'StructPrun'; did you mean StructPrune.*available: .*FilterPrune, "),
         ("structprune", r"did you mean StructPrune"),
         ("Magic", r"unknown scheme 'Magic'.*available"),
         ("", r"'' is not a scheme"),
