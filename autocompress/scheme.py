@@ -182,6 +182,11 @@ class Compose:
         for part, part_facts in zip(self.parts, facts, strict=True):
             theta = part.pi(weights, density, part_facts)
             weights = theta.values
+            if twice := support.keys() & theta.support.keys():
+                raise ValueError(
+                    f"{describe(part)} takes entries out of {min(twice)}, as a part before it does; compose at most "
+                    "one scheme that removes weights with others that do not"
+                )
             support |= theta.support
             kept = theta.kept if kept is None else min(kept, theta.kept)
             plans.append(dict(theta.plan))

@@ -42,7 +42,8 @@ class NMPrune:
     consecutive input channels at one position of the kernel. Inputs beyond the last multiple of M are kept,
     and so is a layer with fewer than M of them (the first one, of an image's three colours). The pattern sets
     the density; there is none to search for. The zeros make the file smaller; the arithmetic is that of dense
-    layers until a runtime with sparse kernels takes it over.
+    layers until a runtime with sparse kernels takes it over. Another scheme that removes weights cannot stand
+    before it.
 
     Args:
         n: Weights that are kept of every ``m``.
