@@ -184,8 +184,8 @@ class Compose:
             weights = theta.values
             if twice := support.keys() & theta.support.keys():
                 raise ValueError(
-                    f"{describe(part)} takes entries out of {min(twice)}, as a part before it does; compose at most "
-                    "one scheme that removes weights with others that do not"
+                    f"{describe(part)} takes entries out of {min(twice)}, as a part before it does; "
+                    "compose at most one scheme that removes weights with others that do not"
                 )
             support |= theta.support
             kept = theta.kept if kept is None else min(kept, theta.kept)
