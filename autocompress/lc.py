@@ -15,6 +15,8 @@ no C step cuts deep. Entries that θ keeps are free (θ follows w there, and λ 
 pulls at what is about to go. The quadratic term is taken implicitly after each optimizer step, which is stable
 for every μ, up to μ = ∞: hard masks, and the frozen support of the polish. And a scheme may measure distance in
 the metric of the loss: the L step keeps a running mean of squared gradients for it.
+
+Where θ stores other numbers than weights, the factors of a low rank, it is those that the polish trains.
 """
 
 import json
@@ -29,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autocompress.learner import Learner, Penalty, Precision, Snapshot
-from autocompress.scheme import Facts, Observer, Scheme, Theta, Weights, observe
+from autocompress.scheme import Compose, Facts, Observer, Scheme, Theta, Weights, observe
 from autocompress.task import Split, Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
@@ -266,9 +268,9 @@ class LearningCompression:
                 checkpoint(replace(state, penalty=penalty, learner=learner.snapshot()))
         if checkpoint:
             state = replace(state, penalty=penalty)  # its multipliers are worth keeping
+        del penalty
         facts = observe(scheme, learner.evidence(), facts)
-        penalty = frozen(scheme, freeze(scheme, w, density, facts))
-        learner.l_step(learner.descent.steps_left, penalty)
+        polish(scheme, learner, freeze(scheme, w, density, facts), facts, task, seed)
         theta = freeze(scheme, w, density, facts)
         recalibrate_batchnorm(model, task.train)
         if checkpoint:
@@ -303,3 +305,29 @@ class LearningCompression:
         if progress >= 1:
             return density
         return float(initial * (density / initial) ** (1 - (1 - progress) ** 3))
+
+
+def polish(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:
+    """Spends the rest of the budget on w with θ's support frozen, or on what θ stores in the place of weights."""
+    if theta.values.keys() <= learner.weights.keys():
+        learner.l_step(learner.descent.steps_left, frozen(scheme, theta))
+    else:
+        polish_stored(scheme, learner, theta, facts, task, seed)
+
+
+def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:
+    """Trains what θ stores in the place of weights: the parameters of the model that the scheme realizes.
+
+    They are trained as they are, free of any penalty, and become w = Δ(θ) at the end. Of a composition the first
+    part is realized; what the others do to its values they do once more when w is frozen.
+    """
+    part, plan = scheme, theta.plan
+    if isinstance(scheme, Compose):
+        part, facts, plan = scheme.parts[0], facts[0], theta.plan["parts"][0]
+    theta = replace(theta, plan=plan)
+    stored = Learner(learner.recipe, part.realize(learner.model, theta, facts), task, seed + 1)
+    stored.descent.taken = learner.descent.taken  # the learning rate goes on from where it is
+    stored.l_step(stored.descent.steps_left, Penalty.none())
+    with torch.no_grad():
+        for name, value in part.delta(replace(theta, values=dict(stored.weights))).items():
+            learner.weights[name].copy_(value)

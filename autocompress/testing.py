@@ -30,7 +30,7 @@ from autocompress.testing_tools import (
     assert_no_empty_layer,
     assert_same_tensors,
     assert_same_theta,
-    count_live,
+    count_left_behind,
     digest_elsewhere,
     facts_of,
     fingerprint,
@@ -397,15 +397,13 @@ class SchemeConformance:
         """Trials leave no tensor and no module behind, whatever their number."""
         case, scheme = self.first_case(), self.make_scheme()
 
-        def trial() -> None:
-            theta = scheme.pi(case.weights, case.middle, case.facts)
-            run(scheme.realize(masked_model(scheme, case.model, theta), theta, case.facts), case.x)
+        def trials(n: int) -> None:
+            for _ in range(n):
+                theta = scheme.pi(case.weights, case.middle, case.facts)
+                run(scheme.realize(masked_model(scheme, case.model, theta), theta, case.facts), case.x)
 
-        trial()  # what is cached once may stay
-        before = count_live()
-        for _ in range(ROUNDS):
-            trial()
-        assert count_live() - before < ROUNDS
+        trials(1)  # what is cached once may stay
+        assert count_left_behind(lambda: trials(ROUNDS)) < ROUNDS
 
 
 class _Rounded:
