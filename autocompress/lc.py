@@ -13,17 +13,18 @@ and multipliers λ:
 Three things make it fit a budget of a few epochs. The density falls step by step from 1 to its target, so that
 no C step cuts deep. Entries that θ keeps are free (θ follows w there, and λ = 0), so that the penalty only
 pulls at what is about to go. And the quadratic term is taken implicitly after each optimizer step, which is
-stable for every μ, up to μ = ∞: the frozen support of the polish.
+stable for every μ, up to μ = ∞: the frozen support of the polish. Where θ stores other numbers than weights, the
+factors of a low rank, it is those that the polish trains.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Facts, Scheme, Theta, Weights
+from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights
 from autocompress.task import Task, device_of
 from autocompress.training import (
     Descent,
@@ -193,7 +194,11 @@ class LearningCompression:
             curves["lc_residual"].append(residual(w, penalty.theta, penalty.bound))
             curves["lc_loss"].append(loss)
         theta = freeze(scheme, w, density, facts)
-        learner.l_step(learner.descent.steps_left, Penalty.frozen(scheme.delta(theta), bound_entries(theta)))
+        if stored_otherwise(theta, w):
+            polish_stored(scheme, learner, theta, facts, task, seed)
+        else:
+            frozen = Penalty.frozen(scheme.delta(theta), bound_entries(theta))
+            learner.l_step(learner.descent.steps_left, frozen)
         theta = freeze(scheme, w, density, facts)
         recalibrate_batchnorm(model, task.train)
         return Recovered(theta, {name: tuple(values) for name, values in curves.items()})
@@ -251,6 +256,29 @@ class Learner:
             return loss
         distilled = distillation_loss(logits, taught.to(self._device), self.config.temperature)
         return (1 - self.config.distill) * loss + self.config.distill * distilled
+
+
+def stored_otherwise(theta: Theta, weights: Weights) -> bool:
+    """Whether θ stores weights in another form, such as factors, of which a frozen support could not train any."""
+    return not theta.values.keys() <= weights.keys()
+
+
+def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:
+    """Trains what θ stores in the place of weights: the parameters of the model that the scheme realizes.
+
+    They are trained as they are, free of any penalty, and become w = Δ(θ) at the end. Of a composition the first
+    part is realized; what the others do to its values they do once more when w is frozen.
+    """
+    part, plan = scheme, theta.plan
+    if isinstance(scheme, Compose):
+        part, facts, plan = scheme.parts[0], facts[0], theta.plan["parts"][0]
+    theta = replace(theta, plan=plan)
+    stored = Learner(learner.config, part.realize(learner.model, theta, facts), task, seed + 1)
+    stored.descent.steps_left = learner.descent.steps_left  # the learning rate goes on from where it is
+    stored.l_step(stored.descent.steps_left, Penalty.frozen({}, {}))
+    with torch.no_grad():
+        for name, value in part.delta(replace(theta, values=dict(stored.weights))).items():
+            learner.weights[name].copy_(value)
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ class Theta:
     """Compressed weights θ, the result of a C step.
 
     Attributes:
-        values: The weights as the scheme stores them; `Scheme.delta` decompresses them.
+        values: The weights as the scheme stores them; `Scheme.delta` decompresses them. What is not stored
+            under the name of a weight, such as a factor, has the name that it has in the realized model.
         support: For each weight by name, which of its entries the compressed model keeps (bool, the weight's
             shape). What is not named is kept whole. Kept entries are free: θ follows w there. Where a weight
             is compressed as a whole, into factors for instance, no entry is kept or free.
@@ -181,6 +182,11 @@ class Compose:
         for part, part_facts in zip(self.parts, facts, strict=True):
             theta = part.pi(weights, density, part_facts)
             weights = theta.values
+            if twice := support.keys() & theta.support.keys():
+                raise ValueError(
+                    f"{describe(part)} takes entries out of {min(twice)}, as a part before it does; "
+                    "compose at most one scheme that removes weights with others that do not"
+                )
             support |= theta.support
             kept = theta.kept if kept is None else min(kept, theta.kept)
             plans.append(dict(theta.plan))

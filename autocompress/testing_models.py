@@ -62,7 +62,8 @@ class _Patches(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1, 4, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.embed(x).flatten(2).transpose(1, 2) + self.positions
+        patches: Tensor = self.embed(x)
+        return patches.flatten(2).transpose(1, 2) + self.positions
 
 
 class _Block(nn.Module):
@@ -78,8 +79,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(x)
+        attended: Tensor = x + self.attention(y, y, y, need_weights=False)[0]
+        hidden: Tensor = self.mlp(attended)
+        return attended + hidden
 
 
 class _Mean(nn.Module):

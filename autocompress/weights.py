@@ -1,7 +1,8 @@
 """Weights on disk: a state dict as safetensors, without pickle; zeros are not paid for.
 
-A tensor with enough zeros is stored as its non-zero values and one bit a weight that says where they go; a
-tensor that several names share is stored once; everything else is stored as any safetensors file stores it,
+A tensor with enough zeros is stored as its non-zero values and a mask that says where they go, one bit a weight
+and deflated (RFC 1950), so that a regular mask, as of blocks, costs next to nothing; a tensor that several names
+share is stored once; everything else is stored as any safetensors file stores it,
 so other readers see those tensors too. What a reader must know beyond that is JSON in the file's metadata::
 
     {"sparse": {name: shape}, "same": {name: name of the tensor that is stored}}
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import uuid
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     data = Path(path).read_bytes()
     try:
         return _from_bytes(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{os.fspath(path)!r} is not a readable weights file: {reason}") from error
 
@@ -108,24 +110,29 @@ def _memory(tensor: Tensor) -> Any:
 
 
 def _pack(dense: Tensor, header: int) -> tuple[Tensor, Tensor] | None:
-    """The non-zero values ``(nnz,)`` and their bits ``(ceil(n / 8),)``; None where that is no smaller."""
+    """The non-zero values ``(nnz,)`` and their deflated mask ``(m,)``; None where that is no smaller."""
     if dense.itemsize not in _WORDS:
         return None
     words = dense.reshape(-1).view(_WORDS[dense.itemsize]).numpy()
     # Masks that multiply leave -0.0 behind, half of all zeros: by value it is a zero like any other.
     kept = (dense != 0).reshape(-1).numpy() if dense.dtype in _FLOATS else words != 0
-    zeros = kept.size - np.count_nonzero(kept)
-    if zeros * dense.itemsize <= math.ceil(kept.size / 8) + header:
+    saved = (kept.size - np.count_nonzero(kept)) * dense.itemsize - header
+    if saved <= 0:
         return None
-    return torch.from_numpy(words[kept]).view(dense.dtype), torch.from_numpy(np.packbits(kept))
+    mask = zlib.compress(np.packbits(kept).tobytes(), level=9)
+    if saved <= len(mask):
+        return None
+    return torch.from_numpy(words[kept]).view(dense.dtype), torch.from_numpy(np.frombuffer(mask, np.uint8).copy())
 
 
-def _unpack(values: Tensor, bits: Tensor, shape: list[int]) -> Tensor:
+def _unpack(values: Tensor, mask: Tensor, shape: list[int]) -> Tensor:
     """The dense tensor of ``shape`` that `_pack` took apart."""
     count = math.prod(shape)
-    if bits.numel() != math.ceil(count / 8):
-        raise ValueError(f"a mask of {bits.numel()} bytes does not fit the shape {shape}")
-    kept = np.unpackbits(bits.numpy(), count=count).astype(bool)
+    n_bytes = math.ceil(count / 8)
+    bits = zlib.decompressobj().decompress(mask.numpy().tobytes(), n_bytes + 1)  # a damaged one may go on and on
+    if len(bits) != n_bytes:
+        raise ValueError(f"a mask of {len(bits)} bytes does not fit the shape {shape}")
+    kept = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool)
     if np.count_nonzero(kept) != values.numel():
         raise ValueError(f"a mask of {np.count_nonzero(kept)} weights does not fit {values.numel()} values")
     words = torch.zeros(count, dtype=_WORDS[values.itemsize])

@@ -1,6 +1,7 @@
 """Block pruning: rectangles of weights become zero together, which kernels for sparse matrices can skip."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias, get_args
 
@@ -10,7 +11,8 @@ from torch.nn import functional
 
 from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
 
-from .criteria import Observed, entry_scores, observe_entries
+from .criteria import Observed, check_criterion, entry_scores, observe_entries
+from .patterns import checked_skip
 from .prune import prunable_weights
 
 # LAMP scores add up within a layer to much the same whatever its blocks: it ranks single weights alone.
@@ -48,11 +50,13 @@ class BlockPrune:
         criterion: The importance of a weight, see `autocompress.schemes.criteria.entry_scores`; a block's is
             the mean. With ``l2`` what is left is the nearest point in the Euclidean norm.
         min_keep: Blocks that every layer keeps at least.
+        skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
     block: tuple[int, int] = (4, 4)
     criterion: BlockCriterion = "l2"
     min_keep: int = 1
+    skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 
@@ -60,15 +64,14 @@ class BlockPrune:
         sizes = self.block if isinstance(self.block, tuple) else ()
         if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"block={self.block!r}; it must be two positive numbers, as in (4, 4)")
-        if self.criterion not in get_args(BlockCriterion):
-            allowed = ", ".join(get_args(BlockCriterion))
-            raise ValueError(f"criterion={self.criterion!r}; it must be one of {allowed}")
+        check_criterion(self, self.criterion, get_args(BlockCriterion))
+        object.__setattr__(self, "skip", checked_skip(self.skip))
         if self.min_keep < 1:
             raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 block")
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Blocks:
         """Finds the weights of linear and convolutional layers that have more than ``min_keep`` blocks."""
-        shapes = {name: w.shape for name, w in prunable_weights(model).items()}
+        shapes = {name: w.shape for name, w in prunable_weights(model, self.skip).items()}
         shapes = {name: shape for name, shape in shapes.items() if len(self._sizes(shape)) > self.min_keep}
         if not shapes:
             raise ValueError("BlockPrune finds no weights in this model that are larger than a block")

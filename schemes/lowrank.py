@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from autocompress.scheme import Theta, Weights, density_error, register_scheme
 from autocompress.task import device_of, evaluating
+
+from .patterns import checked_skip, modules_matching
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 TINY = torch.finfo(torch.float32).tiny
@@ -63,20 +65,25 @@ class LowRank:
 
     Args:
         min_rank: The rank that every layer keeps at least.
+        skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
     min_rank: int = 1
+    skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
         if self.min_rank < 1:
             raise ValueError(f"min_rank={self.min_rank}; every layer must keep at least rank 1")
+        object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Matrices:
         """Finds the layers that two factors of rank ``min_rank`` would be smaller than."""
-        shapes = {}
+        shapes, skipped = {}, modules_matching(model, self.skip, "skip")
         for name, layer in _own_layers(model, example_input).items():
+            if name in skipped:
+                continue
             m, n = layer.weight.shape[0], layer.weight[0].numel()
             if self.min_rank * (m + n) < m * n:
                 shapes[name] = (m, n)
@@ -92,7 +99,8 @@ class LowRank:
     def pi(self, weights: Weights, density: float, facts: Matrices) -> Theta:
         """Keeps the leading singular values: the nearest matrices (Eckart & Young) of the ranks chosen.
 
-        The values of a factorized weight are its two factors. None of its entries is free.
+        The values have the names of the realized model's parameters: of a factorized weight, its two factors.
+        None of its entries is free.
         """
         spectra = {layer: Spectrum.of(weights[_weight(layer)]) for layer in facts.shapes}
         # A share of the layer's energy, so that a scale that the BatchNorm behind it undoes does not count.
@@ -105,6 +113,7 @@ class LowRank:
             whole = values.pop(_weight(layer))
             support[_weight(layer)] = torch.zeros_like(whole, dtype=torch.bool)
             values |= dict(zip(_factors(layer), spectra[layer].factors(whole, rank), strict=True))
+            _rename(values, _name(layer, "bias"), _name(layer, "1.bias"))
         kept = facts.n_params + sum(facts.size(layer, r) - facts.full_size(layer) for layer, r in ranks.items())
         return Theta(values, support, kept, {"ranks": factorized})
 
@@ -182,6 +191,7 @@ class LowRank:
             first, second = (values.pop(name) for name in _factors(layer))
             product = second.flatten(1).double() @ first.flatten(1).double()  # rounded once, and not at each step
             values[_weight(layer)] = product.to(first.dtype).view(len(second), *first.shape[1:])
+            _rename(values, _name(layer, "1.bias"), _name(layer, "bias"))
         return values
 
     def realize(self, model: nn.Module, theta: Theta, facts: Matrices) -> nn.Module:
@@ -243,8 +253,8 @@ class Spectrum:
             first, second = (basis * root).T, (matrix @ basis) / root
         ones = [1] * (weight.dim() - 2)
         return (
-            first.to(weight.dtype).reshape(rank, *weight.shape[1:]),
-            second.to(weight.dtype).reshape(len(weight), rank, *ones),
+            first.to(weight.dtype).reshape(rank, *weight.shape[1:]).contiguous(),
+            second.to(weight.dtype).reshape(len(weight), rank, *ones).contiguous(),
         )
 
 
@@ -289,11 +299,20 @@ def _two_layers(whole: Layer, first: Tensor, second: Tensor) -> nn.Sequential:
     return nn.Sequential(*layers).train(whole.training)
 
 
+def _name(layer: str, parameter: str) -> str:
+    """The full name of a layer's parameter; the model itself is named ``""``."""
+    return f"{layer}.{parameter}".lstrip(".")
+
+
 def _weight(layer: str) -> str:
-    """The name of a layer's weight; the model itself is named ``""``."""
-    return f"{layer}.weight".lstrip(".")
+    return _name(layer, "weight")
 
 
 def _factors(layer: str) -> tuple[str, str]:
     """The names of the two weights that a factorized layer has."""
-    return f"{layer}.0.weight".lstrip("."), f"{layer}.1.weight".lstrip(".")
+    return _name(layer, "0.weight"), _name(layer, "1.weight")
+
+
+def _rename(values: Weights, old: str, new: str) -> None:
+    if old in values:
+        values[new] = values.pop(old)

@@ -1,6 +1,7 @@
 """N:M sparsity: of M consecutive inputs each output reads N, the pattern that sparse tensor cores compute with."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias, get_args
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Theta, Weights, register_scheme
 
-from .criteria import Observed, entry_scores, observe_entries
+from .criteria import Observed, check_criterion, entry_scores, observe_entries
+from .patterns import checked_skip
 from .prune import prunable_weights
 
 # Within M weights of one layer LAMP ranks as the magnitude does.
@@ -40,30 +42,32 @@ class NMPrune:
     consecutive input channels at one position of the kernel. Inputs beyond the last multiple of M are kept,
     and so is a layer with fewer than M of them (the first one, of an image's three colours). The pattern sets
     the density; there is none to search for. The zeros make the file smaller; the arithmetic is that of dense
-    layers until a runtime with sparse kernels takes it over.
+    layers until a runtime with sparse kernels takes it over. Another scheme that removes weights cannot stand
+    before it.
 
     Args:
         n: Weights that are kept of every ``m``.
         m: Consecutive inputs that form a group.
         criterion: The importance of a weight, see `autocompress.schemes.criteria.entry_scores`.
+        skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
     n: int = 2
     m: int = 4
     criterion: NMCriterion = "l1"
+    skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise ValueError(f"n={self.n}, m={self.m}; n must be at least 1 and below m, as in 2 of 4")
-        if self.criterion not in get_args(NMCriterion):
-            allowed = ", ".join(get_args(NMCriterion))
-            raise ValueError(f"criterion={self.criterion!r}; it must be one of {allowed}")
+        check_criterion(self, self.criterion, get_args(NMCriterion))
+        object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Patterned:
         """Finds the weights of linear and convolutional layers with at least ``m`` inputs."""
-        shapes = {name: w.shape for name, w in prunable_weights(model).items() if w.shape[1] >= self.m}
+        shapes = {name: w.shape for name, w in prunable_weights(model, self.skip).items() if w.shape[1] >= self.m}
         if not shapes:
             raise ValueError(f"NMPrune finds no weights in this model with at least m={self.m} inputs")
         return Patterned(shapes, sum(p.numel() for p in model.parameters()))

@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from autocompress.lc import (
     residual,
 )
 from autocompress.measurement import count_params
-from autocompress.scheme import Facts, Scheme, Theta
-from autocompress.schemes import Prune, Quantize16, StructPrune, StructPruneQuantize16
+from autocompress.scheme import Compose, Facts, Scheme, Theta
+from autocompress.schemes import LowRank, Prune, Quantize16, StructPrune, StructPruneQuantize16
 from autocompress.task import Batch, Task, TensorSplit
 from autocompress.testing import masked_model
 from autocompress.training import n_steps
@@ -331,6 +332,26 @@ def test_a_scheme_without_density_is_polished_only(tiny_task: Task) -> None:
     assert found.theta.kept == count_params(tiny_task.model)
     assert set(found.curves["lc_residual"]) == {0.0}
     assert all(torch.equal(p.detach(), p.detach().bfloat16().float()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("scheme", [LowRank(), Compose(LowRank(), Quantize16(dtype="bf16"))], ids=["fp32", "bf16"])
+def test_factors_are_trained_in_the_polish(tiny_task: Task, scheme: Scheme) -> None:
+    """None of a factorized weight's entries is free, and yet it goes on learning, at its rank."""
+    config = LearningCompression(epochs=20, c_steps=4, lr=0.05)
+    found, model, facts = recovered(tiny_task, scheme, 0.6, config)
+    _, at_freeze, _ = recovered(tiny_task, scheme, 0.6, replace(config, epochs=12, alternating=1.0))
+    first = found.theta.plan["parts"][0] if isinstance(scheme, Compose) else found.theta.plan
+    assert first["ranks"] and found.theta.kept / count_params(tiny_task.model) <= 0.6
+    for layer, rank in first["ranks"].items():
+        w = model.get_parameter(f"{layer}.weight").detach().flatten(1)
+        assert int((torch.linalg.svdvals(w) > 1e-5 * w.norm()).sum()) == rank
+        assert not torch.equal(w, at_freeze.get_parameter(f"{layer}.weight").detach().flatten(1))
+    x, y = tiny_task.train.x, tiny_task.train.y
+    with torch.no_grad():
+        assert tiny_task.loss(model.eval()(x), y) < tiny_task.loss(at_freeze.eval()(x), y)
+    masked = masked_model(scheme, model, found.theta)
+    realized = scheme.realize(masked, found.theta, facts)
+    torch.testing.assert_close(realized.eval()(x), masked.eval()(x), rtol=0, atol=scheme.tolerance * 10)
 
 
 def test_frozen_parameters_are_not_trained(tiny_task: Task) -> None:

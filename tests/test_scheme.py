@@ -12,7 +12,7 @@ from autocompress.scheme import (
     parts_of,
     realize_by_part,
 )
-from autocompress.schemes import FilterPrune, NeuronPrune, Prune, PruneQuantize16, Quantize16, StructPrune
+from autocompress.schemes import FilterPrune, NeuronPrune, NMPrune, Prune, PruneQuantize16, Quantize16, StructPrune
 
 
 @pytest.mark.parametrize(
@@ -162,3 +162,12 @@ def test_a_composition_keeps_what_all_of_its_parts_keep() -> None:
     for name, value in scheme.delta(theta).items():
         assert torch.equal(value, pruned.values[name].bfloat16().float())
     assert scheme.lowest_density(facts) == Prune().lowest_density(facts[0])
+
+
+def test_only_one_part_of_a_composition_removes_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
+    scheme, weights = Compose(Prune(), NMPrune()), {name: p.detach() for name, p in model.named_parameters()}
+    facts = scheme.analyze(model, torch.zeros(1, 5))
+    with pytest.raises(ValueError, match=r"NMPrune takes entries out of 0\.weight, as a part before it does"):
+        scheme.pi(weights, 0.7, facts)

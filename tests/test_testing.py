@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import Facts, Scheme, Theta, Weights
-from autocompress.schemes import Prune, StructPrune
+from autocompress.schemes import LowRank, Prune, StructPrune
 from autocompress.testing import CLASSES, SchemeConformance, lived_in, refused
 
 
@@ -105,6 +105,172 @@ class LazyInt(int):
         return made
 
 
+class Aliasing(Prune):
+    """Keeps the very tensors that training goes on changing."""
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        theta = super().pi(weights, density, facts)
+        return replace(theta, values=theta.values | {n: w for n, w in weights.items() if n not in theta.support})
+
+
+class HashOrdered(Prune):
+    """Breaks ties by the hash of a string, which each process draws anew."""
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        noise = torch.Generator().manual_seed(hash("any string") % 2**31)
+        drawn = {n: w * (1 + torch.rand(w.shape, generator=noise) / 10) for n, w in weights.items()}
+        support = super().pi(drawn, density, facts).support
+        values = {n: w * support[n] if n in support else w.clone() for n, w in weights.items()}
+        return Theta(values, support, super().pi(weights, density, facts).kept)
+
+
+class CountsBatches(Prune):
+    """Finds other facts in a larger batch."""
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        facts = super().analyze(model, example_input)
+        return replace(facts, prunable=facts.prunable[: -len(example_input)])
+
+
+class NeedsAutograd(Prune):
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        model(example_input).sum().backward()
+        return super().analyze(model, example_input)
+
+
+class Frozen(Prune):
+    """Does not see a layer that is frozen."""
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        facts = super().analyze(model, example_input)
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        sizes = dict(zip(facts.prunable, facts.sizes, strict=True))
+        return replace(facts, prunable=tuple(n for n in sizes if n not in frozen))
+
+
+class Evaluating(Prune):
+    """Puts the user's model in eval mode, and leaves it there."""
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        return super().analyze(model.eval(), example_input)
+
+
+class Hooked(Prune):
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        next(model.modules()).register_forward_hook(lambda *_: None)
+        return super().analyze(model, example_input)
+
+
+class Gradients(Prune):
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        with torch.enable_grad():
+            model(example_input).sum().backward()
+        return super().analyze(model, example_input)
+
+
+class Resized(StructPrune):
+    """Changes what a layer says of its width, not its weights."""
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        facts = super().analyze(model, example_input)
+        next(m for m in model.modules() if isinstance(m, nn.Conv2d)).out_channels -= 1
+        return facts
+
+
+class Contiguous(Prune):
+    """Tidies the memory layout of the model that it was only to look at."""
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+        for p in model.parameters():
+            p.data = p.data.contiguous()
+        return super().analyze(model, example_input)
+
+
+class MemoryOrder(Prune):
+    """Reads weights in the order in which they lie in memory."""
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        rows = {n: torch.empty(w.shape, device="meta").stride() for n, w in weights.items()}
+        return super().pi({n: w.as_strided(w.shape, rows[n]) for n, w in weights.items()}, density, facts)
+
+
+class Untied(Prune):
+    """Gives each layer that shared a weight one of its own."""
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        realized = super().realize(model, theta, facts)
+        for module in realized.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(p.detach().clone(), p.requires_grad))
+        return realized
+
+
+class Leaking(Prune):
+    """Remembers every model that it made."""
+
+    made: ClassVar[list[nn.Module]] = []
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        self.made.append(super().realize(model, theta, facts))
+        return self.made[-1]
+
+
+class OneBatchSize(Prune):
+    """Can only run the batch size that it has seen first."""
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        realized, seen = super().realize(model, theta, facts), []
+
+        def check(_: nn.Module, arguments: tuple[Tensor]) -> None:
+            seen.append(len(arguments[0]))
+            assert seen[0] == seen[-1]
+
+        realized.register_forward_pre_hook(check)
+        return realized
+
+
+class Unpicklable(Prune):
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        realized = super().realize(model, theta, facts)
+        realized.register_forward_hook(lambda *_: None)
+        return realized
+
+
+class KeepsGradients(Prune):
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        realized = super().realize(model, theta, facts)
+        for p in realized.parameters():
+            p.grad = torch.zeros_like(p)
+        return realized
+
+
+class Remembers(Prune):
+    """Realizes the weights that it saw last, not those that a scheme behind it has made of them."""
+
+    seen: ClassVar[Weights] = {}
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        theta = super().pi(weights, density, facts)
+        self.seen.update(theta.values)
+        return theta
+
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        realized = super().realize(model, theta, facts)
+        with torch.no_grad():
+            for name, p in realized.named_parameters():
+                p.copy_(self.seen[name])
+        return realized
+
+
+class NoNearer(LowRank):
+    """Factors of the right shapes, of another matrix."""
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        theta = super().pi(weights, density, facts)
+        factors = {name for name in theta.values if name not in weights}
+        return replace(theta, values={n: w + 10 * (n in factors) for n, w in theta.values.items()})
+
+
 class Nothing(Prune):
     def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
         raise ValueError("nothing here")
@@ -116,7 +282,7 @@ def failures(scheme: Scheme) -> set[str]:
     class Suite(SchemeConformance):
         __test__ = False
         densities = (0.5, 0.02)
-        models: ClassVar = {name: SchemeConformance.models[name] for name in ("plain", "residual")}
+        models: ClassVar = {name: SchemeConformance.models[name] for name in ("plain", "residual", "tied")}
 
         def make_scheme(self) -> Scheme:
             return scheme
@@ -162,6 +328,24 @@ def fails(check: Callable[[], None]) -> bool:
         (ForgetsItsMode(), "test_realized_takes_over_mode_and_what_is_trainable"),
         (TensorPlan(), "test_plan_and_state_dict_rebuild_the_model"),
         (LambdaFacts(), "test_facts_and_scheme_can_be_sent_to_another_process"),
+        (Aliasing(), "test_theta_does_not_change_with_the_weights"),
+        (HashOrdered(), "test_another_process_finds_the_same"),
+        (CountsBatches(), "test_pi_is_deterministic"),
+        (NeedsAutograd(), "test_pi_is_deterministic"),
+        (Frozen(), "test_pi_is_deterministic"),
+        (Evaluating(), "test_dense_model_is_left_untouched"),
+        (Hooked(), "test_dense_model_is_left_untouched"),
+        (Gradients(), "test_dense_model_is_left_untouched"),
+        (Resized(), "test_dense_model_is_left_untouched"),
+        (Contiguous(), "test_dense_model_is_left_untouched"),
+        (MemoryOrder(), "test_dense_model_is_left_untouched"),
+        (Untied(), "test_kept_counts_the_realized_model"),
+        (Leaking(), "test_retains_nothing"),
+        (OneBatchSize(), "test_realized_computes_what_the_masked_model_computes"),
+        (Unpicklable(), "test_realized_copies_and_pickles"),
+        (KeepsGradients(), "test_realized_takes_over_mode_and_what_is_trainable"),
+        (Remembers(), "test_composes"),
+        (NoNearer(), "test_delta_is_w_on_the_support_and_zero_off_it"),
         (Nothing(), "test_is_a_scheme"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

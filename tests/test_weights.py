@@ -111,13 +111,24 @@ def test_a_pruned_model_is_as_small_as_its_nonzeros(density: float, dtype: torch
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 128, 3), nn.Linear(512, 256)).to(dtype)
     state = model.state_dict()
+    entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)  # of a weight's mask, in bits
     nonzero = mask_bits = 0
     for name, tensor in state.items():
         if tensor.dim() > 1:
             tensor.mul_(torch.rand(tensor.shape) < density)
-            mask_bits += tensor.numel()
+            mask_bits += tensor.numel() * entropy
         nonzero += int((state[name] != 0).sum())
-    assert len(weights.to_bytes(state)) <= 1.15 * (nonzero * dtype.itemsize + mask_bits / 8)
+    headers = 200 * len(state)
+    assert len(weights.to_bytes(state)) <= 1.15 * (nonzero * dtype.itemsize + mask_bits / 8) + headers
+
+
+def test_the_mask_of_blocks_costs_next_to_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = (torch.rand(64, 128) < 0.05).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    state = {"w": torch.randn(256, 512) * blocks}
+    nonzero = int(blocks.sum())
+    assert 4 * nonzero < len(weights.to_bytes(state)) < 4 * nonzero + 256 * 512 / 8 / 10 + 200
+    assert torch.equal(round_trip(state, tmp_path)["w"], state["w"])
 
 
 def test_dense_weights_cost_their_bytes_and_a_header() -> None:
