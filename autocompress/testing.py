@@ -15,16 +15,31 @@ import copy
 import json
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights
-from autocompress.testing_models import CLASSES, INPUT_SHAPE, MODELS, lived_in
+from autocompress.scheme import Compose, Scheme, Theta
+from autocompress.testing_models import (
+    CLASSES,
+    INPUT_SHAPE,
+    MODELS,
+    attention,
+    concatenated,
+    depthwise,
+    flattened,
+    gated,
+    grouped,
+    lived_in,
+    plain,
+    residual,
+    tied,
+)
 from autocompress.testing_tools import (
+    Case,
+    Rounded,
     as_users_leave_it,
     assert_equivalent_theta,
     assert_no_empty_layer,
@@ -32,7 +47,7 @@ from autocompress.testing_tools import (
     assert_same_theta,
     count_left_behind,
     digest_elsewhere,
-    facts_of,
+    find_facts,
     fingerprint,
     masked_model,
     middle_density,
@@ -40,68 +55,31 @@ from autocompress.testing_tools import (
     relative_error,
     run,
     theta_digest,
-    weights_of,
 )
 
-__all__ = ["CLASSES", "Case", "SchemeConformance", "fingerprint", "lived_in", "masked_model", "refused", "run"]
+__all__ = [
+    "CLASSES",
+    "Case",
+    "SchemeConformance",
+    "attention",
+    "concatenated",
+    "depthwise",
+    "find_facts",
+    "fingerprint",
+    "flattened",
+    "gated",
+    "grouped",
+    "lived_in",
+    "masked_model",
+    "plain",
+    "refused",
+    "residual",
+    "run",
+    "tied",
+]
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model that a check runs on, and what was computed with it: no check changes any of it.
-
-    Attributes:
-        scheme: The scheme under test.
-        model: In eval mode.
-        x: A batch of four samples.
-        facts: What the scheme found out about the model.
-    """
-
-    scheme: Scheme
-    model: nn.Module
-    x: Tensor
-    facts: Facts
-    _thetas: dict[float, Theta] = field(default_factory=dict)
-    _realized: dict[float, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> Weights:
-        """A copy of all the model's parameters, by name: what a C step is given."""
-        return weights_of(self.model)
-
-    @property
-    def params(self) -> int:
-        """How many parameters the model has."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def lowest(self) -> float:
-        """The lowest density of the scheme on this model."""
-        return self.scheme.lowest_density(self.facts)
-
-    @property
-    def middle(self) -> float:
-        """A density in the middle of what is possible."""
-        return middle_density(self.scheme, self.facts)
-
-    def pi(self, density: float) -> Theta:
-        """The C step at a density, at the lowest where that is higher."""
-        density = max(density, self.lowest)
-        if density not in self._thetas:
-            self._thetas[density] = self.scheme.pi(self.weights, density, self.facts)
-        return self._thetas[density]
-
-    def realized(self, density: float) -> tuple[nn.Module, nn.Module]:
-        """The masked model and the realized one, at a density or the lowest."""
-        density = max(density, self.lowest)
-        if density not in self._realized:
-            theta = self.pi(density)
-            masked = masked_model(self.scheme, self.model, theta)
-            self._realized[density] = masked, self.scheme.realize(masked, theta, self.facts)
-        return self._realized[density]
 
 
 class SchemeConformance:
@@ -142,13 +120,23 @@ class SchemeConformance:
             model, x = self.fresh_model(model_name), self.batch(4)
             try:
                 scheme = self.make_scheme()
-                self._cases[model_name] = Case(scheme, model, x, facts_of(scheme, model, x[:1]))
+                self._cases[model_name] = Case(scheme, model, x, find_facts(scheme, model, x[:1]))
             except ValueError as error:
                 self._cases[model_name] = error
         case = self._cases[model_name]
         if isinstance(case, ValueError):
             raise SkipTest(str(case))
         return case
+
+    def projected(self, model_name: str) -> tuple[Scheme, Case, Theta]:
+        """The scheme, the model, and its compressed weights at a density in the middle of what is possible."""
+        case = self.case(model_name)
+        return case.scheme, case, case.pi(case.middle)
+
+    def realized(self, model_name: str) -> tuple[nn.Module, nn.Module, Case]:
+        """The masked model, the realized one and what they were made from, for all checks: do not change them."""
+        case = self.case(model_name)
+        return *case.realized(case.middle), case
 
     def fresh_model(self, model_name: str, seed: int = 0) -> nn.Module:
         """The model of that name, made anew: the same weights for the same seed."""
@@ -226,7 +214,7 @@ class SchemeConformance:
         case, weights = self.case(model_name), self.case(model_name).weights
         frozen = copy.deepcopy(case.model).requires_grad_(False)
         with torch.no_grad():
-            facts = facts_of(self.make_scheme(), frozen, case.x)
+            facts = find_facts(self.make_scheme(), frozen, case.x)
         with torch.inference_mode():
             theta = self.make_scheme().pi(weights, case.middle, facts)
         assert_same_theta(theta, case.pi(case.middle))
@@ -309,7 +297,7 @@ class SchemeConformance:
         case = self.case(model_name)
         scheme, model = self.make_scheme(), as_users_leave_it(copy.deepcopy(case.model))
         before = fingerprint(model)
-        facts = facts_of(scheme, model, case.x[:1])
+        facts = find_facts(scheme, model, case.x[:1])
         assert fingerprint(model) == before, "analyze changed the model"
         theta = scheme.pi({n: p.detach() for n, p in model.named_parameters()}, case.middle, facts)
         assert_equivalent_theta(scheme, theta, case.pi(case.middle))
@@ -381,13 +369,13 @@ class SchemeConformance:
     def test_composes(self, model_name: str) -> None:
         """What comes behind it in a composition works on its result, and both are undone in reverse order."""
         case = self.case(model_name)
-        both, facts = Compose(case.scheme, _Rounded()), [case.facts, None]
+        both, facts = Compose(case.scheme, Rounded()), [case.facts, None]
         if isinstance(case.scheme, Compose):
             facts = [*case.facts, None]
         alone, theta = case.pi(case.middle), both.pi(case.weights, case.middle, facts)
         assert theta.kept == alone.kept
         assert_same_tensors(theta.support, alone.support)
-        rounded = Theta(_Rounded().pi(alone.values, 1.0, None).values, alone.support, alone.kept, alone.plan)
+        rounded = Theta(Rounded().pi(alone.values, 1.0, None).values, alone.support, alone.kept, alone.plan)
         assert_same_tensors(both.delta(theta), case.scheme.delta(rounded))
         masked = masked_model(both, case.model, theta)
         realized = both.realize(masked, theta, facts)
@@ -404,30 +392,3 @@ class SchemeConformance:
 
         trials(1)  # what is cached once may stay
         assert count_left_behind(lambda: trials(ROUNDS)) < ROUNDS
-
-
-class _Rounded:
-    """Rounds weights to 16 bits and keeps them in 32: the second part of a composition."""
-
-    takes_density = False
-    tolerance = 1e-5
-
-    def analyze(self, model: nn.Module, example_input: Tensor) -> None:
-        """Nothing."""
-
-    def lowest_density(self, facts: None) -> float:
-        """Every parameter is kept."""
-        return 1.0
-
-    def pi(self, weights: Weights, density: float, facts: None) -> Theta:
-        """Rounds what the part before it stores."""
-        values = {name: w.bfloat16().to(w.dtype) for name, w in weights.items()}
-        return Theta(values, {}, sum(w.numel() for w in weights.values()))
-
-    def delta(self, theta: Theta) -> Weights:
-        """The rounded weights."""
-        return theta.values
-
-    def realize(self, model: nn.Module, theta: Theta, facts: None) -> nn.Module:
-        """A copy: the weights are rounded already."""
-        return copy.deepcopy(model)

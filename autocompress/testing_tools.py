@@ -1,4 +1,4 @@
-"""What the conformance suite compares with: fingerprints, a second process, errors that must name a number."""
+"""What the conformance suite works with: cases, fingerprints, a second process, assertions."""
 
 import copy
 import gc
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights, observe
 from autocompress.testing_models import CLASSES
 
 
-def facts_of(scheme: Scheme, model: nn.Module, example_input: Tensor) -> Facts:
+def find_facts(scheme: Scheme, model: nn.Module, example_input: Tensor) -> Facts:
     """What a scheme finds out about a model, and about data where it looks at any."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a scheme may say what it leaves whole
@@ -66,6 +67,88 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value that is expected."""
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that a check runs on, and what was computed with it: no check changes any of it.
+
+    Attributes:
+        scheme: The scheme under test.
+        model: In eval mode.
+        x: A batch of four samples.
+        facts: What the scheme found out about the model.
+    """
+
+    scheme: Scheme
+    model: nn.Module
+    x: Tensor
+    facts: Facts
+    _thetas: dict[float, Theta] = field(default_factory=dict)
+    _realized: dict[float, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        """A copy of all the model's parameters, by name: what a C step is given."""
+        return weights_of(self.model)
+
+    @property
+    def params(self) -> int:
+        """How many parameters the model has."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def lowest(self) -> float:
+        """The lowest density of the scheme on this model."""
+        return self.scheme.lowest_density(self.facts)
+
+    @property
+    def middle(self) -> float:
+        """A density in the middle of what is possible."""
+        return middle_density(self.scheme, self.facts)
+
+    def pi(self, density: float) -> Theta:
+        """The C step at a density, at the lowest where that is higher."""
+        density = max(density, self.lowest)
+        if density not in self._thetas:
+            self._thetas[density] = self.scheme.pi(self.weights, density, self.facts)
+        return self._thetas[density]
+
+    def realized(self, density: float) -> tuple[nn.Module, nn.Module]:
+        """The masked model and the realized one, at a density or the lowest."""
+        density = max(density, self.lowest)
+        if density not in self._realized:
+            theta = self.pi(density)
+            masked = masked_model(self.scheme, self.model, theta)
+            self._realized[density] = masked, self.scheme.realize(masked, theta, self.facts)
+        return self._realized[density]
+
+
+class Rounded:
+    """Rounds weights to 16 bits and keeps them in 32: the second part of a composition."""
+
+    takes_density = False
+    tolerance = 1e-5
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> None:
+        """Nothing."""
+
+    def lowest_density(self, facts: None) -> float:
+        """Every parameter is kept."""
+        return 1.0
+
+    def pi(self, weights: Weights, density: float, facts: None) -> Theta:
+        """Rounds what the part before it stores."""
+        values = {name: w.bfloat16().to(w.dtype) for name, w in weights.items()}
+        return Theta(values, {}, sum(w.numel() for w in weights.values()))
+
+    def delta(self, theta: Theta) -> Weights:
+        """The rounded weights."""
+        return theta.values
+
+    def realize(self, model: nn.Module, theta: Theta, facts: None) -> nn.Module:
+        """A copy: the weights are rounded already."""
+        return copy.deepcopy(model)
 
 
 # Fingerprints.
@@ -172,7 +255,7 @@ def _digest(files: Mapping[str, str], payload: bytes, threads: int) -> dict[str,
             spec.loader.exec_module(sys.modules[name])
     torch.set_num_threads(threads)
     scheme, model, example_input = pickle.loads(payload)
-    facts = facts_of(scheme, model, example_input)
+    facts = find_facts(scheme, model, example_input)
     return theta_digest(scheme.pi(weights_of(model), middle_density(scheme, facts), facts))
 
 

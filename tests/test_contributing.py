@@ -8,13 +8,15 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from autocompress.goal import OBJECTIVES
 from autocompress.measurement import Latency, Measurement
-from autocompress.scheme import SCHEMES
+from autocompress.scheme import SCHEMES, Evidence, observe
 from autocompress.task import Task
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -48,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         list(registry)  # the plugins first
         monkeypatch.setattr(registry, "_items", dict(registry._items))
         monkeypatch.setattr(registry, "_modules", dict(registry._modules))
-    for module in ("random_prune", "serving_cost"):
+    for module in ("random_prune", "snip_prune", "serving_cost"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return tmp_path
 
@@ -64,6 +66,30 @@ def test_the_scheme_passes_the_conformance_suite_as_the_page_inherits_it(folder:
     assert done.returncode == 0, done.stdout
     summary = re.search(r"^(\d+) passed in", done.stdout, flags=re.MULTILINE)
     assert summary and int(summary[1]) > 250
+
+
+def test_the_scheme_that_looks_at_data_passes_the_suite_too(folder: Path) -> None:
+    suite = (folder / "test_random_prune.py").read_text()
+    (folder / "test_snip_prune.py").write_text(
+        suite.replace("random_prune", "snip_prune").replace("Random", "Snip")
+    )
+    argv = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_snip_prune.py"]
+    done = run([*argv, "-k", "residual and (untouched or deterministic or idempotent)"], folder)
+    assert done.returncode == 0, done.stdout
+
+
+def test_data_decides_in_the_scheme_that_looks_at_it(folder: Path, tiny_task: Task) -> None:
+    from snip_prune import SnipPrune  # type: ignore[import-not-found]  # the page's own file
+
+    scheme, model = SnipPrune(), tiny_task.model
+    evidence = Evidence(model, lambda: islice(tiny_task.train.batches(), 1), tiny_task.loss)
+    facts = observe(scheme, evidence, scheme.analyze(model, tiny_task.example_input))
+    (batch,) = evidence.batches()
+    model.zero_grad()
+    tiny_task.loss(model(batch[0]), batch[1]).backward()
+    weight = model.get_parameter("8.weight")
+    sensitivity = (weight.grad * weight).abs().flatten()[1:]  # the first entry is always kept
+    assert torch.equal(facts.places["8.weight"].flatten()[1:].argsort(), sensitivity.argsort(descending=True))
 
 
 def test_the_scheme_is_searched_with_as_the_page_does(folder: Path, tiny_task: Task) -> None:
