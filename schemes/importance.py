@@ -1,6 +1,6 @@
 """Importance of channels: how much is lost when one of them goes, with all that is coupled to it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -17,6 +17,8 @@ ChannelCriterion: TypeAlias = Literal[
     "l1", "l2", "lamp", "taylor", "obd", "bn_scale", "fpgm", "activation", "hrank", "beta_rank", "random"
 ]
 CHANNEL_CRITERIA: tuple[str, ...] = get_args(ChannelCriterion)
+Normalization: TypeAlias = Literal["parameters", "mean", "none"]
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
 
 def channel_scores(
@@ -92,10 +94,34 @@ def can_rate(criterion: str, group: Group, roles: Roles) -> bool:
     return criterion != "fpgm" or cover(roles.filters(group), group)
 
 
-def over_mean(scores: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Every score over the mean of its group: one threshold then suits wide and narrow layers alike."""
-    parts = torch.split(scores, [group.width for group in groups])
-    return torch.cat([part / part.mean().clamp_min(torch.finfo(part.dtype).tiny) for part in parts])
+def normalized(
+    by: Normalization, scores: Tensor, groups: Sequence[Group], shapes: Mapping[str, torch.Size]
+) -> Tensor:
+    """Scores that one threshold can compare across layers, shape ``(channels,)``.
+
+    Args:
+        by: ``parameters`` divides by how many parameters go with a channel: of channels that cost the loss as
+            much, the one that saves more is less important. ``mean`` divides by the mean of the group.
+        scores: One group after the other, shape ``(channels,)``.
+        groups: The groups.
+        shapes: Shape of every parameter of the model.
+    """
+    if by == "parameters":
+        return scores / _parameters(groups, shapes)
+    if by == "mean":
+        parts = torch.split(scores, [group.width for group in groups])
+        return torch.cat([part / part.mean().clamp_min(torch.finfo(part.dtype).tiny) for part in parts])
+    return scores
+
+
+def _parameters(groups: Sequence[Group], shapes: Mapping[str, torch.Size]) -> Tensor:
+    """How many parameters go with each channel; those that two channels share count for both."""
+
+    def size(s: Slices) -> Tensor:
+        shape = shapes[s.parameter]
+        return torch.full((shape[s.dim],), float(shape.numel() // shape[s.dim]))
+
+    return _summed(groups, [group.slices for group in groups], size)
 
 
 def _summed(

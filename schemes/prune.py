@@ -29,6 +29,7 @@ from .spread import (
     relative_density,
 )
 
+IN_UNITS_OF_LOSS = ("obd", "taylor")
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
@@ -41,16 +42,26 @@ def prunable_weights(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn
     return {name: parameters[name] for name in names if name in parameters}
 
 
+def other_parameters(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """What `prunable_weights` leaves out and training moves: biases, normalisation, embeddings."""
+    weights, skipped = prunable_weights(model), modules_matching(model, skip, "skip")
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and name not in weights and name.rpartition(".")[0] not in skipped
+    }
+
+
 @dataclass(frozen=True)
 class Layers:
     """The facts of a model for unstructured pruning.
 
     Attributes:
-        prunable: Names of the weights that may become zero.
+        prunable: Names of the parameters whose entries may become zero.
         sizes: How many entries each has.
         floors: How many of them each keeps at least.
         relative: The relative density of each, for the spreads that go by it.
-        n_others: Parameters that are always kept: biases, normalisation, skipped layers.
+        n_others: Parameters that are always kept: those of skipped layers, for instance.
         observed: What the criterion saw of the data.
     """
 
@@ -73,7 +84,9 @@ class Prune:
     """Sets the least important weights to zero: the smallest ones, or by another criterion.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015). Weights
-    of linear and convolutional layers are pruned; biases and normalisation are kept and count as parameters.
+    of linear and convolutional layers are pruned. Under ``obd`` and ``taylor``, which measure all parameters in
+    what the loss loses, so are biases and normalisation; under other criteria these are kept. They count as
+    parameters either way.
 
     Args:
         criterion: What makes a weight important, see `autocompress.schemes.criteria.entry_scores`.
@@ -87,7 +100,7 @@ class Prune:
         skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
-    criterion: EntryCriterion = "l2"
+    criterion: EntryCriterion = "obd"
     spread: Spread = "global"
     min_keep: int | Mapping[str, int] = 1
     skip: Sequence[str] = ()
@@ -101,13 +114,15 @@ class Prune:
         object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
-        """Finds the weights of linear and convolutional layers."""
+        """Finds the weights of linear and convolutional layers, and what may be pruned beside them."""
         floors, floor_elsewhere = per_module(model, self.min_keep, 1, "min_keep")
         densities, _ = per_module(model, self.spread if isinstance(self.spread, Mapping) else {}, 1.0, "spread")
         found = []
-        for name, weight in prunable_weights(model, self.skip).items():
+        weights = prunable_weights(model, self.skip)
+        others = other_parameters(model, self.skip) if self.criterion in IN_UNITS_OF_LOSS else {}
+        for name, weight in (weights | others).items():
             layer = name.rpartition(".")[0]
-            floor = floors.get(layer, floor_elsewhere)
+            floor = floors.get(layer, floor_elsewhere) if name in weights else 0
             if weight.numel() > floor:
                 density = relative_density(self.spread, [weight.shape], densities, [layer])
                 found.append((name, weight.numel(), floor, density))

@@ -15,11 +15,13 @@ from .criteria import Observed, check_criterion
 from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, sizes_along
 from .importance import (
     CHANNEL_CRITERIA,
+    NORMALIZATIONS,
     ChannelCriterion,
+    Normalization,
     can_rate,
     channel_scores,
+    normalized,
     observe_channels,
-    over_mean,
 )
 from .patterns import checked_min_keep, checked_skip, modules_matching, per_module
 from .roles import Roles
@@ -73,21 +75,25 @@ class StructPrune:
             elsewhere.
         skip: Layers whose channels are all kept, and with them those coupled to them: names of modules, globs
             or types, as ``["conv1", "Linear"]``.
-        normalize: Whether scores are divided by their layer's mean before ``global`` compares them, so that
-            one threshold suits layers of all sizes.
+        normalize: What scores are divided by before ``global`` and ``lamp`` compare layers: ``parameters``, those
+            that go with a channel in the dense model, so that the cheapest loss per parameter saved goes first
+            (for scores that add up, such as ``obd``); ``mean``, that of their layer, so that one threshold suits
+            layers of all scales (for magnitudes); or ``none``.
     """
 
-    criterion: ChannelCriterion = "l2"
+    criterion: ChannelCriterion = "obd"
     spread: Spread = "global"
     align: int = 1
     min_keep: int | Mapping[str, int] = MIN_KEEP
     skip: Sequence[str] = ()
-    normalize: bool = True
+    normalize: Normalization = "parameters"
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
         check_criterion(self, self.criterion, CHANNEL_CRITERIA)
+        if self.normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize={self.normalize!r}; it must be one of {', '.join(NORMALIZATIONS)}")
         if not isinstance(self.align, int) or self.align < 1:
             raise ValueError(f"align={self.align!r}; widths can be multiples of a whole number from 1 up")
         object.__setattr__(self, "spread", checked_spread(self.spread))
@@ -182,8 +188,7 @@ class StructPrune:
         criterion, spread = as_lamp(self.criterion, self.spread)
         scores = channel_scores(criterion, facts.groups, weights, facts.roles, facts.observed)
         energy = scores if criterion == "l2" else channel_scores("l2", facts.groups, weights, facts.roles, None)
-        if self.normalize:
-            scores = over_mean(scores, facts.groups)
+        scores = normalized(self.normalize, scores, facts.groups, facts.shapes)
         return removal_order(scores, energy == 0, facts.layers, spread, self.align)
 
     def delta(self, theta: Theta) -> Weights:

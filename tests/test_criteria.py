@@ -277,7 +277,7 @@ def residual() -> SmallResNet:
 def test_each_criterion_ranks_channels_and_removes_the_lowest(criterion: str) -> None:
     """Whatever it looks at: the model is as it was, and what is removed scores less than what is kept."""
     model = residual()
-    scheme = StructPrune(criterion=criterion, normalize=False)  # type: ignore[arg-type]  # one of them
+    scheme = StructPrune(criterion=criterion, normalize="none")  # type: ignore[arg-type]  # one of them
     facts = scheme.analyze(model, X[:1])
     before, rng = fingerprint(model), torch.get_rng_state()
     with torch.no_grad():

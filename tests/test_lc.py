@@ -4,20 +4,31 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from autocompress import schemes
 from autocompress.lc import LearningCompression, Recovered, State, c_step, freeze, frozen, residual
 from autocompress.learner import Learner, Penalty
 from autocompress.measurement import count_params
 from autocompress.scheme import Compose, Facts, Observer, Scheme, Theta
-from autocompress.schemes import LowRank, Prune, Quantize16, StructPrune, StructPruneQuantize16
+from autocompress.schemes import LowRank, Quantize16
 from autocompress.task import Batch, Task, TensorSplit
 from autocompress.testing import masked_model
 from autocompress.training import Optimizer, n_steps
+
+# By magnitude: without a look at data.
+Prune = partial(schemes.Prune, criterion="l2")
+StructPrune = partial(schemes.StructPrune, criterion="l2", normalize="mean")
+
+
+def StructPruneQuantize16() -> Compose:  # the scheme's name
+    return Compose(StructPrune(), Quantize16())
+
 
 # The three updates, against numbers worked out by hand.
 

@@ -34,7 +34,7 @@ from autocompress.schemes import FilterPrune, NeuronPrune, NMPrune, Prune, Prune
             "StructPrune(criterion=taylor, align=8, skip=['layer1.*'])",
             StructPrune(criterion="taylor", align=8, skip=["layer1.*"]),
         ),
-        ("NeuronPrune(spread={'fc*': 0.5}, normalize=False)", NeuronPrune(spread={"fc*": 0.5}, normalize=False)),
+        ("NeuronPrune(spread={'fc*': 0.5}, normalize='none')", NeuronPrune(spread={"fc*": 0.5}, normalize="none")),
         ("PruneQuantize16", PruneQuantize16()),
         ("PruneQuantize16", Compose(Prune(), Quantize16())),
     ],
@@ -154,20 +154,23 @@ def test_a_composition_keeps_what_all_of_its_parts_keep() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    scheme = Compose(Prune(), Quantize16(dtype="bf16"))
+    scheme = Compose(Prune(criterion="l2"), Quantize16(dtype="bf16"))
     facts = scheme.analyze(model, torch.zeros(1, 5))
-    theta, pruned = scheme.pi(weights, 0.5, facts), Prune().pi(weights, 0.5, facts[0])
+    theta, pruned = scheme.pi(weights, 0.5, facts), Prune(criterion="l2").pi(weights, 0.5, facts[0])
     assert theta.kept == pruned.kept == 32
     assert all(torch.equal(theta.support[name], mask) for name, mask in pruned.support.items())
     for name, value in scheme.delta(theta).items():
         assert torch.equal(value, pruned.values[name].bfloat16().float())
-    assert scheme.lowest_density(facts) == Prune().lowest_density(facts[0])
+    assert scheme.lowest_density(facts) == Prune(criterion="l2").lowest_density(facts[0])
 
 
 def test_only_one_part_of_a_composition_removes_weights() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
-    scheme, weights = Compose(Prune(), NMPrune()), {name: p.detach() for name, p in model.named_parameters()}
+    scheme, weights = (
+        Compose(Prune(criterion="l2"), NMPrune()),
+        {name: p.detach() for name, p in model.named_parameters()},
+    )
     facts = scheme.analyze(model, torch.zeros(1, 5))
     with pytest.raises(ValueError, match=r"NMPrune takes entries out of 0\.weight, as a part before it does"):
         scheme.pi(weights, 0.7, facts)

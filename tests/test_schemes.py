@@ -105,7 +105,7 @@ class TestStructPruneByObdUniformly(Structured):
     densities = FEW
 
     def make_scheme(self) -> Scheme:
-        return StructPrune(criterion="obd", spread="uniform", normalize=False)
+        return StructPrune(criterion="obd", spread="uniform", normalize="none")
 
 
 class TestStructPruneByMedianAndErk(Structured):

@@ -1,6 +1,7 @@
 """How density is spread over layers, and what of them is left whole: for single weights and for channels."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import torch_pruning as tp
 import torchvision
 from torch import Tensor, nn
 
+from autocompress import schemes
 from autocompress.models import SmallResNet
 from autocompress.scheme import Scheme, Theta
-from autocompress.schemes import NeuronPrune, Prune, StructPrune
 from autocompress.schemes.criteria import entry_scores
 from autocompress.schemes.importance import channel_scores
 from autocompress.schemes.patterns import modules_matching, per_module
@@ -26,6 +27,11 @@ from autocompress.schemes.spread import (
 )
 from autocompress.schemes.struct import Structure
 from autocompress.testing import lived_in
+
+# By magnitude: without a look at data.
+Prune = partial(schemes.Prune, criterion="l2")
+StructPrune = partial(schemes.StructPrune, criterion="l2", normalize="mean")
+NeuronPrune = partial(schemes.NeuronPrune, criterion="l2", normalize="mean")
 
 
 def project(scheme: Scheme, model: nn.Module, x: Tensor, density: float) -> Theta:
@@ -138,7 +144,9 @@ def test_densities_by_module_are_ratios() -> None:
     assert densities["stages.0.conv1.weight"] == pytest.approx(full, abs=0.005)
 
 
-@pytest.mark.parametrize("scheme", [Prune(criterion="lamp"), Prune(spread="lamp"), Prune("lamp", "lamp")])
+@pytest.mark.parametrize(
+    "scheme", [Prune(criterion="lamp"), Prune(spread="lamp"), Prune(criterion="lamp", spread="lamp")]
+)
 def test_lamp_is_criterion_and_spread_alike(scheme: Prune) -> None:
     """One threshold on the LAMP scores of all weights."""
     model, x = small()

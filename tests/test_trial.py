@@ -124,7 +124,7 @@ def test_each_part_of_a_composition_is_held_to_its_own_tolerance(make_spec: Make
 
 
 def test_realize_checks_and_leaves_the_masked_model(tiny_task: Task) -> None:
-    scheme, model = StructPrune(), tiny_task.model
+    scheme, model = StructPrune(criterion="l2"), tiny_task.model
     facts = scheme.analyze(model, tiny_task.example_input)
     theta = scheme.pi({name: p.detach() for name, p in model.named_parameters()}, 0.4, facts)
     masked = masked_model(scheme, model, theta)
