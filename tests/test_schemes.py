@@ -358,7 +358,7 @@ def test_predicted_sizes_are_the_real_ones(architecture: str) -> None:
             group.root: sorted((gone[(gone >= start) & (gone < end)] - start).tolist())
             for group, (start, end) in zip(groups, pairwise(starts), strict=True)
         }
-        assert count_params(remove_channels(model, x, removed)) == int(sizes[n])
+        assert count_params(remove_channels(model, groups, removed)) == int(sizes[n])
 
 
 def test_removal_equals_the_mask_on_resnet18() -> None:
