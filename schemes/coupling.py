@@ -51,7 +51,7 @@ class Couplings:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Labels at the same place, after broadcasting, come and go together."""
-        a, b = torch.broadcast_tensors(a, b)
+        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._ties.append((a.reshape(-1), b.reshape(-1)))
 
     def pin(self, labels: Tensor, why: str) -> None:
@@ -136,7 +136,7 @@ def reduced(field: Field) -> Field:
         if field.stride(dim) == 0 and field.size(dim) > 1:
             field = field.narrow(dim, 0, 1)
     for dim in varies(field):
-        if torch.equal(*torch.broadcast_tensors(field, field.narrow(dim, 0, 1))):
+        if bool((field == field.narrow(dim, 0, 1)).all()):
             field = field.narrow(dim, 0, 1)
     return field
 

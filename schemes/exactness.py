@@ -1,11 +1,12 @@
 """Are groups of channels what they seem? Half of each is taken out, and the outputs are compared."""
 
-import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .removal import remove_channels
@@ -38,33 +39,49 @@ class Exam:
     def passed(self, groups: Sequence[Group]) -> bool:
         """Whether the model without half of the groups' channels computes what it computes with zeros there."""
         removed = {g.root: torch.cat([part[: len(part) // 2] for part in g.parts]).tolist() for g in groups}
-        masked = copy.deepcopy(self.model)
-        weights = dict(masked.named_parameters())
-        with torch.no_grad():
-            for name, kept in kept_entries(groups, removed, weights).items():
-                weights[name].mul_(kept)
         try:
-            outputs = _outputs(remove_channels(masked, groups, removed), self.x, self.training)
+            outputs = _outputs(remove_channels(self.model, groups, removed), self.x, self.training)
         except Exception:  # a forward pass that meets sizes it was not written for may raise anything
             return False
-        expected = _outputs(masked, self.x, self.training)
+        weights = dict(self.model.named_parameters())
+        kept = kept_entries(groups, removed, weights)
+        with torch.no_grad():
+            masked = {name: weights[name] * entries for name, entries in kept.items()}
+        expected = _outputs(self.model, self.x, self.training, masked)
         return len(outputs) == len(expected) and all(map(_agree, outputs, expected))
 
 
 def exact(exam: Exam, groups: Sequence[Group]) -> list[Group]:
-    """The groups that pass, found by bisection: one exam where all do, a logarithm of them for one that fails."""
-    groups = list(groups)
-    if not groups or exam.passed(groups):
-        return groups
-    if len(groups) == 1:
-        return []
-    middle = len(groups) // 2
-    first, second = exact(exam, groups[:middle]), exact(exam, groups[middle:])
-    if not first or not second or exam.passed(first + second):
-        return first + second
-    for group in second:  # each half is right by itself: take what goes together with the first
-        first = [*first, group] if exam.passed([*first, group]) else first
-    return first
+    """The groups that pass together.
+
+    One exam where all do. Otherwise one that does not belong is found by bisection and leaves with those alike,
+    the same layers of other blocks, as they seldom fail alone; in the end they get a second chance.
+    """
+    kept, failed = list(groups), []
+    while kept and not exam.passed(kept):
+        culprit = _culprit(exam, kept)
+        alike = [group for group in kept if _kind(group) == _kind(culprit)]
+        failed.append([group for group in alike if group is not culprit])
+        kept = [group for group in kept if group not in alike]
+    for others in failed:
+        if others and exam.passed([*kept, *others]):
+            kept += others
+    roots = {group.root for group in kept}
+    return [group for group in groups if group.root in roots]
+
+
+def _culprit(exam: Exam, groups: Sequence[Group]) -> Group:
+    """A group with which those before it fail, and without which they pass."""
+    passes, fails = 0, len(groups)
+    while fails - passes > 1:
+        middle = (passes + fails) // 2
+        passes, fails = (middle, fails) if exam.passed(groups[:middle]) else (passes, middle)
+    return groups[passes]
+
+
+def _kind(group: Group) -> frozenset[tuple[str, int]]:
+    """Where a group lives, whatever the number of the block."""
+    return frozenset((re.sub(r"\d+", "*", s.parameter), s.dim) for s in group.slices)
 
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:
@@ -73,11 +90,21 @@ def _agree(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
-    """All tensors that the model puts out, in eval mode and, if asked for, with all but noise in train mode."""
-    outputs = [model.eval()(x)]
-    if training:
-        outputs.append(_without_noise(model.train())(x))
+def _outputs(
+    model: nn.Module, x: Tensor, training: bool, weights: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """All tensors that the model puts out, in eval mode and, if asked for, with all but noise in train mode.
+
+    Args:
+        model: The model.
+        x: Its input.
+        training: Whether it is run in train mode as well.
+        weights: Parameters to use in place of the model's own.
+    """
+    with torch.no_grad():
+        outputs = [functional_call(model.eval(), dict(weights or {}), x)]
+        if training:
+            outputs.append(functional_call(_without_noise(model.train()), dict(weights or {}), x))
     return [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
 
 

@@ -1,7 +1,7 @@
 """From the ties that a trace collected to groups of channels, and to what must stay and why."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,14 +52,14 @@ class Findings:
         places: All dimensions, in the order in which the forward pass uses them.
         pinned: Why a class must stay, for each class that must.
         groups: Classes that live in the same places, in the order of their roots.
-        root_of: The group that a class belongs to, by its root.
+        group_of: The number of the group that a class belongs to, -1 for none, shape ``(classes,)``.
         unused: Layers that no forward pass reached.
     """
 
     places: list[Place]
     pinned: Mapping[int, str]
     groups: list[Group]
-    root_of: Mapping[int, str]
+    group_of: NDArray[np.int64]
     unused: list[str]
 
     @classmethod
@@ -68,18 +68,24 @@ class Findings:
         classes = trace.couplings.classes()
         parameters = dict(model.named_parameters())
         places = _places(trace, classes, parameters)
-        signatures = {s: members for s, members in _signatures(places, classes.pinned).items() if len(members) > 1}
-        roots = {signature: _root(signature, places) for signature in signatures}
-        ordered = sorted(signatures, key=lambda signature: (roots[signature], signature))
-        names = _distinct(places[roots[signature]].layer for signature in ordered)
-        root_of, channel_of = {}, {}
-        for name, signature in zip(names, ordered, strict=True):
-            first = {int(c): i for i, c in reversed(list(enumerate(places[roots[signature]].classes)))}
-            for channel, c in enumerate(sorted(signatures[signature], key=first.__getitem__)):
-                root_of[c], channel_of[c] = name, channel
-        groups = _groups(names, places, root_of, channel_of)
+        signatures = _signatures(places, classes)
+        roots = [_root(signature, places) for signature, _ in signatures]
+        group_of, channel_of = (
+            np.full(classes.of.max(initial=-1) + 1, -1),
+            np.zeros(classes.of.max(initial=-1) + 1, int),
+        )
+        names = []
+        for number, i in enumerate(sorted(range(len(roots)), key=roots.__getitem__)):
+            _, members = signatures[i]
+            root = places[roots[i]]
+            group_of[members] = number
+            at = np.flatnonzero(group_of[root.classes] == number)
+            _, first = np.unique(root.classes[at], return_index=True)  # a class may be met several times
+            channel_of[root.classes[at[np.sort(first)]]] = np.arange(len(members))
+            names.append(root.layer)
+        groups = _groups(_distinct(names), places, group_of, channel_of)
         unused = [name for name, p in parameters.items() if name not in trace.positions and p.dim() > 1]
-        return cls(places, classes.pinned, groups, root_of, [name.removesuffix(".weight") for name in unused])
+        return cls(places, classes.pinned, groups, group_of, [name.removesuffix(".weight") for name in unused])
 
     def left_whole(self, wrong: Collection[str]) -> dict[str, list[str]]:
         """Layers that keep some channels whatever is asked, by the reason; those of the output go without saying.
@@ -102,12 +108,12 @@ class Findings:
         """Why a class stays; None if it can go."""
         if c in self.pinned:
             return self.pinned[c]
-        if c not in self.root_of:
+        if self.group_of[c] < 0:
             return INDIVISIBLE
-        return INEXACT if self.root_of[c] in wrong else None
+        return INEXACT if wrong and self.groups[self.group_of[c]].root in wrong else None
 
 
-def _places(trace: Trace, classes: Classes, parameters: Mapping[str, Tensor]) -> list[Place]:
+def _places(trace: Trace, classes: Classes, parameters: Collection[str]) -> list[Place]:
     outputs, filters = _marked(trace.outputs), _marked(trace.filters)
     return [
         Place(
@@ -128,22 +134,27 @@ def _marked(vectors: Iterable[Tensor]) -> set[int]:
     return {int(labels[0]) for labels in vectors}
 
 
-def _signatures(places: list[Place], pinned: Mapping[int, str]) -> dict[tuple[int, ...], list[int]]:
-    """The classes that may go, by the numbers of the places that they live in."""
-    places_of: dict[int, list[int]] = defaultdict(list)
-    for number, place in enumerate(places):
-        for c in np.unique(place.classes).tolist():
-            places_of[c].append(number)
-    signatures: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for c, numbers in places_of.items():
-        if c not in pinned:
-            signatures[tuple(numbers)].append(c)
-    return signatures
+def _signatures(places: Sequence[Place], classes: Classes) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Classes that may go and live in the same places: the places' numbers, and the classes, two at least."""
+    met = [np.unique(place.classes) for place in places]
+    member = np.concatenate([*met, np.zeros(0, np.int64)])
+    number = np.repeat(np.arange(len(places)), [len(m) for m in met])
+    order = np.argsort(member, kind="stable")
+    found, starts = np.unique(member[order], return_index=True)
+    alike: dict[bytes, list[int]] = defaultdict(list)
+    for c, numbers in zip(found.tolist(), np.split(number[order], starts[1:]), strict=False):
+        if c not in classes.pinned:
+            alike[numbers.tobytes()].append(c)
+    return [
+        (np.frombuffer(numbers, dtype=number.dtype), np.array(members))
+        for numbers, members in alike.items()
+        if len(members) > 1
+    ]
 
 
-def _root(signature: tuple[int, ...], places: list[Place]) -> int:
+def _root(signature: NDArray[np.int64], places: Sequence[Place]) -> int:
     """The first place where a layer puts the channels out; the first of all where none does."""
-    return next((number for number in signature if places[number].is_output), signature[0])
+    return next((number for number in signature.tolist() if places[number].is_output), int(signature[0]))
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
@@ -157,26 +168,25 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 
 def _groups(
-    names: list[str], places: list[Place], root_of: Mapping[int, str], channel_of: Mapping[int, int]
+    names: Sequence[str], places: Sequence[Place], group_of: NDArray[np.int64], channel_of: NDArray[np.int64]
 ) -> list[Group]:
-    slices: dict[str, list[Slices]] = defaultdict(list)
-    buffers: dict[str, list[Slices]] = defaultdict(list)
-    widths = Counter(root_of.values())
-    filters = set()
+    """The groups, by the group and the channel in it of each class."""
+    slices: list[list[Slices]] = [[] for _ in names]
+    buffers: list[list[Slices]] = [[] for _ in names]
+    filters, widths = set(), [0] * len(names)
     for place in places:
-        members: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for position, c in enumerate(place.classes.tolist()):
-            if c in root_of:
-                members[root_of[c]].append((position, channel_of[c]))
-        for name, pairs in members.items():
-            positions, channels = torch.tensor(pairs).T.contiguous()
-            (buffers if place.is_buffer else slices)[name].append(
-                Slices(place.tensor, place.dim, positions, channels)
-            )
-            filters |= {name} if place.is_filter else set()
+        groups = group_of[place.classes]
+        order = np.argsort(groups, kind="stable")
+        found, starts = np.unique(groups[order], return_index=True)
+        for number, at in zip(found.tolist(), np.split(order, starts[1:]), strict=False):
+            if number < 0:
+                continue
+            channels = channel_of[place.classes[at]]
+            widths[number] = int(channels.max()) + 1
+            members = Slices(place.tensor, place.dim, torch.from_numpy(at), torch.from_numpy(channels))
+            (buffers if place.is_buffer else slices)[number].append(members)
+            filters |= {number} if place.is_filter else set()
     return [
-        Group(
-            name, widths[name], tuple(slices[name]), name in filters, (torch.arange(widths[name]),), tuple(buffers[name])
-        )
-        for name in names
+        Group(name, widths[i], tuple(slices[i]), i in filters, (torch.arange(widths[i]),), tuple(buffers[i]))
+        for i, name in enumerate(names)
     ]

@@ -26,6 +26,7 @@ __all__ = [
     "sizes_along",
 ]
 
+
 def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
     """The channels of a model that can be removed, in groups that live in the same tensors.
 
@@ -71,7 +72,7 @@ def _abridged(layers: Iterable[str]) -> list[str]:
     """Layers that repeat under other numbers, named once: ``blocks.*.mlp (12 layers)``."""
     alike: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
-        alike[re.sub(r"\d+(?=\.|_|$)", "*", layer)].append(layer)
+        alike[re.sub(r"\d+(?=\D)", "*", layer)].append(layer)  # a number at the end is kept
     return [
         text
         for pattern, names in alike.items()

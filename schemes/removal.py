@@ -38,7 +38,9 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
                 stays[gone[name, dim]] = False
                 kept = kept.index_select(dim, stays.nonzero()[:, 0].to(kept.device))
         kept = kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
-        smaller[id(tensor)] = nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
+        smaller[id(tensor)] = (
+            nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
+        )
     thinner = copy.deepcopy(model, smaller)  # the memo has the tensors already: shared ones stay shared
     for before, after in zip(model.modules(), thinner.modules(), strict=True):
         _restate_sizes(before, after)
@@ -66,7 +68,9 @@ def _restate_sizes(before: nn.Module, after: nn.Module) -> None:
             groups = first * groups // before.weight.shape[0]
         transposed = isinstance(before, TRANSPOSED)
         after.groups = groups
-        after.in_channels, after.out_channels = (first, second * groups) if transposed else (second * groups, first)
+        after.in_channels, after.out_channels = (
+            (first, second * groups) if transposed else (second * groups, first)
+        )
     elif isinstance(after, nn.Linear):
         after.out_features, after.in_features = after.weight.shape
     elif isinstance(after, nn.modules.batchnorm._NormBase):

@@ -146,7 +146,7 @@ def reshape(call: Call) -> list[Fields]:
             free = max(split, key=lambda dim: (moved.size(dim), dim), default=None)
             moved = call.couplings.merge(moved, [dim for dim in split if dim != free])
         fields.append(moved)
-    return [call.couplings.merge_all(tuple(fields), (), FIXED)]
+    return [call.couplings.merge_all(tuple(fields), (), "a reshape leaves none to choose")]
 
 
 def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[list[int]]:
@@ -189,7 +189,7 @@ def split(call: Call) -> list[Fields]:
     fields = []
     for f in x.fields:
         if f.size(dim) > 1:
-            first, *others = f.split(sizes[0], dim)
+            first, *others = f.split(sizes[0], dim)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             for other in others:
                 call.couplings.tie(first, other)
             f = first
@@ -221,6 +221,9 @@ def index(call: Call) -> list[Fields]:
     else:
         given = call.argument("indices") + [None] * (len(x.shape) - len(call.argument("indices")))
     indexed = [dim for dim, tensor in enumerate(given) if tensor is not None]
+    for tensor in (t for t in given if t is not None):
+        for f in call.trace.labelled(tensor).fields:
+            call.couplings.pin(f, "they are places in a table")
     if call.name == "embedding" and x.is_weight and (vectors := along(x.fields, 1)) is not None:
         call.trace.outputs.append(vectors)
     kept = call.couplings.merge_all(x.fields, indexed, BY_PLACE.format("table look-up"))
@@ -327,7 +330,8 @@ def reduce(call: Call) -> list[Fields]:
 def normalize_along(call: Call) -> list[Fields]:
     """Softmax and the like: the shape stays, the elements along a dimension depend on each other."""
     dims = call.dims("dim", len(call.x.shape))
-    return call.everywhere(call.couplings.merge_all(call.x.fields, dims, MIXED.format("softmax or sum")))
+    call.couplings.merge_all(call.x.fields, dims, MIXED.format("softmax or sum"))
+    return call.everywhere(call.x.fields)
 
 
 def spatial(call: Call) -> list[Fields]:
@@ -352,8 +356,8 @@ def layer_norm(call: Call) -> list[Fields]:
     for name in ("weight", "bias"):
         _pin_argument(call, name, why)
     ndim = len(call.x.shape)
-    kept = call.couplings.merge_all(call.x.fields, range(ndim - last, ndim), why)
-    return [kept, *(kept for _ in call.outs[1:])]
+    call.couplings.merge_all(call.x.fields, range(ndim - last, ndim), why)
+    return [call.x.fields, *(() for _ in call.outs[1:])]
 
 
 def _pin_argument(call: Call, name: str, why: str) -> None:
@@ -410,12 +414,13 @@ def multiply(call: Call) -> list[Fields]:
     rows, columns = len(a.shape) - 2, len(a.shape) - 1
     # The elements a[.., m, k] b[.., k, n] over (.., m, k, n), then their sum over k.
     left, right = tuple(f.unsqueeze(columns + 1) for f in a.fields), tuple(f.unsqueeze(rows) for f in b.fields)
-    products = call.couplings.combine(
-        left, (*a.shape, 1), right, (*b.shape[:rows], 1, *b.shape[rows:]), FIXED
-    )
+    products = call.couplings.combine(left, (*a.shape, 1), right, (*b.shape[:rows], 1, *b.shape[rows:]), FIXED)
     if a.is_weight or b.is_weight:  # where a label goes, the weight is zero, and so is the product
         products = tuple(f for f in products if varies(f) != {columns})
-        left_over = [along(a.fields, rows) if a.is_weight else None, along(b.fields, columns) if b.is_weight else None]
+        left_over = [
+            along(a.fields, rows) if a.is_weight else None,
+            along(b.fields, columns) if b.is_weight else None,
+        ]
         call.trace.outputs += [labels for labels in left_over if labels is not None]
     why = MIXED.format("product of activations")
     fields = tuple(f.squeeze(columns) for f in call.couplings.merge_all(products, [columns], why))
@@ -497,7 +502,18 @@ def unknown(call: Call) -> list[Fields]:
 # Operations after which a weight is still a weight.
 MOVES = {
     *("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "clone"),
-    *("detach", "alias", "contiguous", "split", "split_with_sizes", "select", "slice", "unbind", "flip", "_to_copy"),
+    *(
+        "detach",
+        "alias",
+        "contiguous",
+        "split",
+        "split_with_sizes",
+        "select",
+        "slice",
+        "unbind",
+        "flip",
+        "_to_copy",
+    ),
 }
 
 _RULES: dict[Rule, str] = {

@@ -22,7 +22,7 @@ from .rules import MOVES, Call, Labelled, rule_for
 OUTPUT = "the network's output"
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Labels the parameters and buffers of a model, and collects what its forward passes tie together.
 
     Attributes:
@@ -34,7 +34,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.couplings = Couplings()
         self.positions: dict[str, tuple[Tensor | None, ...]] = {}
         self.outputs: list[Tensor] = []
