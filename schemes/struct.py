@@ -192,7 +192,7 @@ class StructPrune:
 
     def realize(self, model: nn.Module, theta: Theta, facts: Structure) -> nn.Module:
         """Takes the channels out."""
-        return remove_channels(model, facts.example_input, theta.plan["removed"])
+        return remove_channels(model, facts.groups, theta.plan["removed"])
 
 
 @register_scheme
