@@ -109,12 +109,14 @@ class StructPrune:
         least_of, relative_of = self._floors(model, roles), self._relative_widths(model, roles)
         found = [g for g in find_groups(model, example_input) if self.prunes(g) and not roles.owners(g) & skipped]
         rated = {g.root: can_rate(self.criterion, g, roles) for g in found}
-        _warn_of_whole((g for g in found if not rated[g.root]), f"criterion={self.criterion!r} cannot rate them")
+        _warn_of_whole(
+            (g for g in found if not rated[g.root]), f"criterion={self.criterion!r} cannot rate their channels"
+        )
         found = [g for g in found if rated[g.root]]
         steps = {g.root: self._step(g, roles) for g in found}
         floors = {g.root: math.ceil(least_of(g) / steps[g.root]) * steps[g.root] for g in found}
         narrow = (g for g in found if any(least_of(g) < len(part) <= floors[g.root] for part in g.parts))
-        _warn_of_whole(narrow, f"too narrow for align={self.align}")
+        _warn_of_whole(narrow, f"align={self.align} leaves them no narrower width")
         groups = tuple(g for g in found if any(len(part) > floors[g.root] for part in g.parts))
         if not groups:
             raise ValueError(
@@ -222,7 +224,7 @@ class NeuronPrune(StructPrune):
 
 def _warn_of_whole(groups: Iterable[Group], why: str) -> None:
     if names := ", ".join(group.root for group in groups):
-        warnings.warn(f"left at full width ({why}): {names}", stacklevel=3)
+        warnings.warn(f"left at full width, as {why}: {names}", stacklevel=3)
 
 
 def _by_group(groups: tuple[Group, ...], channels: Tensor) -> dict[str, list[int]]:

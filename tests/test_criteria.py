@@ -315,7 +315,9 @@ def test_a_channel_criterion_that_looks_at_data_says_so_when_there_was_none(crit
 def test_layers_that_a_criterion_cannot_rate_are_left_whole_and_named(criterion: str, whole: str) -> None:
     model = network()
     scheme = StructPrune(criterion=criterion)  # type: ignore[arg-type]  # one of them
-    with pytest.warns(UserWarning, match=rf"left at full width \(criterion='{criterion}' cannot rate.*: {whole}$"):
+    with pytest.warns(
+        UserWarning, match=rf"left at full width, as criterion='{criterion}' cannot rate.*: {whole}$"
+    ):
         facts = scheme.analyze(model, X[:1])
     assert [group.root for group in facts.groups] == ["0"]
     plain = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))

@@ -299,7 +299,7 @@ def odd() -> tuple[nn.Module, Tensor]:
 def test_layers_too_narrow_for_the_alignment_are_left_whole_and_named() -> None:
     model, x = odd()
     scheme = StructPrune(align=8)
-    with pytest.warns(UserWarning, match=r"^left at full width \(too narrow for align=8\): 2$"):
+    with pytest.warns(UserWarning, match=r"^left at full width, as align=8 leaves them no narrower width: 2$"):
         facts = scheme.analyze(model, x[:1])
     theta = project_with(scheme, model, scheme.lowest_density(facts), facts)
     realized = scheme.realize(model, theta, facts)
