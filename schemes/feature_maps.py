@@ -24,6 +24,7 @@ def watched(criterion: str, group: Group, roles: Roles) -> list[Slices]:
     As their readers get them, that is behind BatchNorm and activation, or else as the filters put them out.
     """
     places = [roles.filters(group)] if criterion == "beta_rank" else [roles.readers(group), roles.filters(group)]
+    places = [[s for s in slices if s.parameter not in roles.silent] for slices in places]
     if criterion == "hrank":  # a neuron has no map
         places = [[s for s in slices if s.parameter in roles.planar] for slices in places]
     return next((slices for slices in places if cover(slices, group)), [])

@@ -19,18 +19,20 @@ class Roles:
         outputs: Weights of linear and convolutional layers by name, and the dimension of their outputs.
         planar: Those whose layers put out two-dimensional maps.
         grouped: Those whose layers do not let every filter see every input.
+        silent: Those whose layers are never called by themselves, so that nothing can watch what they do.
         scales: The scales of BatchNorm layers.
     """
 
     outputs: Mapping[str, int]
     planar: frozenset[str]
     grouped: frozenset[str]
+    silent: frozenset[str]
     scales: frozenset[str]
 
     @classmethod
     def of(cls, model: nn.Module) -> "Roles":
         """Reads the roles off the types of the modules."""
-        outputs, planar, grouped, scales = {}, set(), set(), set()
+        outputs, planar, grouped, silent, scales = {}, set(), set(), set(), set()
         for layer, module in model.named_modules():  # the model itself is named ""
             name = f"{layer}.weight".lstrip(".")
             if isinstance(module, nn.Linear | _ConvNd):
@@ -41,7 +43,9 @@ class Roles:
                     grouped.add(name)
             elif isinstance(module, _BatchNorm) and module.affine:
                 scales.add(name)
-        return cls(outputs, frozenset(planar), frozenset(grouped), frozenset(scales))
+            elif isinstance(module, nn.MultiheadAttention):
+                silent.add(f"{layer}.out_proj.weight".lstrip("."))
+        return cls(outputs, *map(frozenset, (planar, grouped, silent, scales)))
 
     def filters(self, group: Group) -> list[Slices]:
         """The slices that put the channels out: filters, neurons."""

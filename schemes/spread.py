@@ -160,12 +160,14 @@ class Layer:
 
     Attributes:
         channels: Their numbers among all the channels of the network, shape ``(n,)``.
-        floor: How many stay at least: a multiple of what the width is aligned to, below n.
+        floor: How many stay at least, fewer than n.
+        step: How many leave at a time, but for the first ones, so that a multiple of it stays, as the floor is.
         relative: The layer's relative density, for the spreads that go by it.
     """
 
     channels: Tensor
     floor: int
+    step: int
     relative: float
 
 
@@ -184,25 +186,24 @@ class Order:
     n_dead: int
 
 
-def removal_order(scores: Tensor, dead: Tensor, layers: Sequence[Layer], spread: Spread, align: int) -> Order:
+def removal_order(scores: Tensor, dead: Tensor, layers: Sequence[Layer], spread: Spread) -> Order:
     """The order in which channels leave, dead ones first: then nothing is gained or lost by pruning again.
 
     Args:
         scores: The importance of every channel, not negative, shape ``(channels,)``.
         dead: Which of them are zero already, shape ``(channels,)``.
         layers: The layers; a channel is in one of them at most.
-        spread: How the layers compare.
-        align: Widths are multiples of it: channels leave in chunks, which go by the mean of their members.
+        spread: How the layers compare. Those that leave at a time go by the mean of their members.
     """
     leaving, sizes, keys, is_dead = [], [], [], []
     for layer in layers:
         n_leaving = len(layer.channels) - layer.floor
         ranked = scores[layer.channels].masked_fill(dead[layer.channels], -1).sort(stable=True)
         leaving.append(layer.channels[ranked.indices[:n_leaving]])
-        first = n_leaving % align or align  # what a width that is no multiple has too much
-        ends = torch.arange(first, n_leaving + 1, align)
+        first = n_leaving % layer.step or layer.step  # what a width that is no multiple has too much
+        ends = torch.arange(first, n_leaving + 1, layer.step)
         key = _keys(ranked.values.clamp_min(0).double(), spread, layer.relative)[:n_leaving]
-        means = torch.cat([key[:first].mean(0, keepdim=True), key[first:].view(-1, align).mean(1)])
+        means = torch.cat([key[:first].mean(0, keepdim=True), key[first:].view(-1, layer.step).mean(1)])
         sizes.append(torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long)))
         keys.append(means.cummax(0).values)  # equal keys may have means that differ in the last bit
         is_dead.append(ranked.values[ends - 1] < 0)

@@ -105,43 +105,48 @@ class StructPrune:
         return True
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Structure:
-        """Finds the coupled groups through torch-pruning's dependency graph.
+        """Finds the coupled groups, and how far the layers that they live in may shrink.
 
         Raises:
             ValueError: If nothing can be removed, or a pattern matches no module.
         """
         roles = Roles.of(model)
         skipped = modules_matching(model, self.skip, "skip")
-        floor_of, relative_of = self._floors(model, roles), self._relative_widths(model, roles)
+        least_of, relative_of = self._floors(model, roles), self._relative_widths(model, roles)
         found = [g for g in find_groups(model, example_input) if self.prunes(g) and not roles.owners(g) & skipped]
         rated = {g.root: can_rate(self.criterion, g, roles) for g in found}
-        _warn_of_whole((g for g in found if not rated[g.root]), f"criterion={self.criterion!r} cannot rate them")
+        _warn_of_whole(
+            (g for g in found if not rated[g.root]), f"criterion={self.criterion!r} cannot rate their channels"
+        )
         found = [g for g in found if rated[g.root]]
-        groups = tuple(g for g in found if any(len(part) > floor_of(g) for part in g.parts))
-        _warn_of_whole((g for g in found if self._is_narrow(g, floor_of(g))), f"too narrow for align={self.align}")
+        steps = {g.root: self._step(g, roles) for g in found}
+        floors = {g.root: math.ceil(least_of(g) / steps[g.root]) * steps[g.root] for g in found}
+        narrow = (g for g in found if any(least_of(g) < len(part) <= floors[g.root] for part in g.parts))
+        _warn_of_whole(narrow, f"align={self.align} leaves them no narrower width")
+        groups = tuple(g for g in found if any(len(part) > floors[g.root] for part in g.parts))
         if not groups:
             raise ValueError(
                 f"{type(self).__name__} finds no channels in this model that it can remove: there are none, or "
                 "criterion, skip, align and min_keep leave every layer whole"
             )
         layers = [
-            Layer(part + start, floor_of(group), relative_of(group))
+            Layer(part + start, floors[group.root], steps[group.root], relative_of(group))
             for group, start in zip(groups, first_channels(groups), strict=False)
             for part in group.parts
-            if len(part) > floor_of(group)
+            if len(part) > floors[group.root]
         ]
         shapes = {name: p.shape for name, p in model.named_parameters()}
         return Structure(groups, tuple(layers), shapes, roles, example_input.detach().clone())
 
+    def _step(self, group: Group, roles: Roles) -> int:
+        """How many channels of a group go at a time: fewer where each is several of a layer's, as a head is."""
+        counts = [torch.bincount(s.channels)[s.channels] for s in roles.filters(group)]
+        return self.align // math.gcd(self.align, *set(torch.cat(counts).tolist())) if counts else self.align
+
     def _floors(self, model: nn.Module, roles: Roles) -> Callable[[Group], int]:
-        """Tells what the layers of a group keep at least: a multiple of ``align``."""
+        """Tells what the layers of a group keep at least."""
         floors, elsewhere = per_module(model, self.min_keep, MIN_KEEP, "min_keep")
-
-        def floor_of(group: Group) -> int:
-            floor = max((floors[m] for m in roles.owners(group) if m in floors), default=elsewhere)
-            return math.ceil(floor / self.align) * self.align
-
-        return floor_of
+        return lambda group: max((floors[m] for m in roles.owners(group) if m in floors), default=elsewhere)
 
     def _relative_widths(self, model: nn.Module, roles: Roles) -> Callable[[Group], float]:
         """Tells the relative density of a group's layers, for the spreads that go by it."""
@@ -154,10 +159,6 @@ class StructPrune:
             return math.sqrt(relative) if self.spread == "erk" else relative  # a layer thins on both of its sides
 
         return relative_of
-
-    def _is_narrow(self, group: Group, floor: int) -> bool:
-        """Whether a layer would shrink, were it not for the alignment."""
-        return self.align > 1 and any(floor - self.align < len(part) <= floor for part in group.parts)
 
     def observe(self, evidence: Evidence, facts: Structure) -> Structure:
         """Looks at gradients or at feature maps, if the criterion needs them."""
@@ -189,7 +190,7 @@ class StructPrune:
         scores = channel_scores(criterion, facts.groups, weights, facts.roles, facts.observed)
         energy = scores if criterion == "l2" else channel_scores("l2", facts.groups, weights, facts.roles, None)
         scores = normalized(self.normalize, scores, facts.groups, facts.shapes)
-        return removal_order(scores, energy == 0, facts.layers, spread, self.align)
+        return removal_order(scores, energy == 0, facts.layers, spread)
 
     def delta(self, theta: Theta) -> Weights:
         """The weights, with zeros in place of the removed channels."""
@@ -197,7 +198,7 @@ class StructPrune:
 
     def realize(self, model: nn.Module, theta: Theta, facts: Structure) -> nn.Module:
         """Takes the channels out."""
-        return remove_channels(model, facts.example_input, theta.plan["removed"])
+        return remove_channels(model, facts.groups, theta.plan["removed"])
 
 
 @register_scheme
@@ -228,7 +229,7 @@ class NeuronPrune(StructPrune):
 
 def _warn_of_whole(groups: Iterable[Group], why: str) -> None:
     if names := ", ".join(group.root for group in groups):
-        warnings.warn(f"left at full width ({why}): {names}", stacklevel=3)
+        warnings.warn(f"left at full width, as {why}: {names}", stacklevel=3)
 
 
 def _by_group(groups: tuple[Group, ...], channels: Tensor) -> dict[str, list[int]]:

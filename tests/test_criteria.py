@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,10 @@ from autocompress.models import SmallResNet
 from autocompress.scheme import Evidence, Weights
 from autocompress.schemes import StructPrune
 from autocompress.schemes.criteria import ENTRY_CRITERIA, entry_scores, lamp, observe_entries
-from autocompress.schemes.importance import CHANNEL_CRITERIA, channel_scores
+from autocompress.schemes.feature_maps import watched
+from autocompress.schemes.groups import Slices
+from autocompress.schemes.importance import CHANNEL_CRITERIA, can_rate, channel_scores
+from autocompress.schemes.roles import Roles
 from autocompress.schemes.struct import Structure
 from autocompress.testing import fingerprint, lived_in
 
@@ -310,7 +315,9 @@ def test_a_channel_criterion_that_looks_at_data_says_so_when_there_was_none(crit
 def test_layers_that_a_criterion_cannot_rate_are_left_whole_and_named(criterion: str, whole: str) -> None:
     model = network()
     scheme = StructPrune(criterion=criterion)  # type: ignore[arg-type]  # one of them
-    with pytest.warns(UserWarning, match=rf"left at full width \(criterion='{criterion}' cannot rate.*: {whole}$"):
+    with pytest.warns(
+        UserWarning, match=rf"left at full width, as criterion='{criterion}' cannot rate.*: {whole}$"
+    ):
         facts = scheme.analyze(model, X[:1])
     assert [group.root for group in facts.groups] == ["0"]
     plain = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
@@ -329,3 +336,13 @@ def test_criteria_follow_the_shifted_weights() -> None:
             for weights in (weights_of(model), shifted)
         ]
         assert not torch.allclose(*scores), criterion
+
+
+def test_what_is_never_called_by_itself_is_not_watched() -> None:
+    """Attention multiplies with its output projection without calling the layer: a hook on it sees nothing."""
+    roles = Roles.of(nn.Sequential(nn.MultiheadAttention(10, 2), nn.Linear(10, 4)))
+    group = next(g for g in structure_of("l2", network()).groups if g.width == 10)
+    slices = [Slices(name, 0, torch.arange(10), torch.arange(10)) for name in ("0.out_proj.weight", "1.weight")]
+    for criterion in ("activation", "beta_rank"):
+        assert not can_rate(criterion, replace(group, slices=(slices[0],)), roles)
+        assert watched(criterion, replace(group, slices=tuple(slices)), roles) == [slices[1]]

@@ -109,8 +109,8 @@ def test_the_erdos_renyi_kernel() -> None:
 
 def test_chunks_leave_by_the_mean_of_their_members_and_dead_ones_first() -> None:
     scores = torch.tensor([9.0, 1.0, 2.0, 3.0, 8.0, 0.0, 0.0, 4.0, 4.0, 4.0])
-    layers = [Layer(torch.arange(5), 2, 1.0), Layer(torch.arange(5, 10), 2, 1.0)]
-    order = removal_order(scores, scores == 0, layers, "global", 2)
+    layers = [Layer(torch.arange(5), 2, 2, 1.0), Layer(torch.arange(5, 10), 2, 2, 1.0)]
+    order = removal_order(scores, scores == 0, layers, "global")
     # Widths go 5 → 4 → 2: first one channel, then two. Chunks: [1], [2, 3] and [5], [6, 7], which is half dead.
     assert order.channels.tolist() == [5, 1, 6, 7, 2, 3]
     assert order.ends.tolist() == [0, 1, 2, 4, 6]
@@ -307,7 +307,7 @@ def odd() -> tuple[nn.Module, Tensor]:
 def test_layers_too_narrow_for_the_alignment_are_left_whole_and_named() -> None:
     model, x = odd()
     scheme = StructPrune(align=8)
-    with pytest.warns(UserWarning, match=r"^left at full width \(too narrow for align=8\): 2$"):
+    with pytest.warns(UserWarning, match=r"^left at full width, as align=8 leaves them no narrower width: 2$"):
         facts = scheme.analyze(model, x[:1])
     theta = project_with(scheme, model, scheme.lowest_density(facts), facts)
     realized = scheme.realize(model, theta, facts)
@@ -319,6 +319,19 @@ def test_layers_too_narrow_for_the_alignment_are_left_whole_and_named() -> None:
 
 def project_with(scheme: StructPrune, model: nn.Module, density: float, facts: Structure) -> Theta:
     return scheme.pi({name: p.detach() for name, p in model.named_parameters()}, density, facts)
+
+
+def test_alignment_counts_the_channels_of_a_layer_where_several_go_at_once() -> None:
+    """Groups of a grouped convolution: four filters each, so that two of them make a multiple of eight."""
+    convs = (nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=8), nn.ReLU(), nn.Conv2d(32, 16, 1))
+    model = lived_in(nn.Sequential(*convs, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)))
+    scheme = StructPrune(align=8, min_keep=1)
+    facts = scheme.analyze(model, torch.randn(1, 3, 8, 8))
+    lowest = scheme.lowest_density(facts)
+    for density in (0.8, 0.5, lowest):
+        realized = scheme.realize(model, project_with(scheme, model, density, facts), facts)
+        assert all(m.out_channels % 8 == 0 for m in realized.modules() if isinstance(m, nn.Conv2d))
+    assert [realized[i].out_channels for i in (0, 2, 4)] == [8, 8, 8]
 
 
 def test_floors_by_module() -> None:

@@ -1,0 +1,146 @@
+"""Are groups of channels what they seem? Half of each is taken out, and the outputs are compared."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from .removal import remove_channels
+from .slices import Group, kept_entries
+
+SMALL = (64, 128)  # sides of an image that are tried before its own
+TOLERANCE = 1e-4  # of the largest output; an error in the groups shows in the first digits
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A model and the input to compare outputs on.
+
+    Attributes:
+        model: A copy of the model without constant parameters.
+        x: The input, a small image where the model takes one.
+        training: Whether the outputs that a model has only in train mode are compared as well.
+    """
+
+    model: nn.Module
+    x: Tensor
+    training: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor, training: bool) -> "Exam":
+        """Prepares a model, which is changed: zeros and ones that it starts with would hide errors."""
+        _stir(model)
+        return cls(model, _smallest_input(model, x, training), training)
+
+    def passed(self, groups: Sequence[Group]) -> bool:
+        """Whether the model without half of the groups' channels computes what it computes with zeros there."""
+        removed = {g.root: torch.cat([part[: len(part) // 2] for part in g.parts]).tolist() for g in groups}
+        try:
+            outputs = _outputs(remove_channels(self.model, groups, removed), self.x, self.training)
+        except Exception:  # a forward pass that meets sizes it was not written for may raise anything
+            return False
+        weights = dict(self.model.named_parameters())
+        kept = kept_entries(groups, removed, weights)
+        with torch.no_grad():
+            masked = {name: weights[name] * entries for name, entries in kept.items()}
+        expected = _outputs(self.model, self.x, self.training, masked)
+        return len(outputs) == len(expected) and all(map(_agree, outputs, expected))
+
+
+def exact(exam: Exam, groups: Sequence[Group]) -> list[Group]:
+    """The groups that pass together.
+
+    One exam where all do. Otherwise one that does not belong is found by bisection and leaves with those alike,
+    the same layers of other blocks, as they seldom fail alone; in the end they get a second chance.
+    """
+    kept, failed = list(groups), []
+    while kept and not exam.passed(kept):
+        culprit = _culprit(exam, kept)
+        alike = [group for group in kept if _kind(group) == _kind(culprit)]
+        failed.append([group for group in alike if group is not culprit])
+        kept = [group for group in kept if group not in alike]
+    for others in failed:
+        if others and exam.passed([*kept, *others]):
+            kept += others
+    roots = {group.root for group in kept}
+    return [group for group in groups if group.root in roots]
+
+
+def _culprit(exam: Exam, groups: Sequence[Group]) -> Group:
+    """A group with which those before it fail, and without which they pass."""
+    passes, fails = 0, len(groups)
+    while fails - passes > 1:
+        middle = (passes + fails) // 2
+        passes, fails = (middle, fails) if exam.passed(groups[:middle]) else (passes, middle)
+    return groups[passes]
+
+
+def _kind(group: Group) -> frozenset[tuple[str, int]]:
+    """Where a group lives, whatever the number of the block."""
+    return frozenset((re.sub(r"\d+", "*", s.parameter), s.dim) for s in group.slices)
+
+
+def _agree(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape:
+        return False
+    return bool((actual - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def _outputs(
+    model: nn.Module, x: Tensor, training: bool, weights: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """All tensors that the model puts out, in eval mode and, if asked for, with all but noise in train mode.
+
+    Args:
+        model: The model.
+        x: Its input.
+        training: Whether it is run in train mode as well.
+        weights: Parameters to use in place of the model's own.
+    """
+    with torch.no_grad():
+        outputs = [functional_call(model.eval(), dict(weights or {}), x)]
+        if training:
+            outputs.append(functional_call(_without_noise(model.train()), dict(weights or {}), x))
+    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+def _without_noise(model: nn.Module) -> nn.Module:
+    """Puts the layers in eval mode: what is left of train mode is the way through the network."""
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            module.eval()
+    return model
+
+
+def _stir(model: nn.Module) -> None:
+    """Replaces parameters and statistics that are constant by random ones, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            is_statistic = name.endswith(("running_mean", "running_var"))
+            if not tensor.is_floating_point() or not (is_statistic or isinstance(tensor, nn.Parameter)):
+                continue
+            first = tensor.flatten()[:1]
+            if tensor.numel() > 1 and bool((tensor == first).all()):
+                low = -0.5 if first == 0 else 0.5
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+
+
+def _smallest_input(model: nn.Module, x: Tensor, training: bool) -> Tensor:
+    """A corner of the image that the model takes as well; ``x`` where it is no image or must have its size."""
+    if x.dim() != 4 or not x.is_floating_point():
+        return x
+    for side in SMALL:
+        corner = x[:, :, :side, :side]
+        if corner.shape == x.shape:
+            break
+        try:
+            _outputs(model, corner, training)
+        except Exception:  # the model takes no image of this size; whatever it raises
+            continue
+        return corner
+    return x

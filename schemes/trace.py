@@ -1,0 +1,95 @@
+"""One forward pass, followed operation by operation: which channels the network ties together.
+
+Below autograd a PyTorch network is a sequence of some hundred basic operations, whatever Python code it was
+written in. The trace watches them run, carries labels from inputs to outputs, and collects ties and pins. The
+rules for the operations are in `rules`; of an operation that has none, all that it touches stays.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .coupling import Couplings
+from .rules import MOVES, Call, Labelled, rule_for
+
+OUTPUT = "the network's output"
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Labels the parameters and buffers of a model, and collects what its forward passes tie together.
+
+    Attributes:
+        couplings: The ties and pins.
+        positions: The labels of the parameters and buffers met so far, in the order in which they were used:
+            by name, for each dimension a vector, or None where the dimension has size 1.
+        outputs: Labels of what layers put out: dimensions of weights that a product leaves over.
+        filters: Those of them that belong to convolutions.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.couplings = Couplings()
+        self.positions: dict[str, tuple[Tensor | None, ...]] = {}
+        self.outputs: list[Tensor] = []
+        self.filters: list[Tensor] = []
+        self._model = model
+        self._parameters = {id(p): name for name, p in model.named_parameters()}
+        self._buffers = {id(b): name for name, b in model.named_buffers()}
+        self._labelled: Any = WeakTensorKeyDictionary()
+
+    def run(self, x: Tensor) -> None:
+        """Follows one forward pass of the model, in the mode that it is in."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # attention as the products it consists of
+            fastpath = torch.backends.mha.get_fastpath_enabled()
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+            torch.backends.mha.set_fastpath_enabled(False)
+            with self:
+                outputs = self._model(x)
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor):
+                for field in self.labelled(output).fields:
+                    self.couplings.pin(field, OUTPUT)
+
+    def labelled(self, tensor: Tensor) -> Labelled:
+        """What is known of a tensor; a parameter or buffer met for the first time gets fresh labels."""
+        known: Labelled | None = self._labelled.get(tensor)
+        if known is None:
+            name = self._parameters.get(id(tensor), self._buffers.get(id(tensor)))
+            known = Labelled(tuple(tensor.shape), ()) if name is None else self._introduce(name, tensor)
+            self._labelled[tensor] = known
+        return known
+
+    def _introduce(self, name: str, tensor: Tensor) -> Labelled:
+        shape = tuple(tensor.shape)
+        positions = tuple(self.couplings.fresh(size) if size > 1 else None for size in shape)
+        self.positions[name] = positions
+        fields = tuple(
+            labels.view([-1 if d == dim else 1 for d in range(len(shape))])
+            for dim, labels in enumerate(positions)
+            if labels is not None
+        )
+        return Labelled(shape, fields, id(tensor) in self._parameters)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Runs an operation and applies its rule."""
+        call = Call(func, tuple(args), dict(kwargs or {}), self)
+        result = func(*args, **call.kwargs)
+        call.outs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not any(self.labelled(t).fields for t in call.tensors):
+            return result  # nothing in it has labels: constants, the input
+        fields = rule_for(func)(call)
+        is_weight = call.name in MOVES and all(self.labelled(t).is_weight for t in call.tensors)
+        for out, out_fields in zip(call.outs, fields, strict=True):
+            self._labelled[out] = Labelled(tuple(out.shape), out_fields, is_weight)
+        return result
