@@ -49,6 +49,7 @@ from autocompress.testing_tools import (
     digest_elsewhere,
     find_facts,
     fingerprint,
+    leaving_layers_whole,
     masked_model,
     middle_density,
     refused,
@@ -120,7 +121,8 @@ class SchemeConformance:
             model, x = self.fresh_model(model_name), self.batch(4)
             try:
                 scheme = self.make_scheme()
-                self._cases[model_name] = Case(scheme, model, x, find_facts(scheme, model, x[:1]))
+                with leaving_layers_whole():
+                    self._cases[model_name] = Case(scheme, model, x, find_facts(scheme, model, x))
             except ValueError as error:
                 self._cases[model_name] = error
         case = self._cases[model_name]
@@ -213,8 +215,8 @@ class SchemeConformance:
         """
         case, weights = self.case(model_name), self.case(model_name).weights
         frozen = copy.deepcopy(case.model).requires_grad_(False)
-        with torch.no_grad():
-            facts = find_facts(self.make_scheme(), frozen, case.x)
+        with torch.no_grad(), leaving_layers_whole():
+            facts = find_facts(self.make_scheme(), frozen, case.x, example=len(case.x))
         with torch.inference_mode():
             theta = self.make_scheme().pi(weights, case.middle, facts)
         assert_same_theta(theta, case.pi(case.middle))
@@ -223,7 +225,7 @@ class SchemeConformance:
     def test_another_process_finds_the_same(self, model_name: str) -> None:
         """Bit for bit, in a fresh process whose sets and hashes have another order."""
         case = self.case(model_name)
-        elsewhere = digest_elsewhere(case.scheme, case.model, case.x[:1])
+        elsewhere = digest_elsewhere(case.scheme, case.model, case.x)
         assert elsewhere == theta_digest(case.pi(case.middle))
 
     def test_delta_is_w_on_the_support_and_zero_off_it(self, model_name: str) -> None:
@@ -297,7 +299,8 @@ class SchemeConformance:
         case = self.case(model_name)
         scheme, model = self.make_scheme(), as_users_leave_it(copy.deepcopy(case.model))
         before = fingerprint(model)
-        facts = find_facts(scheme, model, case.x[:1])
+        with leaving_layers_whole():
+            facts = find_facts(scheme, model, case.x)
         assert fingerprint(model) == before, "analyze changed the model"
         theta = scheme.pi({n: p.detach() for n, p in model.named_parameters()}, case.middle, facts)
         assert_equivalent_theta(scheme, theta, case.pi(case.middle))

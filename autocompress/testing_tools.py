@@ -27,15 +27,26 @@ from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights, observe
 from autocompress.testing_models import CLASSES
 
 
-def find_facts(scheme: Scheme, model: nn.Module, example_input: Tensor) -> Facts:
-    """What a scheme finds out about a model, and about data where it looks at any."""
+def find_facts(scheme: Scheme, model: nn.Module, x: Tensor, example: int = 1) -> Facts:
+    """What a scheme finds out about a model and, if it looks at data, about a batch.
+
+    Args:
+        scheme: The scheme.
+        model: The model.
+        x: The batch that it may look at.
+        example: How many samples of it are the example input.
+    """
+    facts = scheme.analyze(model, x[:example])
+    batch = x, torch.arange(len(x)) % CLASSES
+    return observe(scheme, Evidence(model, lambda: [batch], nn.functional.cross_entropy), facts)
+
+
+@contextmanager
+def leaving_layers_whole() -> Iterator[None]:
+    """Lets a scheme say in a warning what it leaves whole."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a scheme may say what it leaves whole
-        facts = scheme.analyze(model, example_input)
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(8, *example_input.shape[1:], generator=generator)
-    y = torch.arange(len(x)) % CLASSES
-    return observe(scheme, Evidence(model, lambda: [(x, y)], nn.functional.cross_entropy), facts)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def middle_density(scheme: Scheme, facts: Facts) -> float:
@@ -218,11 +229,11 @@ def theta_digest(theta: Theta) -> dict[str, str]:
 # A second process.
 
 
-def digest_elsewhere(scheme: Scheme, model: nn.Module, example_input: Tensor) -> dict[str, str]:
+def digest_elsewhere(scheme: Scheme, model: nn.Module, x: Tensor) -> dict[str, str]:
     """The digest of θ at the middle density as a process of its own finds it, with another hash seed."""
     used = {type(part).__module__ for part in parts_of(scheme)} | {type(m).__module__ for m in model.modules()}
     files = {name: file for name in used if (file := getattr(sys.modules[name], "__file__", None))}
-    payload = pickle.dumps((scheme, model, example_input))
+    payload = pickle.dumps((scheme, model, x))
     future = _second_process().submit(_digest, files, payload, torch.get_num_threads())
     return future.result(timeout=300)
 
@@ -254,8 +265,9 @@ def _digest(files: Mapping[str, str], payload: bytes, threads: int) -> dict[str,
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
     torch.set_num_threads(threads)
-    scheme, model, example_input = pickle.loads(payload)
-    facts = find_facts(scheme, model, example_input)
+    scheme, model, x = pickle.loads(payload)
+    with leaving_layers_whole():
+        facts = find_facts(scheme, model, x)
     return theta_digest(scheme.pi(weights_of(model), middle_density(scheme, facts), facts))
 
 
@@ -307,11 +319,17 @@ def assert_equivalent_theta(scheme: Scheme, actual: Theta, expected: Theta) -> N
 
 
 def count_left_behind(work: Callable[[], None]) -> int:
-    """How many of the tensors and modules that ``work`` made are still alive when it is done."""
+    """How many of the tensors and modules that ``work`` made are still alive when it is done.
+
+    Subclasses of tensors do not count: torch's own caches keep some that hold no memory.
+    """
     gc.freeze()  # what is there already is not looked at, which saves seconds
     try:
         work()
         gc.collect()
-        return sum(issubclass(type(thing), (Tensor, nn.Module)) for thing in gc.get_objects())
+        return sum(
+            type(thing) in (Tensor, nn.Parameter) or issubclass(type(thing), nn.Module)
+            for thing in gc.get_objects()
+        )
     finally:
         gc.unfreeze()
