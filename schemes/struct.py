@@ -52,7 +52,7 @@ class StructPrune:
         return True
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Structure:
-        """Finds the coupled groups through torch-pruning's dependency graph."""
+        """Finds the coupled groups by following a forward pass; warnings name what is left whole."""
         found = find_groups(model, example_input)
         groups = tuple(g for g in found if self.prunes(g) and any(len(part) > self.min_keep for part in g.parts))
         if not groups:
