@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .calls import Call, Labelled
 from .coupling import Couplings
-from .rules import MOVES, Call, Labelled, rule_for
+from .rules import MOVES, rule_for
 
 OUTPUT = "the network's output"
 

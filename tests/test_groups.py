@@ -223,10 +223,8 @@ def analyzed(scheme: StructPrune, model: nn.Module, x: Tensor) -> tuple[object, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         facts = scheme.analyze(model, x[:1])
-    named = []
-    for message in (str(warning.message) for warning in caught):
-        for layer in message.split(": ", 1)[1].split(", "):
-            named.append(re.escape(re.sub(r" \(.*", "", layer)).replace(r"\*", r"\d+"))
+    layers = [layer for warning in caught for layer in str(warning.message).split(": ", 1)[1].split(", ")]
+    named = [re.escape(re.sub(r" \(.*", "", layer)).replace(r"\*", r"\d+") for layer in layers]
     return facts, named
 
 
@@ -258,7 +256,7 @@ def assert_exact(model: nn.Module, x: Tensor, share: float) -> nn.Module:
             widths = layers_of(realized)
             for name, width in layers_of(model).items():
                 said = any(re.fullmatch(pattern, name) for pattern in named)
-                assert widths[name] < width or said or name.startswith("head") and width == CLASSES, name
+                assert widths[name] < width or said or (name.startswith("head") and width == CLASSES), name
     return realized
 
 
