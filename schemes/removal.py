@@ -44,6 +44,10 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
     thinner = copy.deepcopy(model, smaller)  # the memo has the tensors already: shared ones stay shared
     for before, after in zip(model.modules(), thinner.modules(), strict=True):
         _restate_sizes(before, after)
+    for name, module in thinner.named_modules():
+        place = (f"{name}.num_features".lstrip("."), 0)
+        if place in gone and isinstance(module, nn.modules.batchnorm._NormBase):
+            module.num_features -= len(gone[place])
     return thinner
 
 

@@ -363,6 +363,15 @@ def test_convolutions_of_every_kind(
     assert realized[1].num_features == 2 and realized[4].num_parameters == 3
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm2d(8), nn.BatchNorm2d(8, affine=False, track_running_stats=False)]
+)
+def test_a_normalisation_without_tensors_knows_how_many_channels_it_has(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU(), Head(8)).eval()
+    realized = widths_at_the_lowest(model, torch.randn(2, 3, 6, 6), min_keep=2)
+    assert realized[1].num_features == realized[0].out_channels == 2
+
+
 def test_layers_that_share_their_weights_shrink_together() -> None:
     torch.manual_seed(0)
     first, second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
