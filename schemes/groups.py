@@ -71,7 +71,8 @@ def _abridged(layers: Iterable[str]) -> list[str]:
     """Layers that repeat under other numbers, named once: ``blocks.*.mlp (12 layers)``."""
     alike: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
-        alike[re.sub(r"\d+(?=\D)", "*", layer)].append(layer)  # a number at the end is kept
+        name, *some = layer.split(" ", 1)  # "conv2 (16 of 32)"
+        alike[" ".join([re.sub(r"\d+(?=\D)", "*", name), *some])].append(layer)  # a number at the end is kept
     return [
         text
         for pattern, names in alike.items()

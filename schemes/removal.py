@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .rules import takes_whole_groups
+from .computing import takes_whole_groups
 from .slices import Group
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -44,6 +44,10 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
     thinner = copy.deepcopy(model, smaller)  # the memo has the tensors already: shared ones stay shared
     for before, after in zip(model.modules(), thinner.modules(), strict=True):
         _restate_sizes(before, after)
+    for name, module in thinner.named_modules():
+        place = (f"{name}.num_features".lstrip("."), 0)
+        if place in gone and isinstance(module, nn.modules.batchnorm._NormBase):
+            module.num_features -= len(gone[place])
     return thinner
 
 

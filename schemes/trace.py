@@ -5,7 +5,7 @@ written in. The trace watches them run, carries labels from inputs to outputs, a
 rules for the operations are in `rules`; of an operation that has none, all that it touches stays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .coupling import Couplings
-from .rules import MOVES, Call, Labelled, rule_for
+from .calls import Call, Labelled
+from .coupling import Couplings, along
+from .rules import MOVES, rule_for
 
 OUTPUT = "the network's output"
 
@@ -28,7 +29,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
     Attributes:
         couplings: The ties and pins.
         positions: The labels of the parameters and buffers met so far, in the order in which they were used:
-            by name, for each dimension a vector, or None where the dimension has size 1.
+            by name, for each dimension a vector, or None where the dimension has size 1. With them
+            ``num_features`` of normalisations that have no tensors.
         outputs: Labels of what layers put out: dimensions of weights that a product leaves over.
         filters: Those of them that belong to convolutions.
     """
@@ -52,12 +54,25 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
             fastpath = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
+            for name, module in self._model.named_modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase) and not module.state_dict():
+                    stack.enter_context(module.register_forward_pre_hook(self._without_tensors(name)))
             with self:
                 outputs = self._model(x)
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor):
                 for field in self.labelled(output).fields:
                     self.couplings.pin(field, OUTPUT)
+
+    def _without_tensors(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Labels ``num_features`` of a normalisation that has no tensors to tell how many channels there are."""
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            labels = along(self.labelled(inputs[0]).fields, 1)
+            if labels is not None:
+                self.positions[f"{name}.num_features".lstrip(".")] = (labels,)
+
+        return note
 
     def labelled(self, tensor: Tensor) -> Labelled:
         """What is known of a tensor; a parameter or buffer met for the first time gets fresh labels."""

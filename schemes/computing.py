@@ -1,0 +1,196 @@
+"""Rules for operations that compute: what they add, multiply or normalise together is tied together."""
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .calls import FIXED, MIXED, Call, Labelled
+from .coupling import Fields, along, varies
+
+
+def elementwise(call: Call) -> list[Fields]:
+    """A function of elements at the same place, after broadcasting."""
+    ndim = max(len(out.shape) for out in call.outs)
+    shape: tuple[int, ...] = (1,) * ndim
+    fields: Fields = ()
+    for tensor in call.tensors:
+        part = call.trace.labelled(tensor)
+        missing = (1,) * (ndim - len(part.shape))
+        own = tuple(f.reshape(missing + tuple(f.shape)) for f in part.fields)
+        fields = call.couplings.combine(fields, shape, own, missing + part.shape, FIXED)
+        shape = tuple(map(max, shape, missing + part.shape))
+    return call.everywhere(fields)
+
+
+def reduce(call: Call) -> list[Fields]:
+    """A number for all the elements along some dimensions: mean, sum, maximum, variance."""
+    ndim = len(call.x.shape)
+    formal = {argument.name for argument in call.func._schema.arguments}
+    dims = call.dims("dim", ndim) if "dim" in formal else list(range(ndim))
+    fields = call.couplings.merge_all(call.x.fields, dims, MIXED.format(call.name))
+    if call.outs[0].dim() == ndim:
+        return call.everywhere(fields)
+    return call.everywhere(tuple(f.squeeze(tuple(dims)) for f in fields))
+
+
+def normalize_along(call: Call) -> list[Fields]:
+    """Softmax and the like: the shape stays, the elements along a dimension depend on each other."""
+    dims = call.dims("dim", len(call.x.shape))
+    call.couplings.merge_all(call.x.fields, dims, MIXED.format("softmax or sum"))
+    return call.everywhere(call.x.fields)
+
+
+def spatial(call: Call) -> list[Fields]:
+    """Pooling, interpolation and padding by reflection: they mix the last dimensions, one by one channel."""
+    (n,) = re.findall(r"(\d)d", call.name)[:1] or ["2"]
+    ndim = len(call.x.shape)
+    last = range(ndim - int(n), ndim)
+    return call.everywhere(call.couplings.merge_all(call.x.fields, last, MIXED.format(call.name)))
+
+
+def shuffle_pixels(call: Call) -> list[Fields]:
+    """Channels to positions: those of one output channel go together."""
+    moved = tuple(call.moved(f) for f in call.x.fields)
+    ndim = len(call.x.shape)
+    return [call.couplings.merge_all(moved, [ndim - 2, ndim - 1], FIXED)]
+
+
+def layer_norm(call: Call) -> list[Fields]:
+    """Statistics over the last dimensions: without one of the elements they are others."""
+    why = MIXED.format("LayerNorm")
+    last = len(call.argument("normalized_shape"))
+    for name in ("weight", "bias"):
+        _pin_argument(call, name, why)
+    ndim = len(call.x.shape)
+    call.couplings.merge_all(call.x.fields, range(ndim - last, ndim), why)
+    return [call.x.fields, *(() for _ in call.outs[1:])]
+
+
+def _pin_argument(call: Call, name: str, why: str) -> None:
+    tensor = call.argument(name)
+    for f in call.trace.labelled(tensor).fields if tensor is not None else ():
+        call.couplings.pin(f, why)
+
+
+def _vectors(call: Call, *names: str) -> Iterator[Tensor | None]:
+    """The labels of arguments that are vectors, where they were given."""
+    for name in names:
+        tensor = call.argument(name)
+        if tensor is not None:
+            yield along(call.trace.labelled(tensor).fields, 0)
+
+
+def group_norm(call: Call) -> list[Fields]:
+    """Statistics over each group of channels: whole groups come and go."""
+    groups, channels = call.argument("group"), call.argument("C")
+    labels = _channels(call, call.x)
+    if labels is not None:
+        of_group = labels.view(groups, -1)
+        call.couplings.tie(of_group, of_group[:, :1])
+        if groups == 1:
+            call.couplings.pin(labels, MIXED.format("GroupNorm"))
+    for vector in _vectors(call, "weight", "bias"):
+        call.couplings.tie_or_pin(vector, labels, FIXED)
+    fields = _as_channels(labels if channels > 1 else None, len(call.x.shape))
+    return [fields, *(() for _ in call.outs[1:])]
+
+
+def batch_norm(call: Call) -> list[Fields]:
+    """Statistics of each channel by itself: scale, shift and running statistics go with it."""
+    labels = _channels(call, call.x)
+    for vector in _vectors(call, "weight", "bias", "running_mean", "running_var"):
+        call.couplings.tie_or_pin(vector, labels, FIXED)
+    fields = _as_channels(labels, len(call.x.shape))
+    return [fields, *(() for _ in call.outs[1:])]
+
+
+def _channels(call: Call, x: Labelled) -> Tensor | None:
+    """The labels along dimension 1 of a tensor; what varies otherwise is merged into them."""
+    others = [dim for dim in range(len(x.shape)) if dim != 1]
+    return along(call.couplings.merge_all(x.fields, others, FIXED), 1)
+
+
+def _as_channels(labels: Tensor | None, ndim: int) -> Fields:
+    return () if labels is None else (labels.view([-1 if dim == 1 else 1 for dim in range(ndim)]),)
+
+
+def multiply(call: Call) -> list[Fields]:
+    """Products of matrices: `mm`, `bmm`, and `addmm` and `baddbmm`, which add a tensor."""
+    *added, a, b = (call.trace.labelled(t) for t in call.tensors)
+    rows, columns = len(a.shape) - 2, len(a.shape) - 1
+    # The elements a[.., m, k] b[.., k, n] over (.., m, k, n), then their sum over k.
+    left, right = tuple(f.unsqueeze(columns + 1) for f in a.fields), tuple(f.unsqueeze(rows) for f in b.fields)
+    products = call.couplings.combine(left, (*a.shape, 1), right, (*b.shape[:rows], 1, *b.shape[rows:]), FIXED)
+    if a.is_weight or b.is_weight:  # where a label goes, the weight is zero, and so is the product
+        products = tuple(f for f in products if varies(f) != {columns})
+        left_over = [
+            along(a.fields, rows) if a.is_weight else None,
+            along(b.fields, columns) if b.is_weight else None,
+        ]
+        call.trace.outputs += [labels for labels in left_over if labels is not None]
+    why = MIXED.format("product of activations")
+    fields = tuple(f.squeeze(columns) for f in call.couplings.merge_all(products, [columns], why))
+    shape = tuple(call.outs[0].shape)
+    for other in added:
+        missing = (1,) * (len(shape) - len(other.shape))
+        own = tuple(f.reshape(missing + tuple(f.shape)) for f in other.fields)
+        fields = call.couplings.combine(fields, shape, own, missing + other.shape, FIXED)
+    return [fields]
+
+
+def takes_whole_groups(groups: int, inputs_per_group: int) -> bool:
+    """Whether a grouped convolution loses whole groups; otherwise it loses the same channels of each group.
+
+    Either is exact. The one with more pieces to choose from is taken; a depthwise convolution is the extreme.
+    """
+    return groups >= inputs_per_group
+
+
+def convolve(call: Call) -> list[Fields]:
+    """A convolution reads the channels of its input and puts out those of its weight."""
+    weight = call.trace.labelled(call.argument("weight"))
+    groups, transposed = call.argument("groups"), call.argument("transposed")
+    read = _channels(call, call.x)
+    first, second = along(weight.fields, 0), along(weight.fields, 1)
+    for f in weight.fields:
+        if varies(f) - {0, 1}:
+            call.couplings.pin(f, "they are positions of a kernel")
+    if groups > 1:
+        put_out = _grouped(call, weight.shape, read, first, second)
+    else:
+        reads, put_out = (first, second) if transposed else (second, first)
+        call.couplings.tie_or_pin(reads, read, FIXED)
+        if not weight.is_weight and read is not None:
+            call.couplings.pin(read, MIXED.format("computed weight"))
+    if put_out is not None:
+        call.trace.filters.append(put_out)
+        call.trace.outputs.append(put_out)
+    for bias in _vectors(call, "bias"):
+        call.couplings.tie_or_pin(bias, put_out, FIXED)
+    return [_as_channels(put_out, len(call.x.shape))]
+
+
+def _grouped(
+    call: Call, shape: tuple[int, ...], read: Tensor | None, first: Tensor | None, second: Tensor | None
+) -> Tensor | None:
+    """Ties the channels of a grouped convolution; returns the labels of its outputs.
+
+    Its weight has shape (outputs, inputs of a group, ...), transposed (inputs, outputs of a group, ...). In both
+    cases its second dimension is seen by all groups alike.
+    """
+    groups, couplings = call.argument("groups"), call.couplings
+    assert first is not None  # it is at least as long as there are groups
+    ours = first.view(groups, -1)
+    rows = None if read is None else read.view(groups, -1)
+    if takes_whole_groups(groups, call.x.shape[1] // groups):
+        couplings.tie(ours, ours[:, :1])
+        couplings.tie_or_pin(ours[:, :1], rows, FIXED)
+        if second is not None:
+            couplings.pin(second, "they are inside the groups of a convolution")
+        return ours[:, :1].expand(groups, call.outs[0].shape[1] // groups).reshape(-1)
+    couplings.tie(ours, ours[:1])
+    shared = None if second is None else second.expand(groups, -1)
+    inputs, outputs = (ours, shared) if call.argument("transposed") else (shared, ours)
+    couplings.tie_or_pin(inputs, rows, FIXED)
+    return None if outputs is None else outputs.reshape(-1)

@@ -1,0 +1,193 @@
+"""Rules for operations that move elements, repeat them or leave them out: labels go where values go."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .calls import BY_PLACE, FIXED, Call, Labelled
+from .coupling import Field, Fields, along, reduced, varies
+
+
+def unchanged(call: Call) -> list[Fields]:
+    """The output has the first tensor's shape, and its labels."""
+    return call.everywhere(call.x.fields)
+
+
+def unlabelled(call: Call) -> list[Fields]:
+    """A new tensor of a size of its own."""
+    return call.everywhere(())
+
+
+def rearrange(call: Call) -> list[Fields]:
+    """The labels move as the values do."""
+    return [tuple(call.moved(f) for f in call.x.fields)]
+
+
+def reshape(call: Call) -> list[Fields]:
+    """Dimensions are merged and split.
+
+    Of a dimension that is split into several (into groups and channels within one) only one can shrink, and
+    the others are numbers in the code. It is the largest: groups are few, channels many.
+    """
+    shape = tuple(call.outs[0].shape)
+    fields = []
+    for f in call.x.fields:
+        moved = reduced(f.expand(call.x.shape).reshape(shape))
+        for dims in _blocks(call.x.shape, shape):
+            split = [dim for dim in dims if moved.size(dim) > 1]
+            free = max(split, key=lambda dim: (moved.size(dim), dim), default=None)
+            moved = call.couplings.merge(moved, [dim for dim in split if dim != free])
+        fields.append(moved)
+    return [call.couplings.merge_all(tuple(fields), (), "a reshape leaves none to choose")]
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[list[int]]:
+    """The dimensions of ``after`` in runs that hold the same elements as a run of ``before``."""
+    i = j = 0
+    while i < len(before) and j < len(after):
+        block, left, right = [j], before[i], after[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * before[i], i + 1
+            else:
+                block.append(j)
+                right, j = right * after[j], j + 1
+        yield block
+
+
+def select(call: Call) -> list[Fields]:
+    """One place along a dimension: `select`, `unbind`."""
+    (dim,) = call.dims("dim", len(call.x.shape))
+    kept = call.couplings.merge_all(call.x.fields, [dim], BY_PLACE.format(call.name))
+    kept = tuple(f.squeeze(dim) for f in kept)
+    return call.everywhere(kept)
+
+
+def slice_(call: Call) -> list[Fields]:
+    """Some places along a dimension; all of them in many networks."""
+    x, (dim,) = call.x, call.dims("dim", len(call.x.shape))
+    if call.outs[0].shape[dim] == x.shape[dim]:
+        return [x.fields]
+    return [call.couplings.merge_all(x.fields, [dim], BY_PLACE.format("slice"))]
+
+
+def split(call: Call) -> list[Fields]:
+    """Parts of equal size stay of equal size: places are tied across them."""
+    x, (dim,) = call.x, call.dims("dim", len(call.x.shape))
+    sizes = [out.shape[dim] for out in call.outs]
+    if len(set(sizes)) > 1:
+        return call.everywhere(call.couplings.merge_all(x.fields, [dim], BY_PLACE.format("split")))
+    fields = []
+    for f in x.fields:
+        if f.size(dim) > 1:
+            first, *others = f.split(sizes[0], dim)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            for other in others:
+                call.couplings.tie(first, other)
+            f = first
+        fields.append(f)
+    return call.everywhere(call.couplings.merge_all(tuple(fields), (), BY_PLACE.format("split")))
+
+
+def halve(call: Call) -> list[Fields]:
+    """A gated linear unit: the first half of a dimension times a function of the second."""
+    (dim,) = call.dims("dim", len(call.x.shape))
+    fields = []
+    for f in call.x.fields:
+        if f.size(dim) > 1:
+            first, second = f.chunk(2, dim)
+            call.couplings.tie(first, second)
+            f = first
+        fields.append(f)
+    return [call.couplings.merge_all(tuple(fields), (), FIXED)]
+
+
+def index(call: Call) -> list[Fields]:
+    """Places by number, in a tensor of them."""
+    x = call.x
+    if call.name == "embedding":
+        given: list[Any] = [call.argument("indices"), None]
+    elif call.name == "index_select":
+        (at,) = call.dims("dim", len(x.shape))
+        given = [call.argument("index") if dim == at else None for dim in range(len(x.shape))]
+    else:
+        given = call.argument("indices") + [None] * (len(x.shape) - len(call.argument("indices")))
+    indexed = [dim for dim, tensor in enumerate(given) if tensor is not None]
+    for tensor in (t for t in given if t is not None):
+        for f in call.trace.labelled(tensor).fields:
+            call.couplings.pin(f, "they are places in a table")
+    if call.name == "embedding" and x.is_weight and (vectors := along(x.fields, 1)) is not None:
+        call.trace.outputs.append(vectors)
+    kept = call.couplings.merge_all(x.fields, indexed, BY_PLACE.format("table look-up"))
+    every = tuple(slice(None) if tensor is None else tensor for tensor in given)
+    return [tuple(reduced(_expanded(f, x.shape, indexed)[every]) for f in kept)]
+
+
+def _expanded(f: Field, shape: Sequence[int], dims: Sequence[int]) -> Field:
+    return f.expand([shape[dim] if dim in dims else f.size(dim) for dim in range(f.dim())])
+
+
+def roll(call: Call) -> list[Fields]:
+    """A shift in a circle, by a number of places."""
+    dims = call.dims("dims", len(call.x.shape))
+    return [call.couplings.merge_all(call.x.fields, dims, BY_PLACE.format("roll"))]
+
+
+def pad(call: Call) -> list[Fields]:
+    """What is added at either end stays; what was there keeps its labels."""
+    x, widths = call.x, call.argument("pad")
+    ends = {len(x.shape) - 1 - i // 2: (widths[i], widths[i + 1]) for i in range(0, len(widths), 2)}
+    ends = {dim: added for dim, added in ends.items() if any(added)}
+    cut = [dim for dim, added in ends.items() if min(added) < 0]
+    fields = []
+    for f in call.couplings.merge_all(x.fields, cut, BY_PLACE.format("slice")):
+        for dim in varies(f) & ends.keys():
+            shape = [[n if d == dim else size for d, size in enumerate(f.shape)] for n in ends[dim]]
+            added = [call.couplings.fresh(math.prod(s)).view(s) for s in shape]
+            for labels in added:
+                call.couplings.pin(labels, "they are added to padding, whose width is fixed")
+            f = torch.cat([added[0], f, added[1]], dim)
+        fields.append(f)
+    return [tuple(fields)]
+
+
+def concatenate(call: Call) -> list[Fields]:
+    """Labels one after the other along the dimension, tied across it."""
+    parts = [call.trace.labelled(t) for t in call.tensors if t.numel()]
+    ndim = len(parts[0].shape)
+    (dim,) = call.dims("dim", ndim)
+    across: Fields = tuple(f for f in parts[0].fields if f.size(dim) == 1)
+    for i, part in enumerate(parts[1:]):
+        shapes = [tuple(1 if d == dim else n for d, n in enumerate(p.shape)) for p in (parts[i], part)]
+        own = tuple(f for f in part.fields if f.size(dim) == 1)
+        across = call.couplings.combine(across, shapes[0], own, shapes[1], FIXED)
+    if not any(f.size(dim) > 1 for part in parts for f in part.fields):
+        return [across]
+    columns = [_column(call, part, dim) for part in parts]
+    widest = [max(c.size(d) for c in columns) for d in range(ndim)]
+    shapes = [tuple(c.size(d) if d == dim else widest[d] for d in range(ndim)) for c in columns]
+    return [(*across, torch.cat([c.expand(shape) for c, shape in zip(columns, shapes, strict=True)], dim))]
+
+
+def _column(call: Call, part: Labelled, dim: int) -> Field:
+    """The field of a part of a concatenation that varies along it; where it has none, its places stay."""
+    own = [f for f in part.fields if f.size(dim) > 1]
+    if own:
+        for other in own[1:]:
+            call.couplings.tie(own[0], other)
+        return own[0]
+    labels = call.couplings.fresh(part.shape[dim])
+    call.couplings.pin(labels, FIXED)
+    return labels.view([-1 if d == dim else 1 for d in range(len(part.shape))])
+
+
+def stack(call: Call) -> list[Fields]:
+    """Tensors of one shape behind each other along a new dimension."""
+    parts = [call.trace.labelled(t) for t in call.tensors]
+    fields = parts[0].fields
+    for part in parts[1:]:
+        fields = call.couplings.combine(fields, part.shape, part.fields, part.shape, FIXED)
+    (dim,) = call.dims("dim", len(parts[0].shape) + 1)
+    return [tuple(f.unsqueeze(dim) for f in fields)]

@@ -1,0 +1,71 @@
+"""Structured pruning of every family of classifiers, at full image size with random weights: one row a density.
+
+    python tests/benchmarks/architectures.py [NAME ...]
+
+`plan s` is what analyze, pi and realize take together, in processor seconds on one thread. `ok` says that the
+realized model computes what the masked one does (1e-5, fp32), has the parameters that were predicted, trains,
+copies and loads. Exits with 1 where one is not ok.
+"""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_architectures import ARCHITECTURES, alive, assert_usable, prune
+
+from autocompress.measurement import count_macs
+from autocompress.schemes import StructPrune
+
+
+def main(names: list[str]) -> int:
+    torch.set_num_threads(1)
+    print(f"{'model':20}{'params':>9}{'plan s':>8}{'asked':>7}{'got':>8}{'lowest':>8}{'MACs':>20}{'error':>9}  ok")
+    failed = sum(not row(name) for name in names or ARCHITECTURES)
+    return 1 if failed else 0
+
+
+def row(name: str) -> bool:
+    """Prints a model's rows and what is left whole of it; whether all is well."""
+    torch.manual_seed(0)
+    side = ARCHITECTURES[name].full_side
+    x = torch.randn(2, 3, side, side)
+    model = alive(ARCHITECTURES[name].make(), x)
+    scheme = StructPrune()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        analyzing = time.process_time()
+        facts = scheme.analyze(model, x[:1])
+        analyzing = time.process_time() - analyzing
+    lowest = scheme.lowest_density(facts)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    dense_macs = count_macs(model, x)
+    fine = True
+    for density in (0.5, 0.1):
+        pruned = prune(model, x, facts, density)
+        planning = time.process_time()
+        theta = scheme.pi(weights, max(density, lowest), facts)
+        scheme.realize(model, theta, facts)
+        planning = time.process_time() - planning
+        error = "" if pruned.error < 1e-5 else "not exact"
+        try:
+            assert_usable(pruned, model, x, facts, export=False)
+        except Exception as failure:  # whatever goes wrong is what the table is for
+            error = f"{type(failure).__name__}: {failure}"
+        macs = f"{dense_macs / 1e6:.0f}M -> {count_macs(pruned.realized, x) / 1e6:.0f}M"
+        print(
+            f"{name:20}{sum(w.numel() for w in weights.values()) / 1e6:8.1f}M{analyzing + planning:8.2f}"
+            f"{density:7.1f}{pruned.density:8.4f}{lowest:8.4f}{macs:>20}{pruned.error:9.0e}  {error or 'ok'}",
+            flush=True,
+        )
+        fine &= not error
+    for warning in caught:
+        print(f"    {warning.message}")
+    return fine
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
