@@ -19,11 +19,12 @@ stable for every μ, up to μ = ∞: the frozen support of the polish.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Facts, Scheme, Theta, Weights
+from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights, observe
 from autocompress.task import Task, device_of
 from autocompress.training import (
     Descent,
@@ -32,6 +33,8 @@ from autocompress.training import (
     n_steps,
     recalibrate_batchnorm,
 )
+
+OBSERVED_BATCHES = 8  # that a scheme which looks at data is shown before a C step
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ def multiplier_step(multipliers: Weights, mu: float, weights: Weights, theta: We
 
 
 def bound_entries(theta: Theta) -> Weights:
-    """Per weight that θ does not keep whole: 1.0 where the entry is drawn to θ, 0.0 where it is free."""
-    return {name: (~kept).float() for name, kept in theta.support.items()}
+    """Per weight that is not all free: 1.0 where the entry is drawn to θ, 0.0 where it is free."""
+    partly = {name: (~kept).float() for name, kept in theta.support.items()}
+    return partly | {name: torch.ones_like(theta.values[name], dtype=torch.float) for name in theta.drawn}
 
 
 @torch.no_grad()
@@ -185,6 +189,7 @@ class LearningCompression:
         for k in range(c_steps):
             mu = self.mu_at(k, steps_per_c_step)
             target = self.density_at((k + 1) / c_steps, density)
+            facts = observe(scheme, learner.evidence(), facts)
             theta = c_step(scheme, w, multipliers, mu, target, facts)
             penalty = Penalty.towards(scheme.delta(theta), multipliers, mu, bound_entries(theta))
             loss = learner.l_step(steps_per_c_step, penalty)
@@ -194,8 +199,10 @@ class LearningCompression:
             curves["lc_loss"].append(loss)
         theta = freeze(scheme, w, density, facts)
         learner.l_step(learner.descent.steps_left, Penalty.frozen(scheme.delta(theta), bound_entries(theta)))
-        theta = freeze(scheme, w, density, facts)
+        freeze(scheme, w, density, facts)
         recalibrate_batchnorm(model, task.train)
+        # What a scheme saw of the activations must be those of the model that ships.
+        theta = freeze(scheme, w, density, observe(scheme, learner.evidence(), facts))
         return Recovered(theta, {name: tuple(values) for name, values in curves.items()})
 
     def mu_at(self, k: int, steps: int) -> float:
@@ -226,6 +233,7 @@ class Learner:
         self.weights: Weights = dict(model.named_parameters())
         steps = n_steps(task.train, config.epochs)
         self.descent = Descent(model, steps, config.lr, config.momentum, config.weight_decay)
+        self._train = task.train
         self._loss = task.loss
         self._device = device_of(model)
         self._batches = endless_taught(task.train, task.model, torch.Generator().manual_seed(seed))
@@ -243,6 +251,10 @@ class Learner:
         if not math.isfinite(mean) or not finite:
             raise FloatingPointError(f"the training diverged (loss {mean}); try a smaller learning rate")
         return mean
+
+    def evidence(self) -> Evidence:
+        """What a C step may look at: the model as it is, and the first batches of the training data."""
+        return Evidence(self.model, lambda: islice(self._train.batches(), OBSERVED_BATCHES), self._loss)
 
     def _task_loss(self, x: Tensor, y: Tensor, taught: Tensor) -> Tensor:
         logits = self.model(x.to(self._device))

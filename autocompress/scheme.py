@@ -30,12 +30,14 @@ class Theta:
             shape). What is not named is kept whole. Kept entries are free: θ follows w there.
         kept: Parameters of the realized model.
         plan: What `Scheme.realize` must know to build the compressed architecture: JSON types only.
+        drawn: Names of the weights whose kept entries are not free but drawn to θ: they lie on a coarse grid.
     """
 
     values: Weights
     support: Mapping[str, Tensor]
     kept: int
     plan: Mapping[str, Any] = field(default_factory=dict)
+    drawn: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -172,16 +174,17 @@ class Compose:
     def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
         """Projects with one part after the other, each on what the part before it left."""
         support: dict[str, Tensor] = {}
-        kept, plans = None, []
+        kept, plans, drawn = None, [], frozenset[str]()
         theta = None
         for part, part_facts in zip(self.parts, facts, strict=True):
             theta = part.pi(weights, density, part_facts)
             weights = part.delta(theta)
             support |= theta.support
+            drawn |= theta.drawn
             kept = theta.kept if kept is None else min(kept, theta.kept)
             plans.append(dict(theta.plan))
         assert theta is not None and kept is not None
-        return Theta(theta.values, support, kept, {"parts": plans})
+        return Theta(theta.values, support, kept, {"parts": plans}, drawn)
 
     def delta(self, theta: Theta) -> Weights:
         """Decompresses the last part's values; what the earlier parts removed is zero in them."""

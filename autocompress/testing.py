@@ -25,7 +25,7 @@ from unittest import SkipTest
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Facts, Scheme, Theta, Weights
+from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights, observe
 
 CLASSES = 5
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
@@ -210,7 +210,7 @@ class SchemeConformance:
             model = lived_in(self.models[model_name]())
             x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
             try:
-                self._cases[model_name] = Case(model, x, self.make_scheme().analyze(model, x[:1]))
+                self._cases[model_name] = Case(model, x, find_facts(self.make_scheme(), model, x))
             except ValueError as error:
                 self._cases[model_name] = error
         case = self._cases[model_name]
@@ -292,7 +292,7 @@ class SchemeConformance:
         """The same weights, and facts found anew, give the same result; the weights are left as they were."""
         scheme, case, theta = self.projected(model_name)
         weights = copy.deepcopy(case.weights)
-        facts = self.make_scheme().analyze(copy.deepcopy(case.model), case.x[:1])
+        facts = find_facts(self.make_scheme(), copy.deepcopy(case.model), case.x)
         density = middle_density(scheme, facts)
         assert_same_theta(self.make_scheme().pi(weights, density, facts), theta)
         assert_same_tensors(weights, case.weights)
@@ -353,8 +353,8 @@ class SchemeConformance:
             module.training = i % 2 == 0
         next(model.parameters()).requires_grad_(False)
         before = fingerprint(model)
-        facts = scheme.analyze(model, x)
-        assert fingerprint(model) == before, "analyze changed the model"
+        facts = find_facts(scheme, model, x)
+        assert fingerprint(model) == before, "analyze or observe changed the model"
         theta = scheme.pi(
             {n: p.detach() for n, p in model.named_parameters()}, middle_density(scheme, facts), facts
         )
@@ -416,6 +416,13 @@ class SchemeConformance:
         density = max(density, scheme.lowest_density(case.facts))
         theta = scheme.pi(case.weights, density, case.facts)
         assert_no_empty_layer(scheme.realize(masked_model(scheme, case.model, theta), theta, case.facts))
+
+
+def find_facts(scheme: Scheme, model: nn.Module, x: Tensor) -> Facts:
+    """What the scheme finds out about the model and, if it looks at data, about the batch ``x``."""
+    batch = (x, torch.arange(len(x)) % CLASSES)
+    evidence = Evidence(model, lambda: [batch], nn.functional.cross_entropy)
+    return observe(scheme, evidence, scheme.analyze(model, x[:1]))
 
 
 def middle_density(scheme: Scheme, facts: Facts) -> float:

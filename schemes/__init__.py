@@ -1,16 +1,26 @@
 """The schemes that ship with autocompress, one family a file. Importing this registers them."""
 
-from .compositions import FilterPruneQuantize16, PruneQuantize16, StructPruneQuantize16
+from .compositions import (
+    FilterPruneQuantize16,
+    PruneQuantize8,
+    PruneQuantize16,
+    StructPruneQuantize8,
+    StructPruneQuantize16,
+)
 from .prune import Prune
 from .quantize import Quantize16
+from .quantize8 import Quantize8
 from .struct import FilterPrune, StructPrune
 
 __all__ = [
     "FilterPrune",
     "FilterPruneQuantize16",
     "Prune",
+    "PruneQuantize8",
     "PruneQuantize16",
+    "Quantize8",
     "Quantize16",
     "StructPrune",
+    "StructPruneQuantize8",
     "StructPruneQuantize16",
 ]
