@@ -5,7 +5,7 @@ BatchNorm that is folded into it and the ReLU that clips it, and what adds two s
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,15 +187,21 @@ class Ranges(fx.Interpreter):
 
     Args:
         traced: The network.
-        points: Their places among the operators of the network, see `places`.
+        points: Their places among the operators of the network, see `operators`.
+        state: The parameters and buffers to run it with, by name, in place of its own.
     """
 
-    def __init__(self, traced: fx.GraphModule, points: Sequence[int]) -> None:
+    def __init__(self, traced: fx.GraphModule, points: Sequence[int], state: Mapping[str, Tensor]) -> None:
         super().__init__(traced)
+        self._state = state
         found = operators(traced)
         self._points = {found[place]: i for i, place in enumerate(points)}
         self.lowest = [0.0] * len(points)
         self.highest = [0.0] * len(points)
+
+    def fetch_attr(self, target: str) -> Any:
+        """A parameter or buffer."""
+        return self._state[target] if target in self._state else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
         """One operator."""

@@ -1,6 +1,5 @@
 """Quantization to 8 bits: a quarter of the bytes, and the integer arithmetic of runtimes that have it."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -84,9 +83,7 @@ class Quantize8:
     def observe(self, evidence: Evidence, facts: Integers) -> Integers:
         """Notes between which values the activations of the training batches lie."""
         device = device_of(evidence.model)
-        traced = copy.deepcopy(facts.traced).to(device)
-        traced.load_state_dict(evidence.model.state_dict(), strict=False)
-        ranges = Ranges(traced, facts.points)
+        ranges = Ranges(facts.traced, facts.points, evidence.model.state_dict())
         with torch.no_grad():
             for x, _ in evidence.batches():
                 ranges.run(x.to(device))
