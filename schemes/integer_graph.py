@@ -229,7 +229,10 @@ def with_integers(traced: fx.GraphModule, steps: Sequence[tuple[float, int]], bi
     layers, _ = find_layers(traced)
     points = find_points(traced, layers)
     if len(points) != len(steps):
-        raise ValueError(f"the network has {len(points)} tensors to quantize, the plan {len(steps)}")
+        raise ValueError(
+            f"the network has {len(points)} tensors to quantize, and {len(steps)} were observed; compose "
+            "Quantize8 only with schemes that leave the network's operators as they are"
+        )
     step_of = dict(zip(points, steps, strict=True))
     inputs = {layer.node: step_of.get(origin(arguments(layer.node)[0])) for layer in layers if layer.in_integers}
     for point in points:

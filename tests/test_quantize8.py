@@ -429,6 +429,39 @@ def test_onnx_runtime_computes_in_integers_what_the_module_computes(
     assert not kinds["Conv"] and not kinds["Gemm"]
 
 
+class Transformer(nn.Module):
+    """Patches, an encoder layer, and a classifier of their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_a_transformer_multiplies_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Transformer().eval(), torch.randn(32, 3, 8, 8)
+    masked, realized, _ = made(model, x)
+    assert error(run(realized, x), run(masked, x)) < 0.1
+    write_onnx(realized, torch.zeros_like(x[:2]), tmp_path / "model.onnx")
+    logits = run_onnx(tmp_path / "model.onnx", x, optimized=tmp_path / "optimized.onnx")
+    assert error(logits, run(realized, x)) < 0.02
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert kinds["QLinearConv"] == 1
+    assert kinds["MatMulIntegerToFloat"] + kinds["QLinearMatMul"] + kinds["QGemm"] == 5
+
+
+def test_a_network_with_other_operators_than_the_observed_one_is_refused() -> None:
+    model, x = lived_in(residual()), torch.randn(8, 3, 8, 8)
+    facts = find_facts(Quantize8(), model, x)
+    theta = Quantize8().pi({name: p.detach() for name, p in model.named_parameters()}, 1.0, facts)
+    with pytest.raises(ValueError, match=r"has \d+ tensors to quantize, and 10 were observed"):
+        Quantize8().realize(nn.Sequential(model, nn.Linear(5, 5)), theta, facts)
+
+
 def test_files_hold_a_quarter_of_the_bytes(
     shipped: tuple[nn.Module, nn.Module, Tensor, Theta, Path], tmp_path: Path
 ) -> None:
