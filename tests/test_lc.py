@@ -20,7 +20,7 @@ from autocompress.lc import (
 )
 from autocompress.measurement import count_params
 from autocompress.scheme import Facts, Scheme, Theta
-from autocompress.schemes import Prune, Quantize16, StructPrune, StructPruneQuantize16
+from autocompress.schemes import Prune, Quantize8, Quantize16, StructPrune, StructPruneQuantize16
 from autocompress.task import Batch, Task, TensorSplit
 from autocompress.testing import masked_model
 from autocompress.training import n_steps
@@ -94,6 +94,25 @@ def test_penalty_at_the_ends() -> None:
     assert weights["w"].tolist() == [0.0, 6.0]
     Penalty.frozen(theta, {}).apply(weights, lr=0.1)  # nothing is bound: a scheme without a support
     assert weights["w"].tolist() == [0.0, 6.0]
+
+
+def test_weights_on_a_coarse_grid_are_drawn_to_it_whole() -> None:
+    values = {"pruned": torch.zeros(2, dtype=torch.bfloat16), "free": torch.zeros(2)}
+    support = {name: torch.tensor([True, False]) for name in values}
+    bound = bound_entries(Theta(values, support, 2, drawn=frozenset({"pruned"})))
+    assert {name: is_bound.tolist() for name, is_bound in bound.items()} == {"pruned": [1, 1], "free": [0, 1]}
+    assert bound["pruned"].dtype == torch.float32
+
+
+def test_lc_draws_weights_of_two_bits_to_their_grid(tiny_task: Task) -> None:
+    scheme, model = Quantize8(bits=2), copy.deepcopy(tiny_task.model)
+    facts = scheme.analyze(model, tiny_task.example_input)
+    recovery = LearningCompression(epochs=60, c_steps=10, lr=0.05, alternating=1.0)
+    recovered = recovery.recover(model, scheme, facts, 1.0, tiny_task, 0)
+    first, *_, last = recovered.curves["lc_residual"]
+    assert last < 0.2 * first
+    for name, value in scheme.delta(recovered.theta).items():
+        assert torch.equal(model.get_parameter(name), value)
 
 
 def test_residual_and_bound_entries() -> None:
