@@ -26,7 +26,7 @@ from autocompress.parity import Arrays, FreshProcess, reason
 
 FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "safetensors": bundle.WEIGHTS}
 TOLERANCE = 1e-4
-TOLERANCE_16_BIT = 5e-2
+TOLERANCE_FEWER_BITS = 5e-2
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def export(
         directory: Where to write; made if it does not exist.
         provenance: What ``plan.json`` and ``README.md`` say of the model.
         tolerance: The largest `Artifact.max_error` to accept; 1e-4 by default, and 5e-2 for a model in 16
-            bits, because its ONNX file has the same weights and computes in float32.
+            bits, because its ONNX file has the same weights and computes in float32, or in 8, because
+            activations between two steps may be rounded the other way.
 
     Raises:
         ValueError: If ``example_input`` is no batch.
@@ -82,7 +83,7 @@ def export(
     # Another memory layout is for speed here; exporters know the plain one best.
     stored = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     if tolerance is None:
-        tolerance = TOLERANCE if weight_dtype(stored) == torch.float32 else TOLERANCE_16_BIT
+        tolerance = TOLERANCE if weight_dtype(stored) == torch.float32 else TOLERANCE_FEWER_BITS
     staging = directory / ".export"
     shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
     staging.mkdir(parents=True)
@@ -92,7 +93,8 @@ def export(
             expected = [stored(x).float().numpy() for x in probes]
         errors = _write_all(stored, probes, expected, staging, provenance)
         refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
-        _write_readme(staging / "README.md", probes[0], expected[0].shape[-1], provenance, refused)
+        integers = weight_dtype(stored) == torch.int8
+        _write_readme(staging / "README.md", probes[0], expected[0].shape[-1], provenance, refused, integers)
         _publish(staging, directory, refused)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -227,6 +229,10 @@ session = onnxruntime.InferenceSession("model.onnx")
 REBUILD = """With autocompress, as a module to train or measure further: `autocompress.load(".", model)`, from
 `model.safetensors` and `plan.json`. `model` is any instance of the dense architecture.
 """
+INTEGERS = """`model.onnx` computes in 8-bit integers: it is the file to deploy. The others store the same
+integers and compute in float32 what they give, slower than the dense model. On x86 processors without VNNI,
+ONNX Runtime adds up in 16 bits, which can saturate: check it there, or compress with `Quantize8(bits=7)`.
+"""
 INPUT_OUTPUT = """Input: {dtype} of shape (batch, {sample}), any batch size. {preprocessing}
 
 Output: float32 logits of shape (batch, {classes}). The largest is the prediction; softmax makes
@@ -235,7 +241,7 @@ probabilities of them.{names}
 
 
 def _write_readme(
-    path: Path, sample: Tensor, classes: int, provenance: Provenance, refused: Mapping[str, str]
+    path: Path, sample: Tensor, classes: int, provenance: Provenance, refused: Mapping[str, str], integers: bool
 ) -> None:
     """How to run what is there, and why the rest is not."""
     shape, dtype = tuple(sample.shape), dtype_name(sample.dtype)
@@ -243,6 +249,8 @@ def _write_readme(
     for name, text in (("pt2", RUN_PT2), ("onnx", RUN_ONNX), ("safetensors", REBUILD)):
         there = text.format(shape=shape, dtype=dtype)
         parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n" if name in refused else there)
+    if integers and "onnx" not in refused:
+        parts.append(INTEGERS)
     parts.append(
         INPUT_OUTPUT.format(
             dtype=dtype,

@@ -67,9 +67,15 @@ def freeze(scheme: Scheme, weights: Weights, density: float, facts: Facts) -> Th
     return theta
 
 
+def free_entries(theta: Theta) -> dict[str, Tensor]:
+    """Per weight that θ binds: True where the entry is free, False where it is drawn to θ."""
+    drawn = {name: torch.zeros_like(theta.values[name], dtype=torch.bool) for name in theta.drawn}
+    return {**theta.support, **drawn}
+
+
 def frozen(scheme: Scheme, theta: Theta) -> Penalty:
     """The penalty of the polish, μ = ∞: what is not on the support stays at θ."""
-    return Penalty.towards(scheme.delta(theta), theta.support, {}, math.inf)
+    return Penalty.towards(scheme.delta(theta), free_entries(theta), {}, math.inf)
 
 
 @dataclass(frozen=True)
@@ -271,8 +277,10 @@ class LearningCompression:
         del penalty
         facts = observe(scheme, learner.evidence(), facts)
         polish(scheme, learner, freeze(scheme, w, density, facts), facts, task, seed)
-        theta = freeze(scheme, w, density, facts)
+        freeze(scheme, w, density, facts)
         recalibrate_batchnorm(model, task.train)
+        # What a scheme saw of activations must be those of the model that ships.
+        theta = freeze(scheme, w, density, observe(scheme, learner.evidence(), facts))
         if checkpoint:
             checkpoint(replace(state, learner=learner.snapshot()))
         return Recovered(theta, state.curves)
@@ -284,7 +292,7 @@ class LearningCompression:
         multipliers = penalty.multipliers(weights) if self.augmented else {}
         theta = c_step(scheme, weights, multipliers, mu, density, facts)
         values = scheme.delta(theta)
-        next_penalty = Penalty.towards(values, theta.support, multipliers, mu)
+        next_penalty = Penalty.towards(values, free_entries(theta), multipliers, mu)
         return next_penalty, residual(weights, values, next_penalty.bound)
 
     def n_steps(self, train: Split) -> int:

@@ -1,4 +1,4 @@
-"""The ONNX file: one file, float32 arithmetic, weights in as many bits as the model has."""
+"""The ONNX file: one file, weights in as many bits as the model has; float32 arithmetic, or 8-bit integers."""
 
 import copy
 from pathlib import Path
@@ -11,8 +11,8 @@ HALVES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
 
 def weight_dtype(model: nn.Module) -> torch.dtype:
-    """The 16-bit type in which a model stores parameters, or float32."""
-    return next((p.dtype for p in model.parameters() if p.dtype in HALVES), torch.float32)
+    """The type of fewer than 32 bits in which a model stores parameters, or float32."""
+    return next((p.dtype for p in model.parameters() if p.dtype in (*HALVES, torch.int8)), torch.float32)
 
 
 def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
@@ -21,6 +21,8 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
     ONNX Runtime's CPU provider has no 16-bit convolution. So a 16-bit model is written as its float32 copy,
     and each weight that is exactly a 16-bit number is stored as one, followed by a Cast to float32. The file
     is half as large, and ONNX Runtime does the casts once, when it loads the file.
+
+    A model that simulates integers is written with them, see `autocompress.onnx_integers`.
 
     Args:
         model: In eval mode on the CPU; it is not changed. Its float32 copy must compute in float32.
@@ -33,9 +35,11 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
     import onnx
     import onnxscript.optimizer
 
+    from autocompress.onnx_integers import dequantize_weights, quantize_activations
+
     dtype = weight_dtype(model)
     converted = torch.onnx.export(
-        model if dtype == torch.float32 else copy.deepcopy(model).float(),
+        copy.deepcopy(model).float() if dtype in HALVES else model,
         (batch,),
         dynamo=True,
         verbose=False,
@@ -45,16 +49,23 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
         output_names=["logits"],
     )
     assert converted is not None
-    if dtype == torch.float32:
+    if dtype == torch.int8:
+        proto = converted.model_proto
+        dequantize_weights(proto.graph)  # before constants are folded, which would make floats of the weights
+        proto = onnxscript.optimizer.optimize(proto)
+    elif dtype == torch.float32:
         converted.optimize()
+        proto = converted.model_proto
     else:
         # Simplified, but without fusing BatchNorm into the convolutions: the fused weights are no longer
         # 16-bit numbers. ONNX Runtime fuses them when it loads the file.
         onnxscript.optimizer.fold_constants(converted.model)
         onnxscript.optimizer.remove_unused_nodes(converted.model)
-    proto = converted.model_proto
+        proto = converted.model_proto
     _strip(proto)
-    if dtype != torch.float32:
+    if dtype == torch.int8:
+        quantize_activations(proto.graph)
+    elif dtype in HALVES:
         _store_in_16_bits(proto.graph, dtype)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save_model(proto, path)

@@ -133,7 +133,7 @@ class Layerwise:
         theta = scheme.pi({name: w.detach() for name, w in learner.weights.items()}, density, facts)
         whole = frozen(scheme, theta)
         pruned: dict[str, Tensor] = {}
-        layers = _by_layer([name for name in learner.weights if name in theta.support])
+        layers = _by_layer([name for name in learner.weights if name in whole.bound])
         for left, names in zip(range(len(layers), 0, -1), layers, strict=True):
             pruned |= {name: whole.bound[name] for name in names}
             penalty = replace(whole, bound=pruned)

@@ -32,12 +32,14 @@ class Theta:
             is compressed as a whole, into factors for instance, no entry is kept or free.
         kept: Parameters of the realized model.
         plan: What `Scheme.realize` must know to build the compressed architecture: JSON types only.
+        drawn: Names of the weights whose kept entries are not free but drawn to θ: they lie on a coarse grid.
     """
 
     values: Weights
     support: Mapping[str, Tensor]
     kept: int
     plan: Mapping[str, Any] = field(default_factory=dict)
+    drawn: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -177,7 +179,7 @@ class Compose:
     def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
         """Projects with one part after the other, each on what the part before it stores."""
         support: dict[str, Tensor] = {}
-        kept, plans = None, []
+        kept, plans, drawn = None, [], frozenset[str]()
         theta = None
         for part, part_facts in zip(self.parts, facts, strict=True):
             theta = part.pi(weights, density, part_facts)
@@ -188,10 +190,11 @@ class Compose:
                     "compose at most one scheme that removes weights with others that do not"
                 )
             support |= theta.support
+            drawn |= theta.drawn
             kept = theta.kept if kept is None else min(kept, theta.kept)
             plans.append(dict(theta.plan))
         assert theta is not None and kept is not None
-        return Theta(theta.values, support, kept, {"parts": plans})
+        return Theta(theta.values, support, kept, {"parts": plans}, drawn)
 
     def delta(self, theta: Theta) -> Weights:
         """Decompresses with one part after the other, the last one first."""

@@ -4,6 +4,7 @@ from autocompress.scheme import Compose, register_scheme
 
 from .prune import Prune
 from .quantize import Quantize16
+from .quantize8 import Quantize8
 from .struct import FilterPrune, StructPrune
 
 
@@ -23,3 +24,15 @@ def StructPruneQuantize16() -> Compose:
 def FilterPruneQuantize16() -> Compose:
     """FilterPrune, then Quantize16."""
     return Compose(FilterPrune(), Quantize16())
+
+
+@register_scheme
+def PruneQuantize8() -> Compose:
+    """Prune, then Quantize8."""
+    return Compose(Prune(), Quantize8())
+
+
+@register_scheme
+def StructPruneQuantize8() -> Compose:
+    """StructPrune, then Quantize8."""
+    return Compose(StructPrune(), Quantize8())

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
-    ("plugins", "weights", "metrics", "parity", "gpu", "testing_models"),
+    ("plugins", "weights", "metrics", "parity", "gpu", "testing_models", "onnx_integers"),
     ("task",),
     ("measurement",),
     ("scheme", "goal", "training"),

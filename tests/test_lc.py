@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import schemes
-from autocompress.lc import LearningCompression, Recovered, State, c_step, freeze, frozen, residual
+from autocompress.lc import LearningCompression, Recovered, State, c_step, free_entries, freeze, frozen, residual
 from autocompress.learner import Learner, Penalty
 from autocompress.measurement import count_params
 from autocompress.scheme import Compose, Facts, Observer, Scheme, Theta
-from autocompress.schemes import LowRank, Quantize16
+from autocompress.schemes import LowRank, Quantize8, Quantize16
 from autocompress.task import Batch, Task, TensorSplit
 from autocompress.testing import masked_model
 from autocompress.training import Optimizer, n_steps
@@ -97,6 +97,27 @@ def test_penalty_at_the_ends() -> None:
     assert weights["w"].tolist() == [0.0, 6.0]
     Penalty.none().apply(weights, lr=0.1)  # nothing is bound: a scheme without a support
     assert weights["w"].tolist() == [0.0, 6.0]
+
+
+def test_weights_on_a_coarse_grid_are_drawn_to_it_whole() -> None:
+    values = {"pruned": torch.zeros(2, dtype=torch.bfloat16), "free": torch.zeros(2)}
+    support = {name: torch.tensor([True, False]) for name in values}
+    free = free_entries(Theta(values, support, 2, drawn=frozenset({"pruned"})))
+    assert {name: is_free.tolist() for name, is_free in free.items()} == {
+        "pruned": [False, False],
+        "free": [True, False],
+    }
+
+
+def test_lc_draws_weights_of_two_bits_to_their_grid(tiny_task: Task) -> None:
+    scheme, model = Quantize8(bits=2), copy.deepcopy(tiny_task.model)
+    facts = scheme.analyze(model, tiny_task.example_input)
+    recovery = LearningCompression(epochs=60, c_steps=10, lr=0.05, alternating=1.0)
+    recovered = recovery.recover(model, scheme, facts, 1.0, tiny_task, 0)
+    first, *_, last = recovered.curves["lc_residual"]
+    assert last < 0.2 * first
+    for name, value in scheme.delta(recovered.theta).items():
+        assert torch.equal(model.get_parameter(name), value)
 
 
 def test_residual() -> None:

@@ -2,7 +2,7 @@ import copy
 import json
 import math
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_iterative_pruning_lowers_the_density_by_the_same_factor_in_every_round(
     recovered(
         Iterative(make_recovery("rewind", epochs=2, lr=0.02), rounds=3), Watched(), 0.216, small_batches(tiny_task)
     )
-    assert asked == pytest.approx([0.6, 0.6, 0.36, 0.36, 0.216, 0.216])  # before and after each training
+    assert [density for density, _ in groupby(asked)] == pytest.approx([0.6, 0.36, 0.216])
 
 
 def test_layerwise_pruning_goes_from_the_first_layer_to_the_last(

@@ -1,0 +1,79 @@
+"""The integer grid of a weight: per output channel the symmetric one with the least squared error.
+
+A channel's weights become s·q with one scale s and integers |q| ≤ qmax = 2^(bits−1) − 1. Such a grid survives
+the folding of BatchNorm exactly: to multiply a channel is to multiply its scale.
+"""
+
+import torch
+from torch import Tensor
+
+CLIPS = 16  # points at which the largest weight may be cut off; the fewer the integers, the deeper
+REFINEMENTS = 3
+SMALLEST = 1e-30  # channels below it are zero
+MANTISSA_BITS = 16  # of a scale: its product with an integer of 8 bits is exact in float32
+
+
+def quantize_weight(weight: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
+    """The nearest integers and scales of a weight.
+
+    The scale that minimizes ‖w − s·q(w/s)‖² is searched over clipping points, the largest weight's own first,
+    and refined by s ← ⟨w, q⟩ / ⟨q, q⟩, the least-squares scale for integers that are given (Lloyd's iteration).
+    A scale never exceeds the largest weight over qmax, so that each channel uses the largest integer and the
+    projection is idempotent, bit for bit.
+
+    Args:
+        weight: Any shape, with the output channels along ``axis``.
+        axis: The dimension of the output channels.
+        bits: Bits of the integers, sign included: 2 to 8.
+
+    Returns:
+        The integers (int8, the weight's shape) and the scales, shape ``(channels,)``, positive.
+    """
+    channels = weight.detach().float().movedim(axis, 0)
+    w, q_max = channels.flatten(1), 2 ** (bits - 1) - 1
+    largest = w.abs().amax(1)
+    unclipped = _short(largest.clamp_min(SMALLEST) / q_max)
+    scale, error = unclipped, _error(w, unclipped, q_max)
+    deepest = min(0.8, 5.6 / q_max)
+    for k in range(CLIPS):
+        clip = 1 - deepest * (k + 1) / CLIPS
+        scale, error = _better(w, _short(clip * unclipped), scale, error, q_max)
+    for _ in range(REFINEMENTS):
+        q = _integers(w, scale, q_max)
+        fitted = (w * q).sum(1) / q.square().sum(1).clamp_min(1)
+        fitted = torch.minimum(_short(fitted), unclipped).clamp_min(SMALLEST)
+        scale, error = _better(w, fitted, scale, error, q_max)
+    q = _integers(w, scale, q_max) * (largest >= SMALLEST)[:, None]
+    return q.to(torch.int8).view_as(channels).movedim(0, axis), scale
+
+
+def dequantize_weight(q: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """The weight s·q, in float32."""
+    return q.float() * along(scale, axis, q.dim())
+
+
+def along(vector: Tensor, axis: int, dims: int) -> Tensor:
+    """``vector`` in a shape that broadcasts along ``axis`` of a tensor of ``dims`` dimensions."""
+    return vector.reshape([-1 if d == axis else 1 for d in range(dims)])
+
+
+def _integers(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
+    return (w / scale[:, None]).round_().clamp_(-q_max, q_max)
+
+
+def _error(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
+    """Squared error of each channel, shape ``(channels,)``."""
+    return (w - _integers(w, scale, q_max) * scale[:, None]).square_().sum(1)
+
+
+def _better(w: Tensor, other: Tensor, scale: Tensor, error: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
+    """Per channel the scale of smaller error; the one that was there first where both are as good."""
+    found = _error(w, other, q_max)
+    improved = found < error
+    return torch.where(improved, other, scale), torch.where(improved, found, error)
+
+
+def _short(scale: Tensor) -> Tensor:
+    """Rounded down to a mantissa of 16 bits."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**MANTISSA_BITS).floor(), exponent - MANTISSA_BITS)

@@ -1,0 +1,352 @@
+"""Where integers flow in a network: its traced graph, the layers that compute with them, the points between.
+
+A point is a tensor that int8 kernels hand on as integers: what a layer reads, what it puts out after the
+BatchNorm that is folded into it and the ReLU that clips it, and what adds two such tensors.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .grid import SMALLEST, along, quantize_weight
+
+aten = torch.ops.aten
+
+# Operators of layers, and the dimension of their weight that holds the output channels.
+INTEGER = {
+    aten.linear.default: 0,
+    aten.conv1d.default: 0,
+    aten.conv2d.default: 0,
+    aten.conv3d.default: 0,
+    aten.conv1d.padding: 0,
+    aten.conv2d.padding: 0,
+    aten.conv3d.padding: 0,
+}
+# No runtime computes these in int8: their weights are stored as integers, their arithmetic is float.
+STORED = {
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 1,
+    aten.conv_transpose3d.input: 1,
+}
+GROUPS_OF_TRANSPOSED = 6  # position of the argument
+BATCHNORM = aten.batch_norm.default
+ADD = aten.add.Tensor
+CLIPPING = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
+# What hands values on as they are: their outputs are on the grid of their input.
+PASSING = (
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
+    aten.max_pool3d.default,
+    aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+)
+LEVELS = 255  # of an activation, above the lowest
+BIAS_LEVELS = 2**30  # a bias is an integer of 32 bits on the grid of its layer's products
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose weight becomes integers.
+
+    Attributes:
+        node: The operator.
+        weight: The weight's name.
+        axis: The dimension of the weight that holds the output channels.
+        batchnorm: The BatchNorm behind it that can be folded into it, if there is one.
+    """
+
+    node: fx.Node
+    weight: str
+    axis: int
+    batchnorm: fx.Node | None
+
+    @property
+    def in_integers(self) -> bool:
+        """Whether runtimes compute it in integers."""
+        return self.node.target in INTEGER
+
+    @property
+    def result(self) -> fx.Node:
+        """What it puts out, BatchNorm included."""
+        return self.batchnorm or self.node
+
+
+def find_layers(traced: fx.GraphModule) -> tuple[list[Layer], list[str]]:
+    """The layers whose weights can become integers, and the names of the weights of those that cannot.
+
+    Left out are transposed convolutions in groups (their output channels lie in two dimensions) and weights
+    that something else reads as well.
+    """
+    axes: dict[Any, int] = INTEGER | STORED
+    uses = _uses(traced)
+    layers, left = [], []
+    for node in traced.graph.nodes:
+        if node.target not in axes or not _is_parameter(traced, arguments(node)[1]):
+            continue
+        axis, weight = axes[node.target], arguments(node)[1]
+        users = uses[id(_attribute(traced, weight))]
+        in_groups = node.target in STORED and arguments(node)[GROUPS_OF_TRANSPOSED:][:1] not in ((), (1,))
+        if in_groups or any(
+            axes.get(user.target) != axis or arguments(user)[1].op != "get_attr" for user in users
+        ):
+            left.append(weight.target)
+            continue
+        batchnorm = _batchnorm_behind(node) if len(users) == 1 else None
+        layers.append(Layer(node, weight.target, axis, batchnorm))
+    return layers, left
+
+
+def _uses(traced: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """For each parameter and buffer, by identity, what reads it: tied ones have several names."""
+    uses: dict[int, list[fx.Node]] = {}
+    for node in traced.graph.find_nodes(op="get_attr"):
+        uses.setdefault(id(_attribute(traced, node)), []).extend(node.users)
+    return uses
+
+
+def _attribute(traced: fx.GraphModule, node: fx.Node) -> Tensor:
+    tensor: Tensor = operator.attrgetter(str(node.target))(traced)
+    return tensor
+
+
+def _is_parameter(traced: fx.GraphModule, node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node) and node.op == "get_attr" and isinstance(_attribute(traced, node), nn.Parameter)
+    )
+
+
+def _batchnorm_behind(node: fx.Node) -> fx.Node | None:
+    """The BatchNorm with fixed statistics that alone reads ``node``, channel by channel."""
+    user = next(iter(node.users))
+    if len(node.users) > 1 or user.target != BATCHNORM or arguments(user)[0] is not node:
+        return None
+    *_, mean, var, training = arguments(user)[:6]
+    if training or mean is None or var is None:
+        return None
+    by_channel = node.target != aten.linear.default or node.meta["val"].dim() == 2
+    return user if by_channel else None
+
+
+def find_points(traced: fx.GraphModule, layers: Sequence[Layer]) -> list[fx.Node]:
+    """The tensors that are integers in the network, in the order in which they come up.
+
+    The network's outputs are none: rounded logits would tie.
+    """
+    points: set[fx.Node] = set()
+    for layer in layers:
+        if layer.in_integers:
+            points |= {origin(arguments(layer.node)[0]), _clipped(layer.result)}
+    for node in traced.graph.find_nodes(op="call_function", target=ADD):
+        terms = arguments(node)[:2]
+        if all(isinstance(term, fx.Node) and origin(term) in points for term in terms) and not node.kwargs:
+            points.add(_clipped(node))
+    return [node for node in traced.graph.nodes if node in points and not _is_output(node)]
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments, of whatever types its operator takes."""
+    return node.args
+
+
+def origin(node: Any) -> fx.Node:
+    """The tensor whose values ``node`` hands on."""
+    while node.target in PASSING:
+        node = arguments(node)[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _clipped(node: fx.Node) -> fx.Node:
+    """What alone reads ``node`` and merely clips it, or ``node`` itself."""
+    user = next(iter(node.users), node)
+    return user if len(node.users) == 1 and user.target in CLIPPING else node
+
+
+def _is_output(node: fx.Node) -> bool:
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in PASSING:
+        node = user
+    return any(user.op == "output" for user in node.users)
+
+
+class Ranges(fx.Interpreter):
+    """Runs a traced network and notes between which values its points lie.
+
+    Args:
+        traced: The network.
+        points: Their places among the operators of the network, see `operators`.
+        state: The parameters and buffers to run it with, by name, in place of its own.
+    """
+
+    def __init__(self, traced: fx.GraphModule, points: Sequence[int], state: Mapping[str, Tensor]) -> None:
+        super().__init__(traced)
+        self._state = state
+        found = operators(traced)
+        self._points = {found[place]: i for i, place in enumerate(points)}
+        self.lowest = [0.0] * len(points)
+        self.highest = [0.0] * len(points)
+
+    def fetch_attr(self, target: str) -> Any:
+        """A parameter or buffer."""
+        return self._state[target] if target in self._state else super().fetch_attr(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One operator."""
+        value = super().run_node(n)
+        if (i := self._points.get(n)) is not None:
+            low, high = value.aminmax()
+            self.lowest[i] = min(self.lowest[i], float(low))
+            self.highest[i] = max(self.highest[i], float(high))
+        return value
+
+
+def operators(traced: fx.GraphModule) -> list[fx.Node]:
+    """The inputs and operators of a network in order: what a pickled graph keeps of its names."""
+    return [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
+
+
+def with_integers(traced: fx.GraphModule, steps: Sequence[tuple[float, int]], bits: int) -> fx.GraphModule:
+    """The network as integers compute it: weights of ``bits`` bits, BatchNorm folded, points in steps.
+
+    Args:
+        traced: What `trace` returned; it is changed.
+        steps: For each point the scale and the zero point of its integers.
+        bits: Bits of a weight.
+    """
+    layers, _ = find_layers(traced)
+    points = find_points(traced, layers)
+    if len(points) != len(steps):
+        raise ValueError(
+            f"the network has {len(points)} tensors to quantize, and {len(steps)} were observed; compose "
+            "Quantize8 only with schemes that leave the network's operators as they are"
+        )
+    step_of = dict(zip(points, steps, strict=True))
+    inputs = {layer.node: step_of.get(origin(arguments(layer.node)[0])) for layer in layers if layer.in_integers}
+    for point in points:
+        _round(point, step_of[point], list(point.users))
+    for node, step in inputs.items():
+        if step is not None and arguments(node)[0].target in PASSING:
+            _round(arguments(node)[0], step, [node])
+    weights = [_attribute(traced, arguments(layer.node)[1]) for layer in layers]  # before the first is replaced
+    stored: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the weight's identity: layers may share it
+    for layer, weight in zip(layers, weights, strict=True):
+        step, bias = inputs.get(layer.node), _value(traced, arguments(layer.node)[2:3])
+        q, scale = quantize_weight(weight, layer.axis, bits)
+        if layer.batchnorm is not None:
+            factor, bias = _fold(traced, layer.batchnorm, bias)
+            q, scale = q * along(factor.sign(), layer.axis, q.dim()), scale * factor.abs()
+        if bias is not None and step is not None:
+            q, scale = _room_for(bias, q, scale, step[0], layer.axis)
+        integers = nn.Parameter(q.to(torch.int8).contiguous(), requires_grad=False)
+        scales = along(scale.float().clamp_min(SMALLEST), layer.axis, q.dim())
+        integers, scales = stored.setdefault(id(weight), (integers, scales))
+        if bias is not None and step is not None:
+            unit = scales.flatten().double() * step[0]
+            bias = (bias.double() / unit).round() * unit
+        _replace(traced, layer, integers, scales, bias)
+    _drop_unused(traced)
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def _round(value: fx.Node, step: tuple[float, int], readers: Sequence[fx.Node]) -> None:
+    """Lets ``readers`` read ``value`` in steps of 8 bits: scale * clamp(round(value / scale), -zero, 255 - zero).
+
+    Written out, because that is to the last bit what ONNX's QuantizeLinear and DequantizeLinear compute (the
+    fused operator multiplies by the scale's reciprocal), and because the fused one has no dynamic shapes.
+    """
+    graph, (scale, zero) = value.graph, step
+    with graph.inserting_after(value):
+        steps = graph.call_function(aten.div.Scalar, (value, scale))
+    with graph.inserting_after(steps):
+        rounded = graph.call_function(aten.round.default, (steps,))
+    with graph.inserting_after(rounded):
+        clamped = graph.call_function(aten.clamp.default, (rounded, -zero, LEVELS - zero))
+    with graph.inserting_after(clamped):
+        result = graph.call_function(aten.mul.Scalar, (clamped, scale))
+    for reader in readers:
+        reader.replace_input_with(value, result)
+
+
+def _replace(
+    traced: fx.GraphModule, layer: Layer, integers: nn.Parameter, scales: Tensor, bias: Tensor | None
+) -> None:
+    """Lets a layer, and no BatchNorm behind it, read these integers, scales and this bias."""
+    graph, node = traced.graph, layer.node
+    shifts = [*arguments(node)[2:3], *(arguments(layer.batchnorm)[2:3] if layer.batchnorm else ())]
+    trainable = any(_attribute(traced, shift).requires_grad for shift in shifts if shift is not None)
+    home, _, leaf = layer.weight.rpartition(".")
+    module = traced.get_submodule(home)
+    setattr(module, leaf, integers)
+    module.register_buffer(f"{leaf}_scale", scales)
+    with graph.inserting_before(node):
+        whole = graph.call_function(aten.to.dtype, (graph.get_attr(layer.weight), torch.float32))
+        scaled = graph.call_function(aten.mul.Tensor, (whole, graph.get_attr(f"{layer.weight}_scale")))
+        node.update_arg(1, scaled)
+        if bias is not None:
+            name = _bias_name(traced, layer)
+            home, _, leaf = name.rpartition(".")
+            setattr(traced.get_submodule(home), leaf, nn.Parameter(bias.float(), requires_grad=trainable))
+            node.args = (*arguments(node)[:2], graph.get_attr(name), *arguments(node)[3:])
+    if layer.batchnorm is not None:
+        layer.batchnorm.replace_all_uses_with(node)
+        graph.erase_node(layer.batchnorm)
+
+
+def _fold(traced: fx.GraphModule, batchnorm: fx.Node, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What BatchNorm multiplies each channel by, and the bias that the layer before it then needs."""
+    gamma, beta, mean, var = (_value(traced, (arg,)) for arg in arguments(batchnorm)[1:5])
+    assert mean is not None and var is not None
+    factor = (var.double() + arguments(batchnorm)[7]).rsqrt()
+    factor = factor if gamma is None else factor * gamma
+    shift = -mean * factor if bias is None else (bias - mean) * factor
+    return factor, shift if beta is None else shift + beta
+
+
+def _room_for(bias: Tensor, q: Tensor, scale: Tensor, step: float, axis: int) -> tuple[Tensor, Tensor]:
+    """Coarser integers where a bias would not fit 32 bits on the grid of products: the weights are tiny there."""
+    coarse = torch.maximum(scale, bias.abs() / (BIAS_LEVELS * step))
+    return (q * along(scale / coarse.clamp_min(SMALLEST), axis, q.dim())).round(), coarse
+
+
+def _value(traced: fx.GraphModule, argument: Sequence[Any]) -> Tensor | None:
+    """The parameter or buffer that an optional argument of an operator is, detached."""
+    (node,) = argument or (None,)
+    return None if node is None else _attribute(traced, node).detach()
+
+
+def _bias_name(traced: fx.GraphModule, layer: Layer) -> str:
+    """The layer's own bias where it has one; else one beside its weight that is not taken."""
+    own = arguments(layer.node)[2:3]
+    if own and own[0] is not None and len(own[0].users) == 1:
+        return str(own[0].target)
+    home, _, leaf = layer.weight.rpartition(".")
+    prefix = f"{home}." if home else ""
+    taken = hasattr(traced.get_submodule(home), "bias")
+    return f"{prefix}{leaf}_bias" if taken else f"{prefix}bias"
+
+
+def _drop_unused(traced: fx.GraphModule) -> None:
+    """Removes what the graph no longer reads: the operators, then the parameters and buffers."""
+    traced.graph.eliminate_dead_code()
+    read = {str(node.target) for node in traced.graph.find_nodes(op="get_attr")}
+    for home, module in traced.named_modules():
+        prefix = f"{home}." if home else ""
+        for leaf in [*module._parameters, *module._buffers]:
+            if prefix + leaf not in read:
+                delattr(module, leaf)
+    traced.delete_all_unused_submodules()

@@ -1,0 +1,98 @@
+"""A network's graph: what it computes in eval mode, as ATen operators without side effects."""
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.task import device_of
+
+aten = torch.ops.aten
+
+# Operators that overwrite their input, and those that make a new tensor of the same values.
+FUNCTIONAL = {
+    aten.relu_.default: aten.relu.default,
+    aten.relu6_.default: aten.relu6.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.clamp_.default: aten.clamp.default,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.silu_.default: aten.silu.default,
+    aten.hardswish_.default: aten.hardswish.default,
+    aten.hardsigmoid_.default: aten.hardsigmoid.default,
+    aten.leaky_relu_.default: aten.leaky_relu.default,
+    aten.elu_.default: aten.elu.default,
+    aten.sigmoid_.default: aten.sigmoid.default,
+    aten.dropout_.default: aten.dropout.default,
+}
+
+
+def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+    """What ``model`` computes in eval mode as a graph of ATen operators without side effects.
+
+    Args:
+        model: Any model that `torch.export` takes, for any batch size. It is not changed.
+        example_input: A batch of at least one sample.
+
+    Returns:
+        A module of its own with the parameters and buffers under their names in ``model``.
+
+    Raises:
+        ValueError: If it cannot be traced.
+    """
+    model = copy.deepcopy(model).eval()
+    x = torch.cat([example_input[:1].detach()] * 2).to(device_of(model))  # of two samples: one is taken for fixed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations between the exporter's own parts
+            program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+            if any(_writes(node) and not _writes_alone(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})  # slow, and finds every alias
+            exported = program.module(check_guards=False)
+    except Exception as error:  # an exporter may raise anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"torch.export cannot trace this model for any batch size, so it has no int8 form: {first}"
+        ) from error
+    graph = exported.graph
+    for node in graph.nodes:
+        if node.target in FUNCTIONAL:
+            _without_side_effect(node)
+    graph.eliminate_dead_code()
+    traced = fx.GraphModule(exported, graph)
+    traced.eval()
+    for parameter in traced.parameters():
+        parameter.grad = None
+    return traced
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _writes_alone(node: fx.Node) -> bool:
+    """Whether what an operator overwrites is a tensor of its own, and the operator has a form that does not."""
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    return node.target in FUNCTIONAL and not any(_is_view(other) for other in (written, *written.users))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operator may hand on its input's memory."""
+    if "dropout" in str(node.target):  # in eval mode it does, which its schema does not say
+        return True
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+
+
+def _without_side_effect(node: fx.Node) -> None:
+    """Lets an operator that overwrites its input make a new tensor, and those that read it later read that."""
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    written.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and node < user)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    node.target = FUNCTIONAL[node.target]
