@@ -457,6 +457,14 @@ def test_what_the_forward_pass_fixes_is_left_whole_and_named(
     lost(Lambda(function), "0", reason)
 
 
+def test_layers_of_operations_that_are_not_known_are_named() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Conv2d(8, 6, 1), Head(6)
+    )
+    with pytest.warns(UserWarning, match=r"nothing is known of .*weight_norm.*: 0\.param"):
+        assert [group.root for group in find_groups(model, torch.randn(1, 3, 6, 6))] == ["2"]
+
+
 def test_group_norm_over_all_channels_is_left_whole_and_named() -> None:
     lost(nn.GroupNorm(1, 8), "0", "GroupNorm takes all of them together")
     lost(nn.LayerNorm([8, 6, 6]), "0", "LayerNorm takes all of them together")
