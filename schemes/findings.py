@@ -41,7 +41,7 @@ class Place:
     @property
     def layer(self) -> str:
         """The module that the tensor is the weight of, or the tensor itself."""
-        return self.tensor.removesuffix("weight").rstrip(".") or "the model itself"
+        return "the model itself" if self.tensor == "weight" else self.tensor.removesuffix(".weight")
 
 
 @dataclass(frozen=True)

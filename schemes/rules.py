@@ -12,7 +12,7 @@ import torch
 
 from . import computing, moving
 from .calls import Call, Rule, name_of
-from .coupling import Fields
+from .coupling import Fields, along
 
 # Operations after which a weight is still a weight.
 MOVES = {
@@ -52,8 +52,10 @@ _SPATIAL = re.compile(r"_?(adaptive_)?(max|avg)_pool\d|upsample_|reflection_pad\
 
 def unknown(call: Call) -> list[Fields]:
     """An operation without a rule: all that it touches stays."""
-    for tensor in call.tensors:
-        for f in call.trace.labelled(tensor).fields:
+    for tensor in map(call.trace.labelled, call.tensors):
+        if tensor.is_weight and (put_out := along(tensor.fields, 0)) is not None:
+            call.trace.outputs.append(put_out)  # of a layer, as far as can be known
+        for f in tensor.fields:
             call.couplings.pin(f, f"nothing is known of the operation {call.name}")
     return call.everywhere(())
 

@@ -133,7 +133,7 @@ class Pruned:
 
 def prune(model: nn.Module, x: Tensor, facts: object, density: float) -> Pruned:
     """Prunes to a density, or as low as is possible, and compares with the masked model."""
-    scheme = StructPrune()
+    scheme = StructPrune(criterion="l2")
     weights = {name: p.detach() for name, p in model.named_parameters()}
     lowest = scheme.lowest_density(facts)
     if density < lowest:
@@ -162,7 +162,7 @@ def assert_usable(pruned: Pruned, model: nn.Module, x: Tensor, facts: object, ex
     for name, p in clone.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
     plan = json.loads(json.dumps(dict(pruned.theta.plan)))
-    again = StructPrune().realize(model, Theta({}, {}, 0, plan), facts)
+    again = StructPrune(criterion="l2").realize(model, Theta({}, {}, 0, plan), facts)
     again.load_state_dict(realized.state_dict())
     with torch.no_grad():
         expected = realized(x)
@@ -181,11 +181,11 @@ def examine(name: str, side: int, export: bool = True) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left whole has tests of its own
         began = time.monotonic()
-        facts = StructPrune().analyze(model, x[:1])
+        facts = StructPrune(criterion="l2").analyze(model, x[:1])
         assert time.monotonic() - began < 30
     for density in (0.5, 0.1):
         pruned = prune(model, x, facts, density)
-        assert pruned.density <= max(density, StructPrune().lowest_density(facts))
+        assert pruned.density <= max(density, StructPrune(criterion="l2").lowest_density(facts))
         assert pruned.error < 1e-5
         assert_usable(pruned, model, x, facts, export and density == 0.5)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

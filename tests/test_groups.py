@@ -239,7 +239,7 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 
 def assert_exact(model: nn.Module, x: Tensor, share: float) -> nn.Module:
     """At a density between the lowest and 1 the realized model computes what the masked one does."""
-    scheme = StructPrune(min_keep=1)
+    scheme = StructPrune(criterion="l2", min_keep=1)
     facts, named = analyzed(scheme, model, x)
     lowest = scheme.lowest_density(facts)
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -306,7 +306,7 @@ def test_blocks_of_which_nothing_is_left_whole(kind: str) -> None:
 
 def widths_at_the_lowest(model: nn.Module, x: Tensor, min_keep: int = 1) -> nn.Module:
     """The model with as few channels as possible; it computes what the masked one does."""
-    scheme = StructPrune(min_keep=min_keep)
+    scheme = StructPrune(criterion="l2", min_keep=min_keep)
     facts, _ = analyzed(scheme, model, x)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     theta = scheme.pi(weights, scheme.lowest_density(facts), facts)
@@ -455,6 +455,14 @@ def test_what_the_forward_pass_fixes_is_left_whole_and_named(
     function: Callable[[Tensor], Tensor], reason: str
 ) -> None:
     lost(Lambda(function), "0", reason)
+
+
+def test_layers_of_operations_that_are_not_known_are_named() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Conv2d(8, 6, 1), Head(6)
+    )
+    with pytest.warns(UserWarning, match=r"nothing is known of .*weight_norm.*: 0\.param"):
+        assert [group.root for group in find_groups(model, torch.randn(1, 3, 6, 6))] == ["2"]
 
 
 def test_group_norm_over_all_channels_is_left_whole_and_named() -> None:

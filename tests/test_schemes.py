@@ -27,6 +27,11 @@ from autocompress.schemes.groups import find_groups, first_channels, remove_chan
 from autocompress.schemes.struct import Structure
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
 
+# By magnitude: without a look at data.
+MAGNITUDE: Any = {"criterion": "l2"}
+GROUP_MAGNITUDE: Any = {"criterion": "l2", "normalize": "mean"}
+
+
 
 class Structured(SchemeConformance):
     __test__ = False
@@ -222,7 +227,7 @@ def test_prune_is_brute_force_top_k(min_keep: int, density: float) -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 4))
     with torch.no_grad():
         model[2].weight *= 0.01  # below any threshold: only the floor keeps weights here
-    theta, _, _ = analyzed(Prune(min_keep=min_keep), model, torch.randn(1, 6), density)
+    theta, _, _ = analyzed(Prune(**MAGNITUDE, min_keep=min_keep), model, torch.randn(1, 6), density)
     n_params, n_biases = count_params(model), 9 + 8 + 4
     expected: set[tuple[str, int]] = set()
     entries = []
@@ -243,7 +248,7 @@ def test_prune_loses_no_weight_to_rounding() -> None:
     # 0.29 x 100 is 28.999999999999996 in floating point; 29 of 100 is what was asked.
     model = nn.Linear(10, 10, bias=False)
     for percent in range(1, 100):
-        theta, _, _ = analyzed(Prune(), model, torch.randn(1, 10), percent / 100)
+        theta, _, _ = analyzed(Prune(**MAGNITUDE), model, torch.randn(1, 10), percent / 100)
         assert theta.kept == percent
 
 
@@ -254,7 +259,7 @@ def test_struct_prune_removes_the_channels_of_a_residual_network() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 1, 8, 8)
     model = with_statistics(SmallResNet(), torch.randn(32, 1, 8, 8))
-    theta, masked, realized = analyzed(StructPrune(), model, x, 0.2)
+    theta, masked, realized = analyzed(StructPrune(**GROUP_MAGNITUDE), model, x, 0.2)
     assert isinstance(realized, SmallResNet)
     first, second, third = realized.stages
     # The stem, the first block's output and its identity shortcut are one group, and so on down the network.
@@ -291,7 +296,7 @@ def test_struct_prune_removes_the_channels_of_lowest_group_norm() -> None:
     n_params = count_params(model)
     for gone in range(9):
         theta, _, _ = analyzed(
-            StructPrune(), model, torch.randn(1, 2, 5, 5), (n_params - gone * per_channel) / n_params
+            StructPrune(**GROUP_MAGNITUDE), model, torch.randn(1, 2, 5, 5), (n_params - gone * per_channel) / n_params
         )
         assert theta.plan["removed"] == {"0": sorted(order[:gone])}
 
@@ -302,7 +307,7 @@ def test_zero_channels_go_whatever_the_target() -> None:
         model[0].weight[3] = 0
         model[0].bias[3] = 0
         model[2].weight[:, 3 * 36 : 4 * 36] = 0
-    theta, _, realized = analyzed(StructPrune(), model, torch.randn(1, 3, 8, 8), 1.0)
+    theta, _, realized = analyzed(StructPrune(**GROUP_MAGNITUDE), model, torch.randn(1, 3, 8, 8), 1.0)
     assert theta.plan["removed"] == {"0": [3]}
     assert realized[0].out_channels == 7
 
@@ -311,29 +316,29 @@ def test_filter_prune_keeps_every_neuron() -> None:
     features = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten())
     model = lived_in(nn.Sequential(*features, nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)))
     x = torch.randn(4, 3, 8, 8)
-    lowest = FilterPrune().lowest_density(FilterPrune().analyze(model, x[:1]))
-    _, masked, realized = analyzed(FilterPrune(), model, x, lowest)
+    lowest = FilterPrune(**GROUP_MAGNITUDE).lowest_density(FilterPrune(**GROUP_MAGNITUDE).analyze(model, x[:1]))
+    _, masked, realized = analyzed(FilterPrune(**GROUP_MAGNITUDE), model, x, lowest)
     assert realized[0].out_channels == 2
     assert (realized[5].in_features, realized[5].out_features) == (2 * 4, 24)
     assert relative_error(run(realized, x), run(masked, x)) < 1e-5
-    _, _, narrower = analyzed(StructPrune(), model, x, lowest)
+    _, _, narrower = analyzed(StructPrune(**GROUP_MAGNITUDE), model, x, lowest)
     assert narrower[5].out_features < 24
 
 
 def test_a_model_without_filters_is_refused_by_filter_prune() -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
     with pytest.raises(ValueError, match="FilterPrune finds no channels"):
-        FilterPrune().analyze(model, torch.randn(1, 6))
+        FilterPrune(**GROUP_MAGNITUDE).analyze(model, torch.randn(1, 6))
     with pytest.raises(ValueError, match="StructPrune finds no channels"):
-        StructPrune().analyze(nn.Linear(6, 9), torch.randn(1, 6))
+        StructPrune(**GROUP_MAGNITUDE).analyze(nn.Linear(6, 9), torch.randn(1, 6))
     with pytest.raises(ValueError, match="Prune finds no linear or convolutional weights"):
-        Prune().analyze(nn.BatchNorm1d(6), torch.randn(1, 6))
+        Prune(**MAGNITUDE).analyze(nn.BatchNorm1d(6), torch.randn(1, 6))
 
 
 @pytest.mark.parametrize("min_keep", [1, 5])
 def test_min_keep_is_the_floor_of_every_group(min_keep: int) -> None:
     model = lived_in(SmallResNet(in_channels=3, classes=5))
-    scheme, x = StructPrune(min_keep=min_keep), torch.randn(2, 3, 8, 8)
+    scheme, x = StructPrune(**GROUP_MAGNITUDE, min_keep=min_keep), torch.randn(2, 3, 8, 8)
     lowest = scheme.lowest_density(scheme.analyze(model, x[:1]))
     _, masked, realized = analyzed(scheme, model, x, lowest)
     widths = {m.out_channels for m in realized.modules() if isinstance(m, nn.Conv2d)}
@@ -354,7 +359,7 @@ def assert_left_whole(layers: tuple[nn.Module, ...], whole: str, *still: int) ->
     x = torch.randn(4, 3, 8, 8)
     run(model, x)
     model = lived_in(model)
-    scheme = StructPrune()
+    scheme = StructPrune(**GROUP_MAGNITUDE)
     with pytest.warns(UserWarning, match=f"left at full width.*: {whole}$"):
         facts = scheme.analyze(model, x[:1])
     theta = scheme.pi({n: p.detach() for n, p in model.named_parameters()}, scheme.lowest_density(facts), facts)
@@ -378,7 +383,7 @@ def test_no_part_of_a_concatenation_is_emptied() -> None:
         model.layers[1][0].weight *= 1e-3  # by saliency alone the concatenated layer would go first, and all of it
         model.layers[1][1].weight *= 1e-3
         model.layers[1][1].bias *= 1e-3
-    scheme, x = StructPrune(), torch.randn(3, 3, 8, 8)
+    scheme, x = StructPrune(**GROUP_MAGNITUDE), torch.randn(3, 3, 8, 8)
     facts = scheme.analyze(model, x[:1])
     assert [group.width for group in facts.groups] == [6, 5]
     for density in (0.7, 0.5, scheme.lowest_density(facts)):
@@ -404,7 +409,7 @@ def test_batchnorm_without_scale_and_shift() -> None:
         )
     )
     x = torch.randn(4, 3, 8, 8)
-    _, masked, realized = analyzed(StructPrune(), model, x, 0.2)
+    _, masked, realized = analyzed(StructPrune(**GROUP_MAGNITUDE), model, x, 0.2)
     assert float(run(masked[:2], x).abs().amax((0, 2, 3)).min()) > 0
     assert relative_error(run(realized, x), run(masked, x)) < 1e-5
 
@@ -444,7 +449,7 @@ def test_removal_equals_the_mask_on_resnet18() -> None:
     x = torch.randn(4, 3, 64, 64)
     model = with_statistics(torchvision.models.resnet18(num_classes=10), torch.randn(8, 3, 64, 64))
     for density in (0.5, 0.1):
-        theta, masked, realized = analyzed(StructPrune(), model, x, density)
+        theta, masked, realized = analyzed(StructPrune(**GROUP_MAGNITUDE), model, x, density)
         assert count_params(realized) == theta.kept <= density * count_params(model)
         assert relative_error(run(realized, x), run(masked, x)) < 1e-5
 
@@ -501,7 +506,7 @@ def test_random_networks_are_realized_exactly(
 ) -> None:
     model = lived_in(RandomNetwork([("plain", 6), *blocks], hidden, flatten), seed)
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    scheme = StructPrune(min_keep=1)
+    scheme = StructPrune(**GROUP_MAGNITUDE, min_keep=1)
     facts = scheme.analyze(model, x[:1])
     density = max(density, scheme.lowest_density(facts))
     theta = scheme.pi({name: p.detach() for name, p in model.named_parameters()}, density, facts)
@@ -542,7 +547,7 @@ def test_composition_prunes_and_casts() -> None:
     model = lived_in(SmallResNet(in_channels=3, classes=5))
     x = torch.randn(2, 3, 8, 8)
     theta, _, realized = analyzed(StructPruneQuantize16(), model, x, 0.3)
-    _, _, pruned = analyzed(StructPrune(), model, x, 0.3)
+    _, _, pruned = analyzed(StructPrune(**GROUP_MAGNITUDE), model, x, 0.3)
     assert theta.kept == count_params(realized) == count_params(pruned)
     for cast, p in zip(realized.parameters(), pruned.parameters(), strict=True):
         assert torch.equal(cast, p.to(torch.bfloat16))
@@ -551,4 +556,4 @@ def test_composition_prunes_and_casts() -> None:
 def test_no_warning_where_nothing_is_left_whole() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        StructPrune().analyze(copy.deepcopy(SmallResNet()), torch.randn(1, 1, 8, 8))
+        StructPrune(**GROUP_MAGNITUDE).analyze(copy.deepcopy(SmallResNet()), torch.randn(1, 1, 8, 8))

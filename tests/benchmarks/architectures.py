@@ -8,6 +8,7 @@ copies and loads. Exits with 1 where one is not ok.
 """
 
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -34,7 +35,7 @@ def row(name: str) -> bool:
     side = ARCHITECTURES[name].full_side
     x = torch.randn(2, 3, side, side)
     model = alive(ARCHITECTURES[name].make(), x)
-    scheme = StructPrune()
+    scheme = StructPrune(criterion="l2")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         analyzing = time.process_time()
@@ -63,7 +64,7 @@ def row(name: str) -> bool:
         )
         fine &= not error
     for warning in caught:
-        print(f"    {warning.message}")
+        print(textwrap.fill(str(warning.message), 105, initial_indent=" " * 4, subsequent_indent=" " * 6))
     return fine
 
 
