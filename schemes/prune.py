@@ -43,12 +43,12 @@ def prunable_weights(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn
 
 
 def other_parameters(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """What `prunable_weights` leaves out and training moves: biases, normalisation, embeddings."""
+    """What `prunable_weights` leaves out: biases, normalisation, embeddings."""
     weights, skipped = prunable_weights(model), modules_matching(model, skip, "skip")
     return {
         name: p
         for name, p in model.named_parameters()
-        if p.requires_grad and name not in weights and name.rpartition(".")[0] not in skipped
+        if name not in weights and name.rpartition(".")[0] not in skipped
     }
 
 
@@ -96,7 +96,8 @@ class Prune:
             densities by module, as ``{"layer1.*": 1.0, "layer4.*": 0.3}``: layer4 is to be 0.3 times as dense
             as layer1, as far as no layer is more than whole. Modules without a match have 1, and the sum
             always meets the density asked for.
-        min_keep: Weights that every layer keeps at least; or by module, as ``{"fc": 100}``, and 1 elsewhere.
+        min_keep: Weights that every layer keeps at least, biases and the like aside; or by module, as
+            ``{"fc": 100}``, and 1 elsewhere.
         skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
 
@@ -122,7 +123,7 @@ class Prune:
         others = other_parameters(model, self.skip) if self.criterion in IN_UNITS_OF_LOSS else {}
         for name, weight in (weights | others).items():
             layer = name.rpartition(".")[0]
-            floor = floors.get(layer, floor_elsewhere) if name in weights else 0
+            floor = floors.get(layer, floor_elsewhere) if weight.dim() > 1 else 0
             if weight.numel() > floor:
                 density = relative_density(self.spread, [weight.shape], densities, [layer])
                 found.append((name, weight.numel(), floor, density))

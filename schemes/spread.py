@@ -104,6 +104,8 @@ def allocate(total: int, sizes: Sequence[int], relative: Sequence[float], floors
 
 def best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
     """True at the n highest of all the scores, in their shapes; of equal ones those that come first in memory."""
+    if n == 0:
+        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
     flat = [_flat(s) for s in scores]
     threshold = _nth_highest(torch.cat(flat) if len(flat) > 1 else flat[0], n)
     masks = [s >= threshold for s in scores]

@@ -2,6 +2,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,6 @@ from autocompress.testing import Case, SchemeConformance, lived_in, masked_model
 # By magnitude: without a look at data.
 MAGNITUDE: Any = {"criterion": "l2"}
 GROUP_MAGNITUDE: Any = {"criterion": "l2", "normalize": "mean"}
-
 
 
 class Structured(SchemeConformance):
@@ -296,7 +296,10 @@ def test_struct_prune_removes_the_channels_of_lowest_group_norm() -> None:
     n_params = count_params(model)
     for gone in range(9):
         theta, _, _ = analyzed(
-            StructPrune(**GROUP_MAGNITUDE), model, torch.randn(1, 2, 5, 5), (n_params - gone * per_channel) / n_params
+            StructPrune(**GROUP_MAGNITUDE),
+            model,
+            torch.randn(1, 2, 5, 5),
+            (n_params - gone * per_channel) / n_params,
         )
         assert theta.plan["removed"] == {"0": sorted(order[:gone])}
 
@@ -546,7 +549,7 @@ def test_sixteen_bits_round_to_nearest_and_halve_the_bytes() -> None:
 def test_composition_prunes_and_casts() -> None:
     model = lived_in(SmallResNet(in_channels=3, classes=5))
     x = torch.randn(2, 3, 8, 8)
-    theta, _, realized = analyzed(StructPruneQuantize16(), model, x, 0.3)
+    theta, _, realized = analyzed(Compose(StructPrune(**GROUP_MAGNITUDE), Quantize16()), model, x, 0.3)
     _, _, pruned = analyzed(StructPrune(**GROUP_MAGNITUDE), model, x, 0.3)
     assert theta.kept == count_params(realized) == count_params(pruned)
     for cast, p in zip(realized.parameters(), pruned.parameters(), strict=True):
