@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from autocompress.task_options import restore, take_options, task_options
+
 if TYPE_CHECKING:
-    from autocompress.result import Result
+    from autocompress.result import Result, Watcher
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 BUDGET = ("trials", "timeout", "device")  # options that may change when a study is resumed
@@ -112,6 +114,7 @@ OUT = click.option(
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds search and trials.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@task_options
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
 @click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
@@ -122,7 +125,7 @@ OUT = click.option(
 def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Search for the smallest model within the bound, prove it on test, save it.
 
-    Without a task of your own it runs on scikit-learn's scanned digits and a small ResNet.
+    Without --model and --data it runs on scikit-learn's scanned digits and a small ResNet.
 
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
@@ -130,6 +133,8 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     from autocompress.display import Display, make_console, show_result
     from autocompress.goal import ObjectiveError, as_objective
     from autocompress.lc import LearningCompression
+    from autocompress.own_task import make_task
+    from autocompress.result import Silent
     from autocompress.scheme import parse_scheme
     from autocompress.storage import check_name, prepare_out
 
@@ -142,13 +147,20 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     options["objective"] = _checked("--objective", as_objective, options["objective"])
     options["recovery"] = LearningCompression(lr=options.pop("lr"))
     options["device"] = _checked("--device", study.usable_device, options["device"])
+    asked = take_options(options)
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
+
+    def run(watcher: "Watcher") -> "Result":
+        where = {name: options[name] for name in ("out", "device", "constraints")}
+        task = None if asked.is_default else make_task(asked, **where, progress=watcher.doing)
+        return study.tune(task, **options, watcher=watcher)
+
     try:
         if quiet:
-            result = study.tune(**options)
+            result = run(Silent())
         else:
             with Display(progress, verbose=verbose) as display:
-                result = study.tune(**options, watcher=display)
+                result = run(display)
     except ObjectiveError as error:
         raise click.BadParameter(str(error), param_hint="'--objective'") from error
     if as_json:
@@ -182,6 +194,8 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
     asked = _checked("--resume", study_settings, options["out"], options["resume"])
+    given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+    restore(options, given, asked)
     asked |= {name: asked["recovery"][name] for name in ("epochs", "lr")}
     for name in ("scheme", "max_drop", "drop", "objective", "epochs", "lr", "sampler", "seed", *BUDGET):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:

@@ -249,7 +249,8 @@ class Learner:
         loss = self._loss(logits, y.to(self._device))
         if not self.config.distill:
             return loss
-        distilled = distillation_loss(logits, taught.to(self._device), self.config.temperature)
+        taught, several = taught.to(self._device), y.ndim == 2
+        distilled = distillation_loss(logits, taught, self.config.temperature, several_labels=several)
         return (1 - self.config.distill) * loss + self.config.distill * distilled
 
 

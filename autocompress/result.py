@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import nn
 
 from autocompress.certify import Verdict
+from autocompress.constraint import Checked, Constraint, Judged
 from autocompress.export import Export
 from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement
+from autocompress.per_class import PerClass
 from autocompress.posterior import Posterior
 from autocompress.scheme import Scheme, describe
 from autocompress.search import INTERRUPTED
@@ -39,6 +41,7 @@ class Settings:
         trials: How many trials, at most.
         timeout_s: Seconds after which no further trial begins; None for no limit.
         device: Where trials run and measurements are taken, as torch names it.
+        constraints: What else the compressed model must reach.
     """
 
     scheme: Scheme
@@ -50,6 +53,7 @@ class Settings:
     trials: int = DEFAULT_TRIALS
     timeout_s: float | None = None
     device: str = "cpu"
+    constraints: tuple[Constraint, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -69,7 +73,8 @@ class Settings:
         return {
             "task": task.name,
             "fingerprint": task.fingerprint(),
-            "metric": task.metric.name,
+            "metric": task.metric.source or task.metric.name,
+            "constraints": [constraint.text for constraint in self.constraints],
             "scheme": describe(self.scheme),
             "max_drop": self.bound.max_drop,
             "drop": "relative" if self.bound.relative else "absolute",
@@ -104,6 +109,8 @@ class Result:
         seconds: Wall time of the study.
         exported: The files of the answer and what could not be exported.
         folder: Where everything lies.
+        per_class: Recall, precision and confusion on test, before and after; None without an answer.
+        constraints: What came of each constraint on val and on test.
     """
 
     name: str
@@ -121,6 +128,8 @@ class Result:
     seconds: float
     exported: Export
     folder: Path
+    per_class: PerClass | None = None
+    constraints: tuple[tuple[Checked, Judged], ...] = ()
 
     @property
     def met(self) -> bool:
@@ -153,6 +162,11 @@ class Result:
                 "upper": 100 * self.certificate.upper if self.certificate else None,
             },
             "scores": self.scores,
+            "constraints": [
+                {"constraint": val.text, "val": asdict(val), "test": asdict(test)}
+                for val, test in self.constraints
+            ],
+            **(self.per_class.to_json() if self.per_class else {"per_class": None, "confusion": None}),
             **{
                 name: {who: getattr(m, name) for who, m in pairs.items()}
                 for name in ("params", "size_bytes", "macs")
@@ -189,6 +203,7 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
         "score": result.score,
         "drop_pp": 100 * result.drop,
         "feasible": result.feasible,
+        **{one.text: one.value for one in result.constraints},
         "value": result.value,
         "params": m.params,
         "size_bytes": m.size_bytes,

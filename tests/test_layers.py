@@ -10,12 +10,14 @@ ROOT = Path(__file__).parents[1]
 
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
-    ("plugins", "weights", "metrics", "parity", "gpu"),
+    ("plugins", "weights", "parity", "gpu", "task_options"),
+    ("metrics",),
     ("task",),
-    ("measurement",),
-    ("scheme", "goal", "training"),
-    ("models", "lc", "certify", "onnx_export"),
-    ("data", "bundle"),
+    ("measurement", "constraint", "per_class", "transforms"),
+    ("scheme", "goal", "training", "images", "samples"),
+    ("models", "lc", "certify", "onnx_export", "array_readers", "file_readers"),
+    ("data", "bundle", "dense", "own_model", "readers"),
+    ("own_task",),
     ("export",),
     ("trial", "posterior"),
     ("storage", "sampler", "mlflow_store"),
