@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from autocompress.samples import PARTS, Found, Reading, Samples, divide
+from autocompress.samples import PARTS, Found, Reading, Samples
 from autocompress.transforms import Size, resize
 
 SCALES = {"uint8": 1 / 255, "uint16": 1 / 65535}  # what brings whole numbers to 0…1
@@ -21,10 +22,12 @@ SCALES = {"uint8": 1 / 255, "uint16": 1 / 65535}  # what brings whole numbers to
 def read_npz(path: Path, reading: Reading) -> Found:
     """Arrays ``train_images``, ``train_labels`` and the same of val and test, which may be missing."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             wanted = [f"{part}_{what}" for part in PARTS for what in ("images", "labels")]
             arrays = {name: stored[name] for name in wanted if name in stored.files}
             names = list(stored.files)
+        if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{odd[0]} is no array")
     except ValueError as error:
         pickled = "pickle" in str(error).lower()
         why = "it holds Python objects, which could run code" if pickled else str(error).partition("\n")[0]
@@ -158,5 +161,8 @@ def read_digits(reading: Reading) -> Found:
     """The digits that scikit-learn carries, divided as `autocompress.digits` divides them."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
-    everything = _of_pixels("digits", {"train": Samples(torch.tensor(labels), pixels)}, 1 / 16, reading.size)
-    return replace(divide(everything, replace(reading, shares=(0.5, 0.25, 0.25), group="")), notes=())
+    train, rest = train_test_split(range(len(labels)), train_size=0.5, stratify=labels, random_state=reading.seed)
+    val, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=reading.seed)
+    everything = Samples(torch.tensor(labels), pixels)
+    parts = dict(zip(PARTS, map(everything.take, (train, val, test)), strict=True))
+    return _of_pixels("digits", parts, 1 / 16, reading.size)

@@ -129,6 +129,8 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
             lines = [row for row in csv.reader(file, strict=True) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a .csv table in UTF-8: {error}") from None
+    if any(separator in value for row in lines for value in row for separator in "\r\n"):
+        raise ValueError(f"{path} has a value that spans lines; a quotation mark may be missing")
     if len(lines) < 2:
         raise ValueError(f"{path} has {len(lines)} lines; it needs a header and a line a sample")
     header, rows = [name.strip() for name in lines[0]], lines[1:]

@@ -18,7 +18,7 @@ from autocompress.metrics import Metric, as_metric
 from autocompress.own_model import Made, call_factory, load_factory, make_model, parse_arguments
 from autocompress.readers import read
 from autocompress.samples import PARTS, Found, Reading, Samples
-from autocompress.task import Data, Split, Task, TensorSplit, as_split, classification_loss, labels_of
+from autocompress.task import Data, Split, Task, TensorSplit, as_split, classification_loss, labels_of, predict
 from autocompress.task_options import TaskOptions
 from autocompress.transforms import IMAGENET, Preprocessing, parse_augmentations
 
@@ -226,8 +226,9 @@ def _meaning(metric: str, constraints: Sequence[str], classes: Sequence[str], y:
 
 def _check_metrics(task: Task, constraints: Sequence[str]) -> None:
     """Tries the metric and the constraints, on random outputs, before hours are spent."""
+    example = TensorSplit(task.example_input, torch.zeros(1, dtype=torch.long))
     for metric in (task.metric, *(one.metric for one in parse_constraints(constraints, task.classes))):
-        _try_metric(metric, labels_of(task.val), len(task.classes))
+        _try_metric(metric, labels_of(task.val), predict(task.model, example)[0].shape[1])
 
 
 def _try_metric(metric: Metric, y: Tensor, classes: int) -> None:

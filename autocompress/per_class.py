@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn import metrics as sk
 
-from autocompress.metrics import decisions
+from autocompress.metrics import confusions, decisions
 from autocompress.task import Evaluation
 
 
@@ -78,8 +78,6 @@ def per_class(dense: Evaluation, compressed: Evaluation, names: Sequence[str] = 
 
 def _scores(evaluation: Evaluation, names: Sequence[str]) -> tuple[ClassScore, ...]:
     targets, outputs = evaluation.targets, evaluation.outputs
-    labels = np.arange(outputs.shape[1])
-    tables = sk.multilabel_confusion_matrix(targets, decisions(targets, outputs), labels=labels)
     return tuple(
         ClassScore(
             name=names[k] if k < len(names) else str(k),
@@ -87,15 +85,15 @@ def _scores(evaluation: Evaluation, names: Sequence[str]) -> tuple[ClassScore, .
             recall=float(tp / (fn + tp)) if fn + tp else None,
             precision=float(tp / (fp + tp)) if fp + tp else None,
         )
-        for k, ((_, fp), (fn, tp)) in enumerate(tables)
+        for k, ((_, fp), (fn, tp)) in enumerate(confusions(targets, outputs).tolist())
     )
 
 
 def _confusion(evaluation: Evaluation) -> list[Any]:
     targets, outputs = evaluation.targets, evaluation.outputs
-    found, labels = decisions(targets, outputs), np.arange(outputs.shape[1])
     if targets.ndim == 2:
-        counts: list[Any] = sk.multilabel_confusion_matrix(targets, found, labels=labels).tolist()
+        counts: list[Any] = confusions(targets, outputs).tolist()
     else:
-        counts = sk.confusion_matrix(targets, found, labels=labels).tolist()
+        labels = np.arange(outputs.shape[1])
+        counts = sk.confusion_matrix(targets, decisions(targets, outputs), labels=labels).tolist()
     return counts

@@ -14,7 +14,7 @@ from autocompress.export import Export
 from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement
-from autocompress.per_class import PerClass
+from autocompress.per_class import ClassScore, PerClass
 from autocompress.posterior import Posterior
 from autocompress.scheme import Scheme, describe
 from autocompress.search import INTERRUPTED
@@ -135,6 +135,13 @@ class Result:
     def met(self) -> bool:
         """Whether a compressed model meets the bound, as far as the data can tell."""
         return self.verdict != "not met"
+
+    @property
+    def classes_that_lost(self) -> list[tuple[ClassScore, ClassScore]]:
+        """The classes, before and after, whose recall on test fell by more than the bound on the drop."""
+        if self.per_class is None or self.certificate is None:
+            return []
+        return self.per_class.lost(self.certificate.max_drop)
 
     @property
     def interrupted(self) -> bool:

@@ -114,11 +114,15 @@ def divide(found: Found, reading: Reading) -> Found:
     if not missing:
         return found
     share = dict(zip(PARTS, reading.shares, strict=True))
-    whole = parts["train"]
+    whole, needed = parts["train"], 1 + len(missing)
+    for k, n in enumerate(torch.bincount(whole.y).tolist() if whole.y.ndim == 1 else []):
+        if 0 < n < needed:
+            many = f"the class {found.classes[k]!r} has {n} samples; at least {needed}"
+            raise ValueError(f"{many} are needed to divide them into {', '.join(('train', *missing))}")
     total = share["train"] + sum(share[part] for part in missing)
     for part in missing:
         fraction = share[part] / total
-        rest, taken = _split_off(parts["train"], fraction, reading, found.classes)
+        rest, taken = _split_off(parts["train"], fraction, reading)
         parts["train"], parts[part] = parts["train"].take(rest), parts["train"].take(taken)
         total -= share[part]
     sizes = ", ".join(f"{part} {len(parts[part]):,}" for part in PARTS)
@@ -127,19 +131,17 @@ def divide(found: Found, reading: Reading) -> Found:
     return replace(found, parts={part: parts[part] for part in PARTS}, notes=(*found.notes, note))
 
 
-def _split_off(
-    samples: Samples, fraction: float, reading: Reading, classes: Sequence[str]
-) -> tuple[list[int], list[int]]:
+def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[list[int], list[int]]:
     """Indices of what stays and of what is taken."""
     y = samples.y.numpy()
     strata = y if y.ndim == 1 else np.zeros(len(y), dtype=int)
     counts = np.bincount(strata)
-    rarest = int(counts[counts > 0].min())
     n_groups = len(set(samples.groups))
     if samples.groups:
         if n_groups < 3:
             raise ValueError(f"there are {n_groups} groups; at least 3 are needed to divide them")
-        folds = StratifiedGroupKFold(min(FOLDS, n_groups), shuffle=True, random_state=reading.seed)
+        n_folds = max(2, min(FOLDS, n_groups, int(counts.max())))
+        folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=reading.seed)
         taken: list[int] = []
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -150,12 +152,6 @@ def _split_off(
                     taken += fold.tolist()
         stay = sorted(set(range(len(y))) - set(taken))
         return stay, sorted(taken)
-    if rarest < 3 and y.ndim == 1:
-        k = int(np.flatnonzero(counts == rarest)[0])
-        raise ValueError(
-            f"the class {classes[k]!r} has {rarest} samples; at least 3 are needed to divide into "
-            f"train, val and test"
-        )
     try:
         stay, chosen = train_test_split(
             range(len(y)), test_size=fraction, stratify=strata if y.ndim == 1 else None, random_state=reading.seed
