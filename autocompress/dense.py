@@ -212,7 +212,7 @@ def _digest(task: Task, training: DenseTraining, device: str) -> str:
     sampling = getattr(task.train, "sampling", None)
     recipe = {
         **asdict(training),
-        "loss": repr(task.loss),
+        "loss": repr(task.loss) if isinstance(task.loss, ClassLoss) else getattr(task.loss, "__qualname__", ""),
         "metric": task.metric.source or task.metric.name,
         "batch_size": task.train.batch_size,
         "augmentations": getattr(sampling, "augmentations", ()),
