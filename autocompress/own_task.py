@@ -150,7 +150,12 @@ def _of_images(options: TaskOptions, progress: Progress) -> _Parts:
         part: _split(samples, preprocessing, training if part == "train" else plain)
         for part, samples in found.parts.items()
     }
-    return _Parts(found.name, parts, found.classes, model, preprocessing, found.notes)
+    notes = found.notes
+    if model.is_trained and options.normalize == "auto":
+        notes += (
+            "images are normalised by the data's own mean: if the weights learned otherwise, give --normalize",
+        )
+    return _Parts(found.name, parts, found.classes, model, preprocessing, notes)
 
 
 def _split(samples: Samples, preprocessing: Preprocessing, sampling: Sampling) -> Split:

@@ -191,17 +191,29 @@ _OPTIONS = (
         help="Processes that read images which are not held in memory.",
     ),
     click.option("--strict", is_flag=True, help="An image that cannot be read is an error; else it is left out."),
-    click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True),
+    click.option(
+        "--label-smoothing",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.0,
+        show_default=True,
+        help="Share of the target that is spread over all classes.",
+    ),
     click.option(
         "--train-epochs",
         type=click.IntRange(min=0),
         help="Epochs of the dense model, at most; 0: take it as it is.  [default: 30, or 0 with trained weights]",
     ),
-    click.option("--train-optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+    click.option(
+        "--train-optimizer",
+        type=click.Choice(["adamw", "sgd"]),
+        default="adamw",
+        show_default=True,
+        help="Of the dense model's training.",
+    ),
     click.option(
         "--train-lr",
         type=click.FloatRange(min=0, min_open=True),
-        help="[default: 0.001 with adamw, 0.05 with sgd]",
+        help="Its peak learning rate.  [default: 0.001 with adamw, 0.05 with sgd]",
     ),
     click.option(
         "--patience",
