@@ -225,7 +225,8 @@ session = onnxruntime.InferenceSession("model.onnx")
 ```
 """
 REBUILD = """With autocompress, as a module to train or measure further: `autocompress.load(".", model)`, from
-`model.safetensors` and `plan.json`. `model` is any instance of the dense architecture.
+`model.safetensors` and `plan.json`. `model` is any instance of the dense architecture; leave it out where
+`plan.json` names an architecture.
 """
 INPUT_OUTPUT = """Input: {dtype} of shape (batch, {sample}), any batch size. {preprocessing}
 

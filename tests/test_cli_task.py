@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 AUTOCOMPRESS = Path(sys.executable).with_name("autocompress")
@@ -107,14 +106,11 @@ def test_resume_refuses_other_options_and_other_data(job: tuple[Path, Ended]) ->
     [
         (("--data", "broken.npz"), "broken.npz"),
         (("--data", "bands.npz", "--model", "resnet81"), "unknown model 'resnet81'; did you mean resnet18"),
-        (("--data", "bands.npz", "--weights", "model.pt"), "loading it could run code"),
-        (("--metric", "AUC"), "unknown metric 'AUC'; did you mean auc"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_study(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     write_npz(tmp_path / "bands.npz")
     (tmp_path / "broken.npz").write_text("no zip")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     ended = run(tmp_path, "tune", *args, *FAST)
     (error,) = [line for line in ended.stderr.splitlines() if not line.startswith("training ")]
     assert ended.status == USAGE
