@@ -11,13 +11,18 @@ from PIL import Image
 from torch import nn
 
 import autocompress as ac
+from autocompress.certify import certify
 from autocompress.dense import ClassLoss, DenseTraining, balancing_weights, frozen_modules
+from autocompress.goal import as_objective
 from autocompress.images import FileImages, HeldImages, Sampling
+from autocompress.lc import LearningCompression
 from autocompress.metrics import accuracy
 from autocompress.models import SmallResNet, build, classifier, first_conv
 from autocompress.own_model import cached_weights, make_model, parse_arguments, read_weights
+from autocompress.schemes import StructPrune
 from autocompress.task import TensorSplit
 from autocompress.transforms import Preprocessing, augment, parse_augmentations
+from autocompress.trial import Bound, TrialSpec, run_trial
 
 RNG = np.random.default_rng(0)
 
@@ -122,9 +127,15 @@ def test_several_labels_are_learned_judged_and_compressed(tmp_path: Path) -> Non
     )  # fmt: skip
     assert next(task.train.batches())[1].shape == (16, 3)
     assert task.evaluate(task.model, task.train).score > 0.6
-    result = ac.tune(task, max_drop=0.9, trials=1, epochs=1, out=tmp_path / "runs", name="labels")
-    assert result.certificate is not None and result.certificate.metric == "auc"
-    assert np.shape(result.to_json()["confusion"]["dense"]) == (3, 2, 2)
+    dense = task.evaluate(task.model, task.val)
+    scheme, recovery = StructPrune(), LearningCompression(epochs=1)
+    facts = scheme.analyze(task.model, task.example_input)
+    spec = TrialSpec(1, 0.5, task, scheme, facts, recovery, as_objective("density"), Bound(0.9), dense, seed=0)
+    trial = run_trial(spec)
+    assert trial.model is not None and 0.1 < trial.density <= 0.5
+    compressed = task.evaluate(trial.model, task.test)
+    verdict = certify(task.metric, task.evaluate(task.model, task.test), compressed, 0.9)
+    assert verdict.met and np.isfinite(verdict.upper)
 
 
 # Models
