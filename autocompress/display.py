@@ -216,7 +216,7 @@ def _comparison(result: Result) -> Table:
 def _per_class(result: Result) -> Table:
     """The classes that lost more recall than the bound allows the metric: the mean must not hide them."""
     table = Table(box=None, padding=(0, 3, 0, 0))
-    for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", ""):
+    for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
         table.add_column(column, justify="right" if column != "classes that lost more than the bound" else "left")
     for before, after in result.classes_that_lost:
         assert before.recall is not None and after.recall is not None
