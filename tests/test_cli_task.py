@@ -125,7 +125,7 @@ def test_a_folder_of_images_with_a_network_of_torchvision(tmp_path: Path) -> Non
         file = tmp_path / "scans" / ("ill" if k else "well") / f"p{i // 3}_{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
-    (tmp_path / "scans" / "ill" / "broken.png").write_text("no image")
+    (tmp_path / "scans" / "ill" / "p99_broken.png").write_text("no image")
     ended = run(
         tmp_path, "tune", "--data", "scans", "--model", "resnet18", "--image-size", "32", "--augment", "natural",
         "--balance", "sampler", "--group", r"(p\d+)_", "--max-drop", "0.9", "--train-epochs", "2", "--epochs", "1",
