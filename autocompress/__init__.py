@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autocompress.lc import LearningCompression
     from autocompress.measurement import Latency, Measurement, compare, measure
     from autocompress.metrics import Metric, accuracy, balanced_accuracy
+    from autocompress.own_task import make_task
     from autocompress.result import Result, Watcher
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
     from autocompress.study import tune
@@ -24,6 +25,7 @@ _HOMES = {
     "bundle": ("load",),
     "data": ("digits",),
     "lc": ("LearningCompression",),
+    "own_task": ("make_task",),
     "measurement": ("Latency", "Measurement", "compare", "measure"),
     "metrics": ("Metric", "accuracy", "balanced_accuracy"),
     "goal": ("Objective", "objective"),
@@ -51,6 +53,7 @@ __all__ = [
     "compare",
     "digits",
     "load",
+    "make_task",
     "measure",
     "objective",
     "parse_scheme",

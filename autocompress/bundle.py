@@ -35,6 +35,7 @@ class Provenance:
         architecture: How the dense architecture can be made again, where that is known.
         classes: Names of the logits, in order.
         preprocessing: What was done to a sample before the model saw it, in words.
+        input: The same for programs: JSON types only.
         results: What else is worth keeping, such as the metric on val and test: JSON types only.
     """
 
@@ -42,9 +43,10 @@ class Provenance:
     plan: Mapping[str, Any]
     density: float
     task: str
-    architecture: str | None = None
+    architecture: str | Mapping[str, Any] | None = None
     classes: Sequence[str] = ()
     preprocessing: str = ""
+    input: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -75,7 +77,7 @@ def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenan
         "classes": list(provenance.classes),
         "preprocessing": provenance.preprocessing,
         "dtype": dtype_name(next(model.parameters()).dtype),
-        "input": {"shape": list(sample.shape), "dtype": dtype_name(sample.dtype)},
+        "input": {"shape": list(sample.shape), "dtype": dtype_name(sample.dtype), **provenance.input},
         "sha256": _sha256(path),
         "versions": {name: version(name) for name in ("autocompress", "torch")},
         "results": dict(provenance.results),
@@ -143,14 +145,14 @@ def rebuild(
     return realized.eval()
 
 
-def _known_architecture(name: str | None, directory: Path) -> nn.Module:
-    from autocompress.models import ARCHITECTURES  # torchvision takes a second to import
+def _known_architecture(description: str | Mapping[str, Any] | None, directory: Path) -> nn.Module:
+    from autocompress.models import build  # torchvision takes a second to import
 
-    if name not in ARCHITECTURES:
+    if description is None:
         raise ValueError(
             f"{directory} was compressed from an architecture of your own; pass model=, its dense form"
         )
-    return ARCHITECTURES[name]()
+    return build(description)
 
 
 def read_plan(directory: Path) -> dict[str, Any]:

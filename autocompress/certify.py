@@ -1,7 +1,7 @@
 """The verdict on held-out data: is the drop within the bound, and with what confidence can that be said."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from autocompress.metrics import Metric
+from autocompress.constraint import Judged
+from autocompress.metrics import Metric, classes_present, smallest_class
 from autocompress.task import Evaluation
 
 Outcome: TypeAlias = Literal["certified", "not certifiable", "not met"]
@@ -130,6 +131,18 @@ def certify(
     )
 
 
+def conclude(verdict: Verdict, constraints: Sequence[Judged]) -> tuple[Outcome, str]:
+    """The verdict on the drop and on all the constraints together: the worst of them, and each in words."""
+    order: tuple[Outcome, ...] = ("certified", "not certifiable", "not met")
+    outcome = max((verdict.outcome, *(one.standing for one in constraints)), key=order.index)
+    sentence = verdict.sentence
+    if outcome != verdict.outcome:
+        sentence = (
+            f"{outcome.capitalize()}, for a constraint. Of the drop alone: {sentence[0].lower()}{sentence[1:]}"
+        )
+    return outcome, " ".join([sentence, *(one.sentence for one in constraints)])
+
+
 def paired_bounds(lost: int, gained: int, n: int, confidence: float) -> tuple[float, float]:
     """One-sided lower and upper bounds on the drop of a proportion measured twice on the same samples.
 
@@ -227,7 +240,7 @@ def _bootstrap_bounds(
         return lower, upper
     # No resample differs: the models agree wherever the metric looks. Fresh samples need not, so the margin
     # is that of `paired_bounds` without a disagreement, at the size of the smallest class: conservative.
-    n = int(np.unique(dense.targets, return_counts=True)[1].min())
+    n = smallest_class(dense.targets)
     margin = paired_bounds(0, 0, n, confidence)[1]
     return lower - margin, upper + margin
 
@@ -237,10 +250,10 @@ def _bootstrap_drops(
 ) -> NDArray[np.float64]:
     """The drop over paired resamples; fewer than asked for when some lost a class and have no score."""
     targets = dense.targets
-    n_classes = len(np.unique(targets))
+    n_classes = classes_present(targets)
 
     def drop(i: NDArray[np.int64]) -> float:
-        if len(np.unique(targets[i])) < n_classes:
+        if classes_present(targets[i]) < n_classes:
             return math.nan
         before, after = (metric.score(targets[i], e.outputs[i]) for e in (dense, compressed))
         return metric.drop(before, after, relative=relative)

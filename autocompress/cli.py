@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from autocompress.task_options import restore, take_options, task_options
+
 if TYPE_CHECKING:
-    from autocompress.result import Result
+    from autocompress.result import Result, Watcher
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 TRAINING = ("lr", "optimizer", "distill")  # options of a trial's recovery, besides its epochs
@@ -129,6 +131,7 @@ OUT = click.option(
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds search and trials.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@task_options
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
 @click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
@@ -139,14 +142,16 @@ OUT = click.option(
 def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Search for the smallest model within the bound, prove it on test, save it.
 
-    Without a task of your own it runs on scikit-learn's scanned digits and a small ResNet.
+    Without --model and --data it runs on scikit-learn's scanned digits and a small ResNet.
 
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
     from autocompress import study
     from autocompress.display import Display, make_console, show_result
     from autocompress.goal import ObjectiveError, as_objective
+    from autocompress.own_task import make_task
     from autocompress.recovery import make_recovery
+    from autocompress.result import Silent
     from autocompress.scheme import parse_scheme
     from autocompress.storage import check_name, prepare_out
 
@@ -161,13 +166,20 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     given = {name: value for name, value in training.items() if value is not None}
     options["recovery"] = _checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["device"] = _checked("--device", study.usable_device, options["device"])
+    asked = take_options(options)
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
+
+    def run(watcher: "Watcher") -> "Result":
+        where = {name: options[name] for name in ("out", "device", "constraints")}
+        task = None if asked.is_default else make_task(asked, **where, progress=watcher.doing)
+        return study.tune(task, **options, watcher=watcher)
+
     try:
         if quiet:
-            result = study.tune(**options)
+            result = run(Silent())
         else:
             with Display(progress, verbose=verbose) as display:
-                result = study.tune(**options, watcher=display)
+                result = run(display)
     except ObjectiveError as error:
         raise click.BadParameter(str(error), param_hint="'--objective'") from error
     if as_json:
@@ -201,6 +213,8 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
     asked = _checked("--resume", study_settings, options["out"], options["resume"])
+    given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+    restore(options, given, asked)
     recovery = asked["recovery"]
     asked |= {name: recovery.get(name) for name in ("epochs", *TRAINING)} | {"recovery": recovery["method"]}
     same = ("scheme", "max_drop", "drop", "objective", "recovery", "epochs", *TRAINING, "sampler", "seed")

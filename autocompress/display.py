@@ -156,6 +156,9 @@ def show_result(console: Console, result: Result) -> None:
     if "compressed" in result.measurements:
         console.print()
         console.print(_comparison(result))
+    if result.per_class is not None and result.classes_that_lost:
+        console.print()
+        console.print(_per_class(result))
     console.print()
     style = "bold green" if result.verdict == "certified" else "bold yellow" if result.met else "bold red"
     console.print(escape(result.sentence), style=style, soft_wrap=True)
@@ -195,6 +198,11 @@ def _comparison(result: Result) -> Table:
     for split in ("val", "test"):
         a, b = result.scores["dense"][split], result.scores["compressed"][split]
         table.add_row(f"score on {split}", f"{a:.4f}", f"{b:.4f}", f"{100 * (b - a):+.2f} pp")
+    for val, test in result.constraints:
+        for split, one in (("val", val), ("test", test)):
+            table.add_row(
+                escape(f"{val.metric} on {split}"), "", f"{one.value:.4f}", "" if one.met else "violated"
+            )
     table.add_row("density", f"{dense.density:.4f}", f"{compressed.density:.4f}", "")
     for name, get, show in ROWS:
         costs = get(dense), get(compressed)
@@ -202,6 +210,20 @@ def _comparison(result: Result) -> Table:
     for before, after in zip(dense.latency, compressed.latency, strict=True):
         times = (f"{at.p50_ms:.3f} ms (p95 {at.p95_ms:.3f})" for at in (before, after))
         table.add_row(f"latency, batch {before.batch}", *times, _ratio(before.p50_ms, after.p50_ms))
+    return table
+
+
+def _per_class(result: Result) -> Table:
+    """The classes that lost more recall than the bound allows the metric: the mean must not hide them."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
+        table.add_column(column, justify="right" if column != "classes that lost more than the bound" else "left")
+    for before, after in result.classes_that_lost:
+        assert before.recall is not None and after.recall is not None
+        lost = f"{100 * (after.recall - before.recall):+.2f} pp"
+        table.add_row(
+            escape(before.name), f"{before.support}", f"{before.recall:.4f}", f"{after.recall:.4f}", lost
+        )
     return table
 
 

@@ -227,7 +227,8 @@ session = onnxruntime.InferenceSession("model.onnx")
 ```
 """
 REBUILD = """With autocompress, as a module to train or measure further: `autocompress.load(".", model)`, from
-`model.safetensors` and `plan.json`. `model` is any instance of the dense architecture.
+`model.safetensors` and `plan.json`. `model` is any instance of the dense architecture; leave it out where
+`plan.json` names an architecture.
 """
 INTEGERS = """`model.onnx` computes in 8-bit integers: it is the file to deploy. The others store the same
 integers and compute in float32 what they give, slower than the dense model. On x86 processors without VNNI,

@@ -171,7 +171,9 @@ class Learner:
         loss = self._task.loss(logits.float(), y)
         if taught is None:
             return loss
-        distilled = distillation_loss(logits.float(), taught.to(self._device), self.recipe.temperature)
+        distilled = distillation_loss(
+            logits.float(), taught.to(self._device), self.recipe.temperature, several_labels=y.ndim == 2
+        )
         return (1 - self.recipe.distill) * loss + self.recipe.distill * distilled
 
     def evidence(self) -> Evidence:

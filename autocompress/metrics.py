@@ -1,14 +1,30 @@
-"""Metrics: how a model is judged, on top of scikit-learn."""
+"""Metrics: how a model is judged, on top of scikit-learn.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Targets are class numbers of shape ``(n,)``, or, where a sample may have several labels, zeros and ones of shape
+``(n, labels)``. Outputs are logits: a sample's class is that of the largest, and it has the labels whose logit is
+positive.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Real
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, softmax
+from scipy.stats import rankdata
 from sklearn import metrics as sk
 
-Targets = NDArray[np.int64]
-Outputs = NDArray[np.float32]
+from autocompress.plugins import load_from_file
+
+Targets: TypeAlias = NDArray[np.int64]
+Outputs: TypeAlias = NDArray[np.float32]
+Score: TypeAlias = Callable[[Targets, Outputs], float]
+Binary: TypeAlias = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
 
 
 @dataclass(frozen=True)
@@ -21,12 +37,23 @@ class Metric:
         higher_is_better: Whether a larger score is the better one.
         correct: For metrics that are a mean of right and wrong answers: targets and outputs to booleans of
             shape ``(n,)``. They allow an exact paired bound on the drop; None otherwise.
+        description: What it is, in one line.
+        source: ``file.py:name`` where it came from a file: what finds it again in another process.
     """
 
     name: str
-    score: Callable[[Targets, Outputs], float]
+    score: Score
     higher_is_better: bool = True
     correct: Callable[[Targets, Outputs], NDArray[np.bool_]] | None = None
+    description: str = ""
+    source: str = ""
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickled by its file where it came from one: another process cannot import that."""
+        if self.source:
+            return as_metric, (self.source,)
+        fields = (self.name, self.score, self.higher_is_better, self.correct, self.description)
+        return Metric, fields
 
     def drop(self, dense: float, compressed: float, *, relative: bool = False) -> float:
         """What compression lost: positive is worse. With ``relative``, as a share of the dense score."""
@@ -35,17 +62,246 @@ class Metric:
         return round(lost / abs(dense) if relative and dense else lost, 12)
 
 
+def decisions(targets: Targets, outputs: Outputs) -> Targets:
+    """What the model decides, in the shape of ``targets``: the class, or a one for each label it sees."""
+    return np.asarray(outputs > 0 if targets.ndim == 2 else outputs.argmax(axis=1), dtype=np.int64)
+
+
+def probabilities(targets: Targets, outputs: Outputs) -> NDArray[np.float64]:
+    """Probabilities of shape ``(n, classes)``: softmax of the logits, or a sigmoid of each where labels mix."""
+    logits = outputs.astype(np.float64)
+    return np.asarray(expit(logits) if targets.ndim == 2 else softmax(logits, axis=1))
+
+
+def smallest_class(targets: Targets) -> int:
+    """Samples of the rarest class; of the rarest value of any label where a sample may have several."""
+    columns = targets.T if targets.ndim == 2 else targets[None]
+    return min(int(np.unique(column, return_counts=True)[1].min()) for column in columns)
+
+
+def classes_present(targets: Targets) -> int:
+    """How many classes there are samples of; where labels mix, how many values the labels take in all."""
+    columns = targets.T if targets.ndim == 2 else targets[None]
+    return sum(len(np.unique(column)) for column in columns)
+
+
 def _is_correct(targets: Targets, outputs: Outputs) -> NDArray[np.bool_]:
-    return np.asarray(outputs.argmax(axis=1) == targets)
+    right = decisions(targets, outputs) == targets
+    return np.asarray(right.all(axis=1) if right.ndim == 2 else right)
 
 
 def _accuracy(targets: Targets, outputs: Outputs) -> float:
-    return float(sk.accuracy_score(targets, outputs.argmax(axis=1)))
+    return float(sk.accuracy_score(targets, decisions(targets, outputs)))
 
 
 def _balanced_accuracy(targets: Targets, outputs: Outputs) -> float:
-    return float(sk.balanced_accuracy_score(targets, outputs.argmax(axis=1)))
+    if targets.ndim == 2:
+        return (_sensitivity(targets, outputs) + _specificity(targets, outputs)) / 2
+    return float(sk.balanced_accuracy_score(targets, decisions(targets, outputs)))
 
 
-accuracy = Metric("accuracy", _accuracy, correct=_is_correct)
-balanced_accuracy = Metric("balanced_accuracy", _balanced_accuracy)
+def confusions(targets: Targets, outputs: Outputs) -> NDArray[np.int64]:
+    """Of each class against the rest [[TN, FP], [FN, TP]], shape ``(classes, 2, 2)``.
+
+    As scikit-learn's `multilabel_confusion_matrix`, in a hundredth of its time: bootstraps ask for thousands.
+    """
+    found, labels = decisions(targets, outputs), np.arange(outputs.shape[1])
+    is_class = targets > 0 if targets.ndim == 2 else targets[:, None] == labels
+    is_found = found > 0 if found.ndim == 2 else found[:, None] == labels
+    hits, n = (is_class & is_found).sum(axis=0), len(targets)
+    of_class, called = is_class.sum(axis=0), is_found.sum(axis=0)
+    counts = [n - of_class - called + hits, called - hits, of_class - hits, hits]
+    return np.stack(counts, axis=1).reshape(-1, 2, 2)
+
+
+def _mean_share(hits: NDArray[np.int64], misses: NDArray[np.int64], what: str) -> float:
+    """The mean of hits / (hits + misses) over the classes that have any."""
+    n = hits + misses
+    if not n.any():
+        raise ValueError(f"there is no {what} sample to score")
+    return float((hits[n > 0] / n[n > 0]).mean())
+
+
+def _positive(tables: NDArray[np.int64], targets: Targets) -> NDArray[np.int64]:
+    """Of two classes the second counts; of more, or of labels, all do."""
+    return tables[1:] if targets.ndim == 1 and len(tables) == 2 else tables
+
+
+def _sensitivity(targets: Targets, outputs: Outputs) -> float:
+    c = _positive(confusions(targets, outputs), targets)
+    return _mean_share(c[:, 1, 1], c[:, 1, 0], "positive")
+
+
+def _specificity(targets: Targets, outputs: Outputs) -> float:
+    c = _positive(confusions(targets, outputs), targets)
+    return _mean_share(c[:, 0, 0], c[:, 0, 1], "negative")
+
+
+def _precision(targets: Targets, outputs: Outputs) -> float:
+    c = _positive(confusions(targets, outputs), targets)
+    found = c[:, :, 1].sum(axis=1)
+    return float((c[:, 1, 1] / np.maximum(found, 1)).mean())  # what is never found has a precision of 0
+
+
+def _f1(targets: Targets, outputs: Outputs) -> float:
+    return float(sk.f1_score(targets, decisions(targets, outputs), average="macro", zero_division=0))
+
+
+def _kappa(targets: Targets, outputs: Outputs) -> float:
+    found = decisions(targets, outputs)
+    if targets.ndim == 2:
+        return float(np.mean([_cohen(a, b) for a, b in zip(targets.T, found.T, strict=True)]))
+    return _cohen(targets, found)
+
+
+def _cohen(targets: Targets, found: Targets) -> float:
+    if len(np.union1d(targets, found)) == 1:  # 0 / 0: nothing but agreement
+        return 1.0
+    return float(sk.cohen_kappa_score(targets, found))
+
+
+def _macro(binary: Binary, targets: Targets, outputs: Outputs) -> float:
+    """The mean of a score of one class against the rest, over the classes that samples have and lack."""
+    p = probabilities(targets, outputs)
+    if targets.ndim == 2:
+        pairs = [(targets[:, k] > 0, p[:, k]) for k in range(p.shape[1])]
+    elif p.shape[1] == 2:
+        pairs = [(targets == 1, outputs[:, 1].astype(np.float64) - outputs[:, 0])]
+    else:
+        pairs = [(targets == k, p[:, k]) for k in range(p.shape[1])]
+    scores = [binary(is_class, score) for is_class, score in pairs if 0 < is_class.sum() < len(is_class)]
+    if not scores:
+        raise ValueError("all samples are of one class, so nothing can be ranked; this metric needs two")
+    return float(np.mean(scores))
+
+
+def _auc(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
+    """The Mann-Whitney statistic over its maximum, which is the area under the ROC curve; ties count half."""
+    n_class = int(is_class.sum())
+    wins = rankdata(score)[is_class].sum() - n_class * (n_class + 1) / 2
+    return float(wins / (n_class * (len(score) - n_class)))
+
+
+def _log_loss(targets: Targets, outputs: Outputs) -> float:
+    p = np.clip(probabilities(targets, outputs), 1e-15, 1 - 1e-15)
+    if targets.ndim == 2:
+        return float(-np.where(targets > 0, np.log(p), np.log1p(-p)).mean())
+    return float(-np.log(p[np.arange(len(targets)), targets]).mean())
+
+
+def _recall_of(k: int, targets: Targets, outputs: Outputs) -> float:
+    c = confusions(targets, outputs)[[k]]
+    return _mean_share(c[:, 1, 1], c[:, 1, 0], "positive")
+
+
+def _specificity_of(k: int, targets: Targets, outputs: Outputs) -> float:
+    c = confusions(targets, outputs)[[k]]
+    return _mean_share(c[:, 0, 0], c[:, 0, 1], "negative")
+
+
+def _precision_of(k: int, targets: Targets, outputs: Outputs) -> float:
+    c = confusions(targets, outputs)[k]
+    return float(c[1, 1] / max(1, c[:, 1].sum()))
+
+
+accuracy = Metric(
+    "accuracy", _accuracy, correct=_is_correct, description="Share of samples with every answer right."
+)
+balanced_accuracy = Metric("balanced_accuracy", _balanced_accuracy, description="Mean recall over the classes.")
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        accuracy,
+        balanced_accuracy,
+        Metric("auc", partial(_macro, _auc), description="Area under the ROC curve; macro, one-vs-rest."),
+        Metric(
+            "average_precision",
+            partial(_macro, sk.average_precision_score),
+            description="Area under the precision-recall curve; macro, one-vs-rest.",
+        ),
+        Metric("sensitivity", _sensitivity, description="Recall of the second of two classes; macro for more."),
+        Metric("specificity", _specificity, description="Recall of the others; macro for more than two classes."),
+        Metric("precision", _precision, description="Share of the finds that are right; macro for more than two."),
+        Metric("f1", _f1, description="Harmonic mean of precision and recall; macro over the classes."),
+        Metric("kappa", _kappa, description="Cohen's kappa: agreement beyond chance."),
+        Metric("log_loss", _log_loss, higher_is_better=False, description="Mean negative log-likelihood."),
+    )
+}
+OF_ONE_CLASS: dict[str, Callable[[int, Targets, Outputs], float]] = {
+    "recall": _recall_of,
+    "sensitivity": _recall_of,
+    "specificity": _specificity_of,
+    "precision": _precision_of,
+}
+
+
+def as_metric(given: str | Metric, classes: Sequence[str] = ()) -> Metric:
+    """A metric from its name, ``file.py:name``, or itself.
+
+    Args:
+        given: A name of `METRICS`; ``recall[CLASS]``, ``specificity[CLASS]`` or ``precision[CLASS]`` of one class
+            by name or number; or a file and the name of a `Metric` in it, or of a function of targets and
+            outputs, of which more is better.
+        classes: The names of the classes, in order.
+
+    Raises:
+        ValueError: If there is no such metric; the message says what there is.
+    """
+    if isinstance(given, Metric):
+        return given
+    if not isinstance(given, str):
+        raise ValueError(f"metric={given!r}; give a name, file.py:name or a Metric")
+    if given in METRICS:
+        return METRICS[given]
+    if match := re.fullmatch(r"(\w+)\[(.+)\]", given):
+        return _of_class(match[1], match[2], classes)
+    if ":" in given or given.endswith(".py"):
+        return _from_file(given)
+    near = difflib.get_close_matches(given.lower(), METRICS, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(
+        f"unknown metric {given!r}{hint} (available: {', '.join(METRICS)}, recall[CLASS], or file.py:name)"
+    )
+
+
+def _of_class(kind: str, which: str, classes: Sequence[str]) -> Metric:
+    if kind not in OF_ONE_CLASS:
+        raise ValueError(f"unknown metric {kind}[{which}]; of one class there are {', '.join(OF_ONE_CLASS)}")
+    if which in classes:
+        k = list(classes).index(which)
+    elif which.isdecimal() and (not classes or int(which) < len(classes)):
+        k = int(which)
+    else:
+        known = f"it is one of {', '.join(classes)}" if classes else "write its number, from 0"
+        raise ValueError(f"{kind}[{which}]: there is no class {which!r}; {known}")
+    return Metric(f"{kind}[{which}]", partial(OF_ONE_CLASS[kind], k), description=f"{kind} of class {which}")
+
+
+def _from_file(spec: str) -> Metric:
+    found = load_from_file(spec)
+    if isinstance(found, Metric):
+        return replace(found, source=spec)
+    if not callable(found):
+        raise ValueError(
+            f"{spec!r} is a {type(found).__name__}, not a Metric or a function of targets and outputs"
+        )
+    name = getattr(found, "__name__", "metric")
+    return Metric(name, _CheckedScore(spec, found), source=spec)
+
+
+@dataclass(frozen=True)
+class _CheckedScore:
+    """A user's function, its errors said in one line."""
+
+    spec: str
+    function: Callable[[Targets, Outputs], Any]
+
+    def __call__(self, targets: Targets, outputs: Outputs) -> float:
+        try:
+            score = self.function(targets, outputs)
+        except Exception as error:
+            raise ValueError(f"the metric {self.spec!r} raised {type(error).__name__}: {error}") from error
+        if not isinstance(score, Real) or isinstance(score, bool):
+            raise ValueError(f"the metric {self.spec!r} returned {score!r}; it must return a number")
+        return float(score)

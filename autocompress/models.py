@@ -1,11 +1,15 @@
-"""Models: the architectures that autocompress brings, and dense training with a cache."""
+"""Models: the architectures that can be made by name, fitted to the data, and the cache of trained ones."""
 
+import difflib
 import hashlib
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -48,6 +52,119 @@ def _block(inputs: int, outputs: int, stride: int) -> BasicBlock:
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"digits": SmallResNet}
+_AUXILIARY = ("googlenet", "inception_v3")  # heads that only training has; without them a batch is one tensor
+
+
+def build(description: str | Mapping[str, Any]) -> nn.Module:
+    """An untrained network from the description that is stored with what was compressed from it.
+
+    Args:
+        description: A name of `ARCHITECTURES`, or ``{"model": name, "classes": n, "in_channels": c}`` where
+        the name
+            is ``small_resnet``, one of torchvision's classifiers, or ``timm/`` and one of timm's.
+
+    Raises:
+        ValueError: If it names nothing known.
+    """
+    if isinstance(description, str):
+        if description not in ARCHITECTURES:
+            raise ValueError(f"{description!r} is no known architecture (known: {', '.join(ARCHITECTURES)})")
+        return ARCHITECTURES[description]()
+    try:
+        name, classes, channels = (description[key] for key in ("model", "classes", "in_channels"))
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{description!r} does not describe an architecture: model, classes, in_channels"
+        ) from None
+    return make_named(str(name), int(classes), int(channels))
+
+
+def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
+    """The untrained network of that name for so many classes and channels.
+
+    Raises:
+        ValueError: If there is none; the message suggests near matches.
+    """
+    if name == "small_resnet":
+        return SmallResNet(in_channels, classes)
+    if name.startswith("timm/"):
+        made: nn.Module = _create_timm(name.removeprefix("timm/"), classes, in_channels)
+        return made
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"unknown model {name!r}{hint} (small_resnet, a classifier of torchvision, timm/NAME, "
+            f"file.py:factory or "
+            "package.module:factory)"
+        )
+    auxiliary = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **auxiliary)
+    return with_first_conv(model, in_channels)
+
+
+def _create_timm(name: str, classes: int, in_channels: int) -> Any:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        hint = "pip install 'autocompress[timm]', or name another model"
+        raise ValueError(f"timm is not installed; {hint}") from None
+    try:
+        return timm.create_model(name, num_classes=classes, in_chans=in_channels)
+    except RuntimeError as error:
+        raise ValueError(f"timm cannot make {name!r}: {str(error).partition(chr(10))[0]}") from None
+
+
+def first_conv(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    """The first 2-D convolution of a model with its name: what meets the image."""
+    return next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def with_first_conv(model: nn.Module, in_channels: int) -> nn.Module:
+    """The model, its first convolution made anew if it takes another number of channels."""
+    found = first_conv(model)
+    if found is None or found[1].in_channels == in_channels:
+        return model
+    name, conv = found
+    if conv.groups != 1:
+        raise ValueError(
+            f"the first convolution {name} has {conv.groups} groups and cannot take {in_channels} channels"
+        )
+    window: tuple[Any, Any, Any, Any] = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    made = nn.Conv2d(
+        in_channels, conv.out_channels, *window, bias=conv.bias is not None, padding_mode=conv.padding_mode
+    )
+    model.set_submodule(name, made)
+    return model
+
+
+def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d] | None:
+    """The last linear layer or convolution of a model with its name: what gives the logits."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return layers[-1] if layers else None
+
+
+def with_classes(model: nn.Module, classes: int) -> nn.Module:
+    """The model, its classifier made anew if it gives another number of logits.
+
+    Raises:
+        ValueError: If the model has no layer to make anew.
+    """
+    found = classifier(model)
+    if found is None:
+        raise ValueError("the model has no linear layer or convolution that could be made to give the logits")
+    name, layer = found
+    if isinstance(layer, nn.Linear):
+        if layer.out_features != classes:
+            model.set_submodule(name, nn.Linear(layer.in_features, classes, bias=layer.bias is not None))
+    elif layer.out_channels != classes:
+        if layer.kernel_size != (1, 1):
+            raise ValueError(
+                f"the last layer {name} is no classifier; make the model give {classes} logits yourself"
+            )
+        model.set_submodule(name, nn.Conv2d(layer.in_channels, classes, 1, bias=layer.bias is not None))
+    return model
 
 
 def trained(
@@ -66,17 +183,29 @@ def trained(
         "seed": seed,
         "torch": torch.__version__,
     }
-    file = cache / f"{architecture}-{_digest(recipe, train)}.safetensors" if cache else None
+
+    def train_it() -> None:
+        x, _ = next(train.batches())
+        with threads_for(count_macs(model, x[:1]) * train.batch_size):
+            fit(model, train, loss, epochs=epochs, lr=lr, seed=seed)
+
+    return cached(model, train_it, _cache_file(cache, architecture, _digest(recipe, train)))
+
+
+def cached(model: nn.Module, train: Callable[[], None], file: Path | None) -> nn.Module:
+    """The model in eval mode with the weights in ``file``; without one it is trained, and its weights are kept."""
     if file and file.is_file():
         model.load_state_dict(weights.load(file))
         return model.eval()
-    x, _ = next(train.batches())
-    with threads_for(count_macs(model, x[:1]) * train.batch_size):
-        fit(model, train, loss, epochs=epochs, lr=lr, seed=seed)
+    train()
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         weights.save(model.state_dict(), file)
-    return model
+    return model.eval()
+
+
+def _cache_file(cache: Path | None, name: str, digest: str) -> Path | None:
+    return cache / f"{name}-{digest}.safetensors" if cache else None
 
 
 def _digest(recipe: dict[str, object], train: Split) -> str:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import nn
 
 from autocompress.certify import Verdict
+from autocompress.constraint import Checked, Constraint, Judged
 from autocompress.export import Export
 from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement
+from autocompress.per_class import ClassScore, PerClass
 from autocompress.posterior import Posterior
 from autocompress.recovery import Recovery, settings_of
 from autocompress.scheme import Scheme, describe
@@ -40,6 +42,7 @@ class Settings:
         trials: How many trials, at most.
         timeout_s: Seconds after which no further trial begins; None for no limit.
         device: Where trials run and measurements are taken, as torch names it.
+        constraints: What else the compressed model must reach.
     """
 
     scheme: Scheme
@@ -51,6 +54,7 @@ class Settings:
     trials: int = DEFAULT_TRIALS
     timeout_s: float | None = None
     device: str = "cpu"
+    constraints: tuple[Constraint, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -70,7 +74,8 @@ class Settings:
         return {
             "task": task.name,
             "fingerprint": task.fingerprint(),
-            "metric": task.metric.name,
+            "metric": task.metric.source or task.metric.name,
+            "constraints": [constraint.text for constraint in self.constraints],
             "scheme": describe(self.scheme),
             "max_drop": self.bound.max_drop,
             "drop": "relative" if self.bound.relative else "absolute",
@@ -105,6 +110,8 @@ class Result:
         seconds: Wall time of the study.
         exported: The files of the answer and what could not be exported.
         folder: Where everything lies.
+        per_class: Recall, precision and confusion on test, before and after; None without an answer.
+        constraints: What came of each constraint on val and on test.
     """
 
     name: str
@@ -122,11 +129,20 @@ class Result:
     seconds: float
     exported: Export
     folder: Path
+    per_class: PerClass | None = None
+    constraints: tuple[tuple[Checked, Judged], ...] = ()
 
     @property
     def met(self) -> bool:
         """Whether a compressed model meets the bound, as far as the data can tell."""
         return self.verdict != "not met"
+
+    @property
+    def classes_that_lost(self) -> list[tuple[ClassScore, ClassScore]]:
+        """The classes, before and after, whose recall on test fell by more than the bound on the drop."""
+        if self.per_class is None or self.certificate is None:
+            return []
+        return self.per_class.lost(self.certificate.max_drop)
 
     @property
     def interrupted(self) -> bool:
@@ -154,6 +170,11 @@ class Result:
                 "upper": 100 * self.certificate.upper if self.certificate else None,
             },
             "scores": self.scores,
+            "constraints": [
+                {"constraint": val.text, "val": asdict(val), "test": asdict(test)}
+                for val, test in self.constraints
+            ],
+            **(self.per_class.to_json() if self.per_class else {"per_class": None, "confusion": None}),
             **{
                 name: {who: getattr(m, name) for who, m in pairs.items()}
                 for name in ("params", "size_bytes", "macs")
@@ -190,6 +211,7 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
         "score": result.score,
         "drop_pp": 100 * result.drop,
         "feasible": result.feasible,
+        **{one.text: one.value for one in result.constraints},
         "value": result.value,
         "params": m.params,
         "size_bytes": m.size_bytes,

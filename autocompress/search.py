@@ -1,7 +1,7 @@
 """Search: ask for a density, submit a trial, tell the study what came of it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.constraint import Checked
 from autocompress.goal import Direction
 from autocompress.posterior import Posterior
 from autocompress.sampler import ThresholdSampler, make_sampler
@@ -91,7 +92,7 @@ def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
     study.sampler = make_sampler(name, low=min(plan.low, 0.99), max_drop=plan.bound.max_drop, seed=seed)
 
 
-def add_dense(study: optuna.Study, value: float, bound: Bound) -> None:
+def add_dense(study: optuna.Study, value: float, bound: Bound, constraints: Sequence[Checked] = ()) -> None:
     """Enters the dense model as the study's trial 0: density 1 and nothing lost, at no cost."""
     if study.get_trials(deepcopy=False):
         return
@@ -101,7 +102,7 @@ def add_dense(study: optuna.Study, value: float, bound: Bound) -> None:
             params={"density": 1.0},
             distributions={"density": FloatDistribution(1e-6, 1.0, log=True)},
             user_attrs={"drop": 0.0, "drop_se": 0.0, "dense": True},
-            constraints={"drop": -bound.max_drop},
+            constraints={"drop": -bound.max_drop, **{one.text: one.excess for one in constraints}},
         )
     )
 
@@ -219,9 +220,14 @@ def _tell(
 
 
 def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound: Bound) -> None:
-    for name in ("drop", "drop_se", "score", "density", "feasible", "seconds"):
+    for name in ("score", "density", "feasible", "seconds"):
         trial.set_user_attr(name, getattr(result, name))
+    drop, drop_se = result.effective_drop(bound.max_drop)
+    trial.set_user_attr("drop", drop)
+    trial.set_user_attr("drop_se", drop_se)
     trial.set_constraint("drop", result.drop - bound.max_drop)  # without it the trial would count as feasible
+    for one in result.constraints:
+        trial.set_constraint(one.text, one.excess)
     study.tell(trial, result.value)
 
 

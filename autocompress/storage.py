@@ -16,6 +16,7 @@ from typing import Any
 import filelock
 
 from autocompress import weights
+from autocompress.constraint import Checked
 from autocompress.measurement import Latency, Measurement
 from autocompress.trial import TrialResult
 
@@ -158,7 +159,9 @@ def _trial_result(record: dict[str, Any]) -> TrialResult:
     curves = {name: tuple(values) for name, values in record.pop("curves").items()}
     known = {field.name for field in fields(Measurement)}
     measured = {name: value for name, value in measurement.items() if name in known}
-    return TrialResult(measurement=Measurement(latency=latency, **measured), curves=curves, **record)
+    constraints = tuple(Checked(**one) for one in record.pop("constraints", ()))
+    measurement = Measurement(latency=latency, **measured)
+    return TrialResult(measurement=measurement, curves=curves, constraints=constraints, **record)
 
 
 def new_folder(home: Path, name: str | None, identity: Mapping[str, Any]) -> StudyFolder:

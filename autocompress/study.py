@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from autocompress.bundle import Provenance, rebuild
-from autocompress.certify import Verdict, certifiable_drop, certify
+from autocompress.certify import certifiable_drop, certify, conclude
+from autocompress.constraint import Constraint, parse_constraints
 from autocompress.data import digits
 from autocompress.export import Export, export
 from autocompress.goal import Objective, as_objective
 from autocompress.measurement import Measurement, compare, count_macs, measure
+from autocompress.per_class import per_class
 from autocompress.recovery import Recovery, make_recovery, with_epochs
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.sampler import make_sampler
@@ -56,6 +58,7 @@ def tune(
     scheme: str | Scheme = "StructPrune",
     max_drop: float = 0.01,
     *,
+    constraints: Sequence[str | Constraint] = (),
     drop: Literal["absolute", "relative"] = "absolute",
     objective: str | Objective | Callable[[Measurement], float] = "density",
     trials: int = DEFAULT_TRIALS,
@@ -76,6 +79,7 @@ def tune(
         task: What to compress; by default the digits, see `autocompress.digits`.
         scheme: How to compress: a name, a sum of names, or a `Scheme`.
         max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
+        constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``.
         drop: Whether ``max_drop`` counts points or shares of the dense model's score.
         objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`.
         trials: How many trials, at most.
@@ -115,9 +119,10 @@ def tune(
         watcher.doing("training the dense model, or taking it from the cache")
         task = digits(cache=home / "cache")
     task.check()
+    settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
-    folder.update_settings(settings.budget())
+    folder.update_settings({**settings.budget(), "task_options": task.options})
     try:
         return Study(settings, task.on(settings.device), folder, home, watcher).run()
     finally:
@@ -166,10 +171,11 @@ class Study:
         low = max(lowest, LOWEST_DENSITY) if settings.scheme.takes_density else 1.0
         self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s)
         dense_value = settings.objective(self.dense_cost)
+        self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
         self._report_beginning(dense_value)
         self.study = open_study(self.folder.journal_file, settings.objective.direction)
         set_sampler(self.study, settings.sampler, self.plan, settings.seed)
-        add_dense(self.study, dense_value, settings.bound)
+        add_dense(self.study, dense_value, settings.bound, self.dense_checked)
         adopt(self.study, settings.bound, self.folder)
         for trial in finished(self.study):
             self.trial(self.folder.load_trial(trial.number))
@@ -198,7 +204,7 @@ class Study:
                 dense=self.dense_cost,
                 dense_score=self.dense.score,
                 low=self.plan.low,
-                notes=(*self.notes, *self._prospect()),
+                notes=(*self.task.notes, *self.notes, *self._prospect()),
             )
         )
         recovery = {f"recovery.{name}": value for name, value in identity.pop("recovery").items()}
@@ -211,17 +217,19 @@ class Study:
         self.tracker.dense(self.dense.score, self.dense_cost, dense_value)
 
     def _prospect(self) -> tuple[str, ...]:
-        """What the test data can certify at all, in one sentence, where that can be foreseen."""
+        """Which constraints the dense model misses; what the test data can certify, where it can be foreseen."""
         n, bound = self.task.test.n_samples, self.settings.bound
+        missed = tuple(one.warning for one in self.dense_checked if not one.met)
         if self.task.metric.correct is None or bound.relative:
-            return ()
+            return missed
         observed = certifiable_drop(n, bound.max_drop, DISAGREEMENT)
         where = f"with {n} test samples, and models that disagree on {DISAGREEMENT:.0%} of them"
         if observed is None:
-            return (f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp",)
+            return (*missed, f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp")
         amount = f"{100 * abs(observed):.2f} pp"
         must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
-        return (f"{where}, the answer must {must} on test to be certified within {100 * bound.max_drop:g} pp",)
+        within = f"to be certified within {100 * bound.max_drop:g} pp"
+        return (*missed, f"{where}, the answer must {must} on test {within}")
 
     def _spec(self, number: int, density: float) -> TrialSpec:
         settings = self.settings
@@ -238,6 +246,7 @@ class Study:
             seed=int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]),
             device=settings.device,
             timing=self.timing,
+            constraints=settings.constraints,
         )
 
     def trial(self, result: TrialResult) -> None:
@@ -281,6 +290,8 @@ class Study:
         test = task.evaluate(model, task.test)
         bound = settings.bound
         certificate = certify(task.metric, dense_test, test, bound.max_drop, relative=bound.relative)
+        judged = tuple(constraint.judge(test) for constraint in settings.constraints)
+        outcome, sentence = conclude(certificate, judged)
         self.watcher.doing("measuring the answer beside the dense model")
         costs = compare(
             [task.model, model],
@@ -295,11 +306,11 @@ class Study:
         }
         model = model.cpu()
         self.watcher.doing("exporting the answer")
-        exported = self._export(model, best, scores, certificate)
+        exported = self._export(model, best, scores, sentence)
         return self._result(
             stopped,
-            verdict=certificate.outcome,
-            sentence=certificate.sentence,
+            verdict=outcome,
+            sentence=sentence,
             certificate=certificate,
             model=model,
             density=best.density,
@@ -307,6 +318,8 @@ class Study:
             measurements=dict(zip(("dense", "compressed"), costs, strict=True)),
             scores=scores,
             exported=exported,
+            per_class=per_class(dense_test, test, task.classes),
+            constraints=tuple(zip(best.constraints, judged, strict=True)),
         )
 
     def _without_answer(self, stopped: str) -> Result:
@@ -329,11 +342,14 @@ class Study:
         bound = f"{100 * self.settings.bound.max_drop:g}{unit}"
         if not self.records:
             return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."
-        nearest = min(self.records, key=lambda record: record.drop)
+        nearest = min(self.records, key=lambda r: r.effective_drop(self.settings.bound.max_drop)[0])
+        besides = "".join(f" and has {one.metric} {one.value:.4f}" for one in nearest.constraints)
+        meeting = "".join(f" and meets {one.text}" for one in nearest.constraints)
         return (
-            f"Not met: of {len(self.records)} trials none loses at most {bound} on val; the nearest loses "
-            f"{100 * nearest.drop:.2f}{unit} at density {nearest.density:.3g}. A larger --max-drop, more --epochs "
-            "or another --scheme may help."
+            f"Not met: of {len(self.records)} trials none loses at most {bound}{meeting} on val; "
+            f"the nearest loses "
+            f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. A larger --max-drop, more "
+            "--epochs or another --scheme may help."
         )
 
     def _result(self, stopped: str, **found: Any) -> Result:
@@ -348,16 +364,17 @@ class Study:
             **found,
         )
 
-    def _export(
-        self, model: nn.Module, best: TrialResult, scores: Mapping[str, Any], certificate: Verdict
-    ) -> Export:
+    def _export(self, model: nn.Module, best: TrialResult, scores: Mapping[str, Any], sentence: str) -> Export:
         provenance = Provenance(
             scheme=describe(self.settings.scheme),
             plan=best.plan,
             density=best.density,
             task=self.task.name,
             architecture=self.task.architecture,
-            results={"metric": self.task.metric.name, "scores": scores, "verdict": certificate.sentence},
+            classes=self.task.classes,
+            preprocessing=self.task.preprocessing,
+            input=self.task.input,
+            results={"metric": self.task.metric.name, "scores": scores, "verdict": sentence},
         )
         exported = export(model, self.task.example_input, self.folder.best, provenance)
         for name, reason in exported.refused.items():

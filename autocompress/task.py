@@ -2,24 +2,27 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from autocompress.metrics import Metric, Outputs, Targets, accuracy
+from autocompress.metrics import Metric, Outputs, Targets, accuracy, as_metric
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Split(Protocol):
-    """One part of the data, served in batches of ``(x, y)``: x of shape ``(n, ...)``, y of shape ``(n,)``."""
+    """One part of the data, served in batches of ``(x, y)``: x of shape ``(n, ...)``, y of shape ``(n,)``.
+
+    Where a sample may have several labels, y is of shape ``(n, labels)``, floating, of zeros and ones.
+    """
 
     @property
     def n_samples(self) -> int:
@@ -35,14 +38,14 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """Data held as two tensors: ``x`` of shape ``(n, ...)``, ``y`` of shape ``(n,)``."""
+    """Data held as two tensors: ``x`` of shape ``(n, ...)``, ``y`` of shape ``(n,)`` or ``(n, labels)``."""
 
     x: Tensor
     y: Tensor
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.y.ndim == 2 and self.y.shape[1] == 1:  # as MedMNIST has them
+        if self.y.ndim == 2 and self.y.shape[1] == 1 and not self.y.is_floating_point():  # as MedMNIST has them
             object.__setattr__(self, "y", self.y.squeeze(1))
         if len(self.x) != len(self.y):
             raise ValueError(f"x holds {len(self.x)} samples and y {len(self.y)}; they must be as many")
@@ -118,12 +121,19 @@ class Evaluation:
     Attributes:
         score: The metric, e.g. 0.971.
         outputs: Logits of shape ``(n, classes)``.
-        targets: Classes of shape ``(n,)``.
+        targets: Classes of shape ``(n,)``, or zeros and ones of shape ``(n, labels)``.
     """
 
     score: float
     outputs: Outputs
     targets: Targets
+
+
+def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of class numbers ``(n,)``; binary cross-entropy of each label of ``(n, labels)``."""
+    if targets.ndim == 2:
+        return nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    return nn.functional.cross_entropy(logits, targets)
 
 
 class Task:
@@ -134,11 +144,16 @@ class Task:
         train: What recovery trains on. A DataLoader or a pair of tensors ``(x, y)``.
         val: What the search sees.
         test: What only the verdict sees, once.
-        loss: Maps logits and targets to a scalar; cross-entropy by default.
-        metric: The score that the bound on the drop is about; accuracy by default.
+        loss: Maps logits and targets to a scalar; `classification_loss` by default.
+        metric: The score that the bound on the drop is about, or its name, see `autocompress.metrics.METRICS`.
         name: Names the task in the study, the tables and MLflow.
-        architecture: How `autocompress.load` can make the dense architecture again without being handed it;
-            only tasks that autocompress itself makes have one.
+        architecture: How `autocompress.load` can make the dense architecture again without being handed it, see
+            `autocompress.models.build`; only tasks that autocompress itself makes have one.
+        classes: The names of the classes, or of the labels, in order.
+        preprocessing: What was done to a sample before the model sees it, in words.
+        input: The same for programs, such as the mean and standard deviation: JSON types only.
+        options: How the task was made, for resuming a study of it: JSON types only.
+        notes: What whoever starts a study should know of the model and the data.
 
     Raises:
         ValueError: If a split is empty or of a form that is not understood.
@@ -151,10 +166,15 @@ class Task:
         val: Data,
         test: Data,
         *,
-        loss: Loss = nn.functional.cross_entropy,
-        metric: Metric = accuracy,
+        loss: Loss = classification_loss,
+        metric: Metric | str = accuracy,
         name: str = "task",
-        architecture: str | None = None,
+        architecture: str | Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
+        preprocessing: str = "",
+        input: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
@@ -163,9 +183,14 @@ class Task:
         self.val = as_split(val, "val")
         self.test = as_split(test, "test")
         self.loss = loss
-        self.metric = metric
+        self.metric = as_metric(metric, classes)
         self.name = name
         self.architecture = architecture
+        self.classes = tuple(classes)
+        self.preprocessing = preprocessing
+        self.input = dict(input or {})
+        self.options = dict(options or {})
+        self.notes = tuple(notes)
 
     def check(self) -> None:
         """Looks at one batch of each split and at what the model makes of it.
@@ -180,27 +205,57 @@ class Task:
                 raise ValueError(f"{name}= serves inputs of type {x.dtype}; convert them to float32 (x.float())")
             if tuple(x.shape[1:]) != expected:
                 raise ValueError(f"{name}= serves inputs of shape {tuple(x.shape[1:])}, val= of shape {expected}")
-            if y.ndim != 1 or y.is_floating_point():
-                raise ValueError(
-                    f"{name}= serves targets of shape {tuple(y.shape)} and type {y.dtype}; "
-                    "they must be class numbers: shape (n,), type torch.long"
-                )
+            _check_values(name, split, x, y)
             shuffled = isinstance(split, LoaderSplit) and isinstance(split.loader.sampler, RandomSampler)
             if shuffled and name != "train":
                 raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
         x, _ = next(self.val.batches())
         with evaluating(self.model), torch.inference_mode():
-            outputs = self.model(x[:2].to(device_of(self.model)))
+            try:
+                outputs = self.model(x[:2].to(device_of(self.model)))
+            except Exception as error:  # whatever a model may raise that is not made for this input
+                reason = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"the model does not take the data: on inputs of shape {expected} it raised "
+                    f"{type(error).__name__}: {reason}"
+                ) from error
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(f"the model returns {found}; it must return a tensor of logits of shape (n, classes)")
+        self._check_labels(outputs.shape[1])
+
+    def _check_labels(self, n_logits: int) -> None:
+        """That the model has a logit for every class."""
+        kinds = set()
+        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            y = labels_of(split)
+            kinds.add(y.ndim)
+            if y.ndim == 2 and y.shape[1] != n_logits:
+                raise ValueError(f"{name}= has {y.shape[1]} labels a sample and the model gives {n_logits} logits")
+            if y.ndim == 1 and not 0 <= int(y.min()) <= int(y.max()) < n_logits:
+                wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
+                raise ValueError(
+                    f"{name}= has a sample of class {wrong}, and the model gives {n_logits} logits: classes 0 to "
+                    f"{n_logits - 1}"
+                )
+        if len(kinds) > 1:
+            raise ValueError("train=, val= and test= must all have class numbers (n,), or all labels (n, labels)")
+        if self.classes and len(self.classes) != n_logits:
+            raise ValueError(
+                f"there are {len(self.classes)} names of classes and the model gives {n_logits} logits"
+            )
 
     def fingerprint(self) -> str:
-        """A hash of the model's weights and of how many samples there are: what makes it the same task."""
-        digest = hashlib.sha256(repr([s.n_samples for s in (self.train, self.val, self.test)]).encode())
+        """A hash of the model's weights and of the data: what makes it the same task.
+
+        Of a DataLoader only the number of samples is known without reading all of them.
+        """
+        digest = hashlib.sha256()
+        for split in (self.train, self.val, self.test):
+            digest.update(fingerprint(split))
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(as_bytes(tensor))
         return digest.hexdigest()[:16]
 
     def on(self, device: str | torch.device) -> "Task":
@@ -218,11 +273,53 @@ class Task:
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Runs ``model`` in eval mode over ``split``, on the model's device, and scores it."""
         outputs, targets = predict(model, split)
+        # Decisions can be made with any logits; scores that rank or weigh them need numbers.
+        if self.metric.correct is None and not np.isfinite(outputs).all():
+            raise FloatingPointError("the model's outputs are not all finite numbers")
         return Evaluation(self.metric.score(targets, outputs), outputs, targets)
 
 
+def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:
+    """That inputs are finite, and targets class numbers or zeros and ones."""
+    inputs = split.x if isinstance(split, TensorSplit) else x
+    if not inputs.isfinite().all():
+        where = (~inputs.isfinite()).flatten(1).any(1).nonzero()
+        raise ValueError(
+            f"{name}= has inputs that are NaN or infinite, in {len(where)} samples of {len(inputs)}, the first is "
+            f"number {int(where[0])}; repair them or leave them out"
+        )
+    labels = y.ndim == 2 and y.is_floating_point()
+    if not labels and (y.ndim != 1 or y.is_floating_point()):
+        raise ValueError(
+            f"{name}= serves targets of shape {tuple(y.shape)} and type {y.dtype}; they must be class numbers, of "
+            "shape (n,) and type torch.long, or zeros and ones for several labels, of shape (n, labels) and type "
+            "torch.float32"
+        )
+    if labels and not ((y == 0) | (y == 1)).all():
+        raise ValueError(f"{name}= serves labels other than 0 and 1; a sample has a label or has it not")
+
+
+def labels_of(split: Split) -> Tensor:
+    """All targets of a split that holds them; of others those of the first batch."""
+    y = getattr(split, "y", None)
+    return y if isinstance(y, Tensor) else next(split.batches())[1]
+
+
+def fingerprint(split: Split) -> bytes:
+    """A hash of a split's samples; of a DataLoader, which would have to read them all, of how many there are."""
+    if isinstance(split, TensorSplit):
+        return hashlib.sha256(as_bytes(split.x) + as_bytes(split.y)).digest()
+    own = getattr(split, "fingerprint", None)
+    return own() if callable(own) else hashlib.sha256(str(split.n_samples).encode()).digest()
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """The values of a tensor in order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:
-    """Logits ``(n, classes)`` and targets ``(n,)`` over a split; the model's mode is left as it was."""
+    """Logits ``(n, classes)`` and targets as the split has them; the model's mode is left as it was."""
     device = device_of(model)
     outputs, targets = [], []
     with evaluating(model), torch.inference_mode():

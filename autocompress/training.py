@@ -248,14 +248,21 @@ class TaughtStream(Iterator[Taught]):
             return x, y, self._teacher(x.to(device_of(self._teacher)))
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, *, several_labels: bool = False
+) -> Tensor:
     """Divergence from the teacher's softened classes (Hinton et al., 2015), scaled to the usual gradients.
 
     Args:
         logits: The student's, shape ``(n, classes)``.
         teacher_logits: The teacher's, shape ``(n, classes)``.
         temperature: Softens both; the loss is multiplied by its square.
+        several_labels: Whether each logit is a label of its own: then the mean over labels of the cross-entropy
+            to the teacher's sigmoid, whose gradient is that of the divergence.
     """
+    if several_labels:
+        softened = torch.sigmoid(teacher_logits / temperature)
+        return F.binary_cross_entropy_with_logits(logits / temperature, softened) * temperature**2
     log_p = F.log_softmax(logits / temperature, dim=1)
     log_q = F.log_softmax(teacher_logits / temperature, dim=1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2

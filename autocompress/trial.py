@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.certify import drop_standard_error
+from autocompress.constraint import Checked, Constraint
 from autocompress.goal import Objective
 from autocompress.measurement import Measurement, measure
 from autocompress.recovery import Recovery
@@ -51,6 +52,7 @@ class TrialSpec:
         seed: Seeds the trial.
         device: Where it runs, as torch names it.
         timing: Whether the objective needs latency, memory or energy.
+        constraints: What else the compressed model must reach on val.
     """
 
     number: int
@@ -65,6 +67,7 @@ class TrialSpec:
     seed: int
     device: str = "cpu"
     timing: bool = False
+    constraints: tuple[Constraint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,14 @@ class TrialResult:
         drop: What was lost on val against the dense model, as the study counts it (absolute or relative);
             0.01 is one point.
         drop_se: Standard error of ``drop``, from the samples that one model gets right and the other wrong.
-        feasible: Whether ``drop`` is within the study's bound.
+        feasible: Whether ``drop`` is within the study's bound and the constraints are met.
         value: The objective.
         seconds: Wall time of the whole trial.
         measurement: What the realized model costs.
         plan: What `Scheme.realize` needs to build the architecture again; JSON types only.
         curves: What recovery logged, by name: one number per C step.
         model: The realized model, in eval mode on the CPU; None when the trial was read back from disk.
+        constraints: What came of each constraint on val.
     """
 
     number: int
@@ -101,6 +105,18 @@ class TrialResult:
     plan: Mapping[str, Any]
     curves: Mapping[str, tuple[float, ...]]
     model: nn.Module | None = None
+    constraints: tuple[Checked, ...] = ()
+
+    def effective_drop(self, max_drop: float) -> tuple[float, float]:
+        """The drop as the search counts it, with its standard error: beyond the bound by what is missed most.
+
+        A density is feasible where the drop D(u) is within its bound and every excess e_k(u) of a constraint
+        is at most 0, which is where max(D, bound + e_k) is within the bound: one curve, again nearly monotone,
+        that crosses the bound where the first of them fails. So the search and its answer need to know of one
+        threshold only. The maximum of noisy numbers errs to the safe side.
+        """
+        drops = [(max_drop + one.excess, one.se) for one in self.constraints]
+        return max([(self.drop, self.drop_se), *drops])
 
 
 def run_trial(spec: TrialSpec) -> TrialResult:
@@ -127,6 +143,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         timing=spec.timing,
     )
     drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
+    constraints = tuple(constraint.check(evaluation) for constraint in spec.constraints)
     return TrialResult(
         number=spec.number,
         density_asked=spec.density,
@@ -134,13 +151,14 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         score=evaluation.score,
         drop=drop,
         drop_se=drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative),
-        feasible=drop <= spec.bound.max_drop,
+        feasible=drop <= spec.bound.max_drop and all(one.met for one in constraints),
         value=spec.objective(measurement),
         seconds=time.perf_counter() - began,
         measurement=measurement,
         plan=recovered.theta.plan,
         curves=recovered.curves,
         model=realized.cpu(),
+        constraints=constraints,
     )
 
 

@@ -3,6 +3,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -10,13 +11,16 @@ from torch import nn
 
 import autocompress as ac
 from autocompress.certify import Verdict
+from autocompress.constraint import parse_constraint
 from autocompress.display import Display, _short, as_bytes, as_count, make_console, show_result
 from autocompress.export import Artifact, Export
 from autocompress.goal import Objective
 from autocompress.measurement import Latency, Measurement
+from autocompress.per_class import per_class
 from autocompress.result import Beginning, Result, Settings
 from autocompress.sampler import ThresholdSampler
 from autocompress.search import BUDGET_SPENT, INTERRUPTED
+from autocompress.task import Evaluation
 from autocompress.trial import Bound, TrialResult
 
 LATENCY = (Latency(1, 0.25, 0.4, 100), Latency(32, 0.8, 5.0, 40))
@@ -214,6 +218,27 @@ def result(**changes: object) -> Result:
         folder=FOLDER,
     )
     return replace(met, **changes)
+
+
+def test_a_class_that_is_sacrificed_is_shown_and_a_violated_constraint_too() -> None:
+    targets = np.repeat([0, 1], [40, 10])
+    before, after = (
+        np.eye(2, dtype=np.float32)[found] for found in (targets, np.where(targets == 1, [0], targets))
+    )
+    dense, compressed = (Evaluation(1.0, outputs, targets) for outputs in (before, after))
+    constraint = parse_constraint("sensitivity>=0.5")
+    text = shown(
+        result(
+            per_class=per_class(dense, compressed, ("common", "[rare]")),
+            constraints=((constraint.check(dense), constraint.judge(compressed)),),
+        )
+    )
+    assert "classes that lost more than the bound" in text
+    assert row(text, "[rare]")[1:] == ["10", "1.0000", "0.0000", "-100.00 pp"]
+    assert "common" not in text
+    assert row(text, "sensitivity on val")[1:] == ["1.0000"]
+    assert row(text, "sensitivity on test")[1:] == ["0.0000", "violated"]
+    assert "classes that lost" not in shown(result(per_class=per_class(dense, dense)))
 
 
 def not_met(**changes: object) -> Result:

@@ -10,14 +10,16 @@ ROOT = Path(__file__).parents[1]
 
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
-    ("plugins", "weights", "metrics", "parity", "gpu", "testing_models", "onnx_integers"),
+    ("plugins", "weights", "parity", "gpu", "testing_models", "onnx_integers", "task_options"),
+    ("metrics",),
     ("task",),
-    ("measurement",),
-    ("scheme", "goal", "training"),
-    ("models", "learner", "certify", "onnx_export"),
+    ("measurement", "constraint", "per_class", "transforms"),
+    ("scheme", "goal", "training", "images", "samples"),
+    ("models", "learner", "certify", "onnx_export", "array_readers", "file_readers"),
     ("lc",),
     ("recovery",),
-    ("data", "bundle"),
+    ("data", "bundle", "dense", "own_model", "readers"),
+    ("own_task",),
     ("export",),
     ("trial", "posterior"),
     ("storage", "sampler", "mlflow_store"),

@@ -9,6 +9,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
+from autocompress.constraint import parse_constraint
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
 from autocompress.sampler import ThresholdSampler
@@ -108,6 +109,28 @@ def test_the_budget_of_trials_is_kept_and_each_is_saved_before_it_counts(home: H
     assert len(home.log.results) == 3
     assert home.search(5) == BUDGET_SPENT
     assert [result.number for result in home.log.results] == [1, 2, 3, 4, 5]
+
+
+def test_a_constraint_makes_a_trial_infeasible_and_pushes_the_search_to_denser_models(home: Home) -> None:
+    unreachable = parse_constraint("accuracy>=1.01")
+    home.search(2, spec={"constraints": (unreachable,)})
+    for trial, result in zip(finished(home.study), home.log.results, strict=True):
+        (checked,) = result.constraints
+        assert not result.feasible and checked.value == result.score
+        assert trial.constraints["accuracy>=1.01"] == checked.excess > 0
+        assert trial.constraints["drop"] == pytest.approx(result.drop - 0.05)
+        assert trial.user_attrs["drop"] == max(result.drop, 0.05 + checked.excess) > 0.05
+        assert home.folder.load_trial(trial.number) == replace(result, model=None)
+    assert answer(home.study, Plan(LOW, BOUND, 2)) is None
+    belief = posterior(home.study, Plan(LOW, BOUND, 2))
+    assert belief is not None and belief.p_feasible(min(r.density for r in home.log.results)) < 0.2
+
+
+def test_a_constraint_that_is_met_with_room_changes_nothing(home: Home, make_spec: MakeSpec) -> None:
+    easy = run_trial(make_spec(constraints=(parse_constraint("accuracy>=0.01"),)))
+    plain = run_trial(make_spec())
+    assert easy.effective_drop(0.1) == plain.effective_drop(0.1) == (plain.drop, plain.drop_se)
+    assert easy.feasible == plain.feasible
 
 
 def test_the_dense_model_is_trial_zero_and_free(home: Home) -> None:

@@ -168,6 +168,25 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
         (nn.Linear(3, 2), {"val": (GOOD[0], torch.zeros(6))}, "val= serves targets of .* torch.float32"),
         (nn.Linear(3, 2), {"val": DataLoader(TensorDataset(*GOOD), shuffle=True)}, "val= is shuffled"),
         (Pair(), {}, "the model returns tuple; it must return a tensor of logits"),
+        (
+            nn.Linear(4, 2),
+            {},
+            r"the model does not take the data: on inputs of shape \(3,\) it raised RuntimeError",
+        ),
+        (nn.Linear(3, 1), {}, "train= has a sample of class 1, and the model gives 1 logits: classes 0 to 0"),
+        (nn.Linear(3, 2), {"val": (GOOD[0], GOOD[1] - 1)}, "val= has a sample of class -1"),
+        (
+            nn.Linear(3, 2),
+            {"test": (GOOD[0] / 0, GOOD[1])},
+            "test= has inputs that are NaN or infinite, in 6 samples",
+        ),
+        (nn.Linear(3, 2), {"val": (GOOD[0], torch.rand(6, 2))}, "val= serves labels other than 0 and 1"),
+        (
+            nn.Linear(3, 2),
+            {"val": (GOOD[0], torch.zeros(6, 3))},
+            "val= has 3 labels a sample and the model gives 2",
+        ),
+        (nn.Linear(3, 2), {"val": (GOOD[0], torch.zeros(6, 2))}, "must all have class numbers"),
         (nn.Flatten(0), {}, r"the model returns \(6,\)"),
     ],
 )
@@ -185,9 +204,35 @@ def test_numpy_arrays_and_columns_of_labels_are_taken() -> None:
     assert next(task.val.batches())[1].shape == (6,)
 
 
-def test_the_fingerprint_is_that_of_weights_and_sizes() -> None:
+def test_the_fingerprint_is_that_of_weights_and_data() -> None:
     model = nn.Linear(3, 2)
     same = Task(model, GOOD, GOOD, GOOD).fingerprint()
     assert Task(model, GOOD, GOOD, GOOD, name="other").fingerprint() == same
     assert Task(nn.Linear(3, 2), GOOD, GOOD, GOOD).fingerprint() != same
     assert Task(model, GOOD, GOOD, (GOOD[0][:5], GOOD[1][:5])).fingerprint() != same
+    assert Task(model, GOOD, GOOD, (GOOD[0], GOOD[1].flip(0))).fingerprint() != same
+    assert Task(model, GOOD, (GOOD[0] + 1, GOOD[1]), GOOD).fingerprint() != same
+
+
+def test_a_sample_may_have_several_labels() -> None:
+    y = (torch.arange(18).view(6, 3) % 2).float()
+    model = nn.Linear(3, 3)
+    task = Task(model, (GOOD[0], y), (GOOD[0], y), (GOOD[0], y), classes=("a", "b", "c"))
+    task.check()
+    logits = torch.randn(6, 3)
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, y)
+    torch.testing.assert_close(task.loss(logits, y), expected)
+    evaluation = task.evaluate(model, task.val)
+    assert evaluation.targets.tolist() == y.tolist() and evaluation.targets.dtype == np.int64
+    found = (evaluation.outputs > 0) == evaluation.targets
+    assert evaluation.score == found.all(axis=1).mean()
+    with pytest.raises(ValueError, match="2 names of classes and the model gives 3"):
+        Task(model, (GOOD[0], y), (GOOD[0], y), (GOOD[0], y), classes=("a", "b")).check()
+
+
+def test_a_metric_may_be_named_and_needs_numbers() -> None:
+    assert Task(nn.Linear(3, 2), GOOD, GOOD, GOOD, metric="auc").metric.name == "auc"
+    lost = nn.Linear(3, 2)
+    nn.init.constant_(lost.bias, float("nan"))
+    with pytest.raises(FloatingPointError, match="not all finite"):
+        Task(lost, GOOD, GOOD, GOOD, metric="auc").evaluate(lost, TensorSplit(*GOOD))

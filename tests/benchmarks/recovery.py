@@ -35,8 +35,8 @@ SCHEMES = {
     "StructPrune": ("StructPrune", "StructPrune(criterion=l2, normalize=mean)"),
 }
 CELLS = {
-    "digits": {"epochs": (10, 30), "Prune": (0.03, 0.015, 0.008), "StructPrune": (0.06, 0.03, 0.015)},
-    "medmnist": {"epochs": (1, 3), "Prune": (0.02, 0.007), "StructPrune": (0.03, 0.01)},
+    "digits": {"epochs": (10, 30), "Prune": (0.03, 0.015, 0.01), "StructPrune": (0.06, 0.03, 0.015)},
+    "medmnist": {"epochs": (1, 3), "Prune": (0.02, 0.01), "StructPrune": (0.03, 0.01)},
 }
 PLAIN = {"digits": ("gradual", "iterative", "rewind", "finetune"), "medmnist": ("gradual", "rewind")}
 

@@ -1,0 +1,294 @@
+"""The options that say what is compressed and how it is judged: model, data, metric. Imports no torch."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+MOVABLE = ("data", "weights", "workers")  # may differ when a study is resumed: what they lead to is compared
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is compressed and how it is judged; the fields are the options of the command line.
+
+    Attributes:
+        model: ``small_resnet``, a classifier of torchvision, ``timm/NAME``, ``file.py:factory`` or
+            ``package.module:factory``.
+        model_args: ``key=value`` for the factory.
+        weights: A ``.pt`` or ``.safetensors`` file, ``none``, or ``auto`` for what is on this machine.
+        data: ``digits``, a ``.npz`` file, a folder of images, a ``.csv`` table, ``name:folder`` of torchvision, or
+            ``file.py:factory``.
+        data_args: ``key=value`` for the factory.
+        label: Columns of a table that hold labels.
+        group: What must not be in two parts, such as a patient: a regular expression on paths, or a column.
+        split: Shares of train, val and test, where the data does not say.
+        image_size: ``64`` or ``64x48`` (height x width).
+        channels: 1 or 3.
+        normalize: ``imagenet``, ``data``, ``none``; ``auto`` for imagenet with torchvision's weights, else data.
+        augment: Names of augmentations and sets.
+        balance: ``none``, ``weights`` of the classes in the loss, or a ``sampler``.
+        batch_size: Samples in a batch.
+        workers: Processes that read images which are not held in memory.
+        strict: Whether an image that cannot be read is an error.
+        label_smoothing: Share of the target that is spread over all classes.
+        train_epochs: Of the dense model; 0 to take it as it is; None for 30 if its weights are not trained.
+        train_optimizer: ``adamw`` or ``sgd``.
+        train_lr: Peak learning rate of the dense model's training.
+        patience: Epochs without a better score after which it ends.
+        freeze: A share of the layers, or names, that are not trained.
+        metric: What the bound on the drop is about.
+        task_seed: Seeds the split, new weights and the training.
+    """
+
+    model: str | None = None
+    model_args: tuple[str, ...] = ()
+    weights: str = "auto"
+    data: str | None = None
+    data_args: tuple[str, ...] = ()
+    label: tuple[str, ...] = ()
+    group: str = ""
+    split: str = "70/15/15"
+    image_size: str | None = None
+    channels: int | None = None
+    normalize: str = "auto"
+    augment: tuple[str, ...] = ()
+    balance: str = "none"
+    batch_size: int | None = None
+    workers: int = 2
+    strict: bool = False
+    label_smoothing: float = 0.0
+    train_epochs: int | None = None
+    train_optimizer: str = "adamw"
+    train_lr: float | None = None
+    patience: int = 8
+    freeze: tuple[str, ...] = ()
+    metric: str = "accuracy"
+    task_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # as JSON and click have them
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"--image-size {self.image_size}: it must be at least 1")
+        if len(self.shares) != 3 or min(self.shares) <= 0:
+            raise ValueError(f"--split {self.split}: three positive shares, such as 70/15/15")
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was asked for: the digits and the small network that comes with them."""
+        return self == TaskOptions()
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width."""
+        if self.image_size is None:
+            return None
+        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", self.image_size)
+        if not match:
+            raise ValueError(f"--image-size {self.image_size!r} is no size; write 64, or 64x48 for height x width")
+        return int(match[1]), int(match[2] or match[1])
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of train, val and test, which sum to 1."""
+        try:
+            shares = [float(share) for share in self.split.split("/")]
+        except ValueError:
+            shares = []
+        total = sum(shares) if shares and all(0 < share < 1e6 for share in shares) else 0
+        return tuple(share / total for share in shares) if total else ()
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``study.json``; files by their whole path, so that a study can be resumed from anywhere."""
+        stored = asdict(self)
+        for name in ("data", "weights", "model", "metric"):
+            stored[name] = _absolute(stored[name])
+        return {} if self.is_default else {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}
+
+
+def _absolute(spec: str | None) -> str | None:
+    """A path, or ``file.py:name``, as a whole path; anything else as it is."""
+    if not spec:
+        return spec
+    path, colon, name = spec.rpartition(":")
+    for file, rest in ((spec, ""), (path, colon + name)):
+        if file and Path(file).expanduser().exists() and ("/" in file or "." in file):
+            return str(Path(file).expanduser().resolve()) + rest
+    return spec
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--model",
+        metavar="MODEL",
+        help="small_resnet, a torchvision name (resnet18), timm/NAME, file.py:factory or package.module:factory.",
+    ),
+    click.option("--model-args", multiple=True, metavar="KEY=VALUE", help="For the model's factory; repeatable."),
+    click.option(
+        "--weights",
+        default="auto",
+        show_default=True,
+        metavar="FILE",
+        help=".pt or .safetensors; none; auto: torchvision's, if they are on this machine.",
+    ),
+    click.option(
+        "--data",
+        metavar="DATA",
+        help="digits, file.npz as MedMNIST's, a folder of images, labels.csv, cifar10:FOLDER, file.py:factory.",
+    ),
+    click.option("--data-args", multiple=True, metavar="KEY=VALUE", help="For the data's factory; repeatable."),
+    click.option("--label", multiple=True, metavar="COLUMN", help="A column of labels in a .csv; repeatable."),
+    click.option(
+        "--group",
+        default="",
+        metavar="REGEX",
+        help="Keeps images of which it finds the same in a path in one part.",
+    ),
+    click.option(
+        "--split", default="70/15/15", show_default=True, help="train/val/test, where the data does not say."
+    ),
+    click.option("--image-size", metavar="N|HxW", help="Brings the images to this size in pixels."),
+    click.option(
+        "--channels",
+        type=click.Choice(["1", "3"]),
+        callback=lambda ctx, param, value: None if value is None else int(value),
+        help="Grey or RGB.  [default: as the data, or as the weights need]",
+    ),
+    click.option(
+        "--normalize",
+        type=click.Choice(["auto", "imagenet", "data", "none"]),
+        default="auto",
+        show_default=True,
+        help="Mean and deviation; auto: imagenet with torchvision's weights, data otherwise.",
+    ),
+    click.option(
+        "--augment",
+        multiple=True,
+        metavar="NAME",
+        help="skin, xray, cells, natural, rotation, flip, vertical-flip, crop, jitter; repeatable.",
+    ),
+    click.option(
+        "--balance",
+        type=click.Choice(["none", "weights", "sampler"]),
+        default="none",
+        show_default=True,
+        help="Makes rare classes count as much: weights in the loss, or drawing them more often.",
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), help="[default: 64]"),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=0),
+        default=2,
+        show_default=True,
+        help="Processes that read images which are not held in memory.",
+    ),
+    click.option("--strict", is_flag=True, help="An image that cannot be read is an error; else it is left out."),
+    click.option(
+        "--label-smoothing",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.0,
+        show_default=True,
+        help="Share of the target that is spread over all classes.",
+    ),
+    click.option(
+        "--train-epochs",
+        type=click.IntRange(min=0),
+        help="Epochs of the dense model, at most; 0: take it as it is.  [default: 30, or 0 with trained weights]",
+    ),
+    click.option(
+        "--train-optimizer",
+        type=click.Choice(["adamw", "sgd"]),
+        default="adamw",
+        show_default=True,
+        help="Of the dense model's training.",
+    ),
+    click.option(
+        "--train-lr",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Its peak learning rate.  [default: 0.001 with adamw, 0.05 with sgd]",
+    ),
+    click.option(
+        "--patience",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Epochs without a better score on val after which the dense training ends.",
+    ),
+    click.option(
+        "--freeze", multiple=True, metavar="SHARE|NAME", help="Layers that the dense training leaves; repeatable."
+    ),
+    click.option(
+        "--metric",
+        default="accuracy",
+        show_default=True,
+        help="accuracy, balanced_accuracy, auc, average_precision, sensitivity, specificity, "
+        "precision, f1, kappa, "
+        "log_loss, recall[CLASS], or file.py:name.",
+    ),
+    click.option(
+        "--task-seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Seeds the split and the dense training.",
+    ),
+)
+CONSTRAINT = click.option(
+    "--constraint",
+    "constraints",
+    multiple=True,
+    metavar="METRIC>=VALUE",
+    help="What the compressed model must reach besides, such as sensitivity>=0.95; repeatable.",
+)
+
+
+def task_options(command: F) -> F:
+    """Adds the options of `TaskOptions`, and ``--constraint``, to a command."""
+    for option in reversed((*_OPTIONS, CONSTRAINT)):
+        command = option(command)
+    return command
+
+
+def take_options(options: dict[str, Any]) -> TaskOptions:
+    """Takes the options of the task out of a command's.
+
+    Raises:
+        ValueError: If one is not usable.
+    """
+    return TaskOptions(**{field.name: options.pop(field.name) for field in fields(TaskOptions)})
+
+
+def restore(options: dict[str, Any], given: Sequence[str], asked: Mapping[str, Any]) -> None:
+    """Fills in the options of a study that is resumed, where they were not given.
+
+    Args:
+        options: Of the command; changed in place.
+        given: Names of those that were given.
+        asked: What ``study.json`` holds.
+
+    Raises:
+        ValueError: If one was given that would make it another study.
+    """
+    stored = TaskOptions(**asked.get("task_options", {}))
+    for name, value in vars(stored).items():
+        if name not in given:
+            options[name] = value
+        elif name not in MOVABLE and _absolute_if_text(options[name]) != _absolute_if_text(value):
+            raise ValueError(
+                f"the study {options['resume']!r} was made with --{name.replace('_', '-')} {value!r}, not "
+                f"{options[name]!r}; resume it as it was or begin a new one"
+            )
+    if "constraints" not in given:
+        options["constraints"] = tuple(asked.get("constraints", ()))
+
+
+def _absolute_if_text(value: Any) -> Any:
+    return _absolute(value) if isinstance(value, str) else value

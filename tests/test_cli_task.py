@@ -1,0 +1,152 @@
+"""Bring your own model and data on the command line: processes of their own, small data made on the fly."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+AUTOCOMPRESS = Path(sys.executable).with_name("autocompress")
+NOT_MET, USAGE = 3, 2
+FAST = ("--train-epochs", "3", "--train-lr", "0.01", "--batch-size", "16", "--epochs", "2", "--trials", "2")
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run(cwd: Path, *args: str) -> Ended:
+    done = subprocess.run(
+        [str(AUTOCOMPRESS), *args], cwd=cwd, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def bands(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two classes of noise: bright above, or bright below."""
+    x = np.random.default_rng(seed).integers(0, 120, size=(n, 10, 10), dtype=np.uint8)
+    y = np.arange(n) % 2
+    x[y == 0, :3] += 120
+    x[y == 1, -3:] += 120
+    return x, y
+
+
+def write_npz(file: Path, seed: int = 0) -> None:
+    stored = {}
+    for i, part in enumerate(("train", "val", "test")):
+        stored[f"{part}_images"], stored[f"{part}_labels"] = bands(48, 3 * seed + i)
+    np.savez(file, **stored)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A study of an .npz with a second metric as a constraint, run once for the tests here."""
+    cwd = tmp_path_factory.mktemp("job")
+    write_npz(cwd / "bands.npz")
+    asked = ("--data", "bands.npz", "--metric", "auc", "--max-drop", "0.2", "--constraint", "sensitivity>=0.5")
+    return cwd, run(cwd, "tune", *asked, "--augment", "jitter", *FAST, "--name", "mine", "--json")
+
+
+def test_the_whole_job_on_own_data(job: tuple[Path, Ended]) -> None:
+    cwd, ended = job
+    assert ended.status in (0, NOT_MET), ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["scores"]["dense"]["val"] > 0.9
+    assert "training the dense model: epoch 1 of at most 3" in ended.stderr
+    assert "sensitivity is the share found of class '1'" in ended.stderr
+    assert all("sensitivity>=0.5" in trial for trial in found["trials"])
+    if ended.status == 0:
+        assert found["constraints"][0]["val"]["value"] >= 0.5
+        assert [row["support"] for row in found["per_class"]["compressed"]] == [24, 24]
+        assert "On test sensitivity is" in found["sentence"]
+    stored = json.loads((cwd / "autocompress-runs" / "mine" / "study.json").read_text())
+    assert stored["constraints"] == ["sensitivity>=0.5"]
+    assert stored["task_options"]["data"] == str(cwd / "bands.npz")
+    assert stored["task_options"]["augment"] == ["jitter"]
+
+
+def test_resume_alone_takes_the_model_and_the_data_of_the_study(job: tuple[Path, Ended]) -> None:
+    cwd, _ = job
+    elsewhere = cwd / "elsewhere"
+    elsewhere.mkdir()
+    again = run(
+        elsewhere, "tune", "--resume", "mine", "--out", str(cwd / "autocompress-runs"), "--trials", "3", "--json"
+    )
+    assert again.status in (0, NOT_MET), again.stderr
+    assert "epoch 1" not in again.stderr, "the dense model comes from the cache"
+    assert len(json.loads(again.stdout)["trials"]) >= 2
+
+
+def test_resume_refuses_other_options_and_other_data(job: tuple[Path, Ended]) -> None:
+    cwd, _ = job
+    other = run(cwd, "tune", "--resume", "mine", "--augment", "flip")
+    assert other.status == USAGE
+    assert "was made with --augment ('jitter',), not ('flip',)" in other.stderr
+    whole = (cwd / "bands.npz").read_bytes()
+    try:
+        write_npz(cwd / "bands.npz", seed=5)
+        changed = run(cwd, "tune", "--resume", "mine")
+    finally:
+        (cwd / "bands.npz").write_bytes(whole)
+    assert changed.status == USAGE
+    assert "was made with fingerprint" in changed.stderr and changed.stderr.count("Error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--data", "broken.npz"), "broken.npz"),
+        (("--data", "bands.npz", "--model", "resnet81"), "unknown model 'resnet81'; did you mean resnet18"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_study(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+    write_npz(tmp_path / "bands.npz")
+    (tmp_path / "broken.npz").write_text("no zip")
+    ended = run(tmp_path, "tune", *args, *FAST)
+    (error,) = [line for line in ended.stderr.splitlines() if not line.startswith("training ")]
+    assert ended.status == USAGE
+    assert error.startswith("Error: ") and message in error
+    assert not list(tmp_path.glob("autocompress-runs/*/study.json"))
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_with_a_network_of_torchvision(tmp_path: Path) -> None:
+    x, y = bands(90, 1)
+    for i, (image, k) in enumerate(zip(x, y, strict=True)):
+        file = tmp_path / "scans" / ("ill" if k else "well") / f"p{i // 3}_{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    (tmp_path / "scans" / "ill" / "p99_broken.png").write_text("no image")
+    ended = run(
+        tmp_path, "tune", "--data", "scans", "--model", "resnet18", "--image-size", "32", "--augment", "natural",
+        "--balance", "sampler", "--group", r"(p\d+)_", "--max-drop", "0.9", "--train-epochs", "2", "--epochs", "1",
+        "--trials", "1", "--batch-size", "16", "--name", "scans",
+    )  # fmt: skip
+    assert ended.status in (0, NOT_MET), ended.stderr
+    assert "1 of 91 images cannot be read and were left out" in ended.stdout
+    assert "no trained weights of resnet18 are on this machine" in ended.stdout
+
+
+def test_help_lists_the_options(tmp_path: Path) -> None:
+    ended = run(tmp_path, "tune", "--help")
+    assert ended.status == 0
+    for option in (
+        "--model",
+        "--data",
+        "--metric",
+        "--constraint",
+        "--augment",
+        "--balance",
+        "--freeze",
+        "--group",
+    ):
+        assert option in ended.stdout

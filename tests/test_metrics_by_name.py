@@ -1,0 +1,183 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import expit, softmax
+from sklearn import metrics as sk
+
+from autocompress.metrics import METRICS, Metric, accuracy, as_metric, classes_present, confusions, smallest_class
+
+RNG = np.random.default_rng(0)
+BINARY = RNG.integers(2, size=80)
+BINARY_LOGITS = (RNG.normal(size=(80, 2)) + np.eye(2)[BINARY]).astype(np.float32)
+MULTI = RNG.integers(4, size=120)
+MULTI_LOGITS = (RNG.normal(size=(120, 4)) + np.eye(4)[MULTI]).astype(np.float32)
+LABELS = RNG.integers(2, size=(90, 3))
+LABEL_LOGITS = (RNG.normal(size=(90, 3)) + 2 * LABELS - 1).astype(np.float32)
+
+
+def score(name: str, targets: np.ndarray, outputs: np.ndarray) -> float:
+    return METRICS[name].score(targets, outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("accuracy", lambda y, found, p: sk.accuracy_score(y, found)),
+        ("balanced_accuracy", lambda y, found, p: sk.balanced_accuracy_score(y, found)),
+        ("auc", lambda y, found, p: sk.roc_auc_score(y, p[:, 1])),
+        ("average_precision", lambda y, found, p: sk.average_precision_score(y, p[:, 1])),
+        ("sensitivity", lambda y, found, p: sk.recall_score(y, found)),
+        ("specificity", lambda y, found, p: sk.recall_score(y, found, pos_label=0)),
+        ("precision", lambda y, found, p: sk.precision_score(y, found)),
+        ("f1", lambda y, found, p: sk.f1_score(y, found, average="macro")),
+        ("kappa", lambda y, found, p: sk.cohen_kappa_score(y, found)),
+        ("log_loss", lambda y, found, p: sk.log_loss(y, p)),
+    ],
+)
+def test_of_two_classes_as_scikit_learn(name, reference) -> None:
+    p = softmax(BINARY_LOGITS.astype(float), axis=1)
+    expected = reference(BINARY, BINARY_LOGITS.argmax(1), p)
+    assert score(name, BINARY, BINARY_LOGITS) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("auc", lambda y, found, p: sk.roc_auc_score(y, p, multi_class="ovr", average="macro")),
+        ("average_precision", lambda y, found, p: sk.average_precision_score(np.eye(4)[y], p)),
+        ("sensitivity", lambda y, found, p: sk.recall_score(y, found, average="macro")),
+        ("precision", lambda y, found, p: sk.precision_score(y, found, average="macro")),
+        ("f1", lambda y, found, p: sk.f1_score(y, found, average="macro")),
+        ("kappa", lambda y, found, p: sk.cohen_kappa_score(y, found)),
+        ("log_loss", lambda y, found, p: sk.log_loss(y, p)),
+    ],
+)
+def test_of_four_classes_as_scikit_learn(name, reference) -> None:
+    p = softmax(MULTI_LOGITS.astype(float), axis=1)
+    expected = reference(MULTI, MULTI_LOGITS.argmax(1), p)
+    assert score(name, MULTI, MULTI_LOGITS) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("accuracy", lambda y, found, p: (y == found).all(axis=1).mean()),
+        ("auc", lambda y, found, p: sk.roc_auc_score(y, p, average="macro")),
+        ("average_precision", lambda y, found, p: sk.average_precision_score(y, p, average="macro")),
+        ("sensitivity", lambda y, found, p: sk.recall_score(y, found, average="macro")),
+        ("specificity", lambda y, found, p: sk.recall_score(1 - y, 1 - found, average="macro")),
+        ("f1", lambda y, found, p: sk.f1_score(y, found, average="macro")),
+        ("log_loss", lambda y, found, p: np.mean([sk.log_loss(a, b) for a, b in zip(y.T, p.T, strict=True)])),
+    ],
+)
+def test_of_several_labels_as_scikit_learn(name, reference) -> None:
+    expected = reference(LABELS, (LABEL_LOGITS > 0).astype(int), expit(LABEL_LOGITS.astype(float)))
+    assert score(name, LABELS, LABEL_LOGITS) == pytest.approx(expected)
+
+
+def test_balanced_accuracy_of_labels_is_the_mean_of_both_recalls() -> None:
+    both = [score(name, LABELS, LABEL_LOGITS) for name in ("sensitivity", "specificity")]
+    assert score("balanced_accuracy", LABELS, LABEL_LOGITS) == pytest.approx(np.mean(both))
+
+
+def test_of_one_class_by_number_and_by_name() -> None:
+    recalls = sk.recall_score(MULTI, MULTI_LOGITS.argmax(1), average=None)
+    precisions = sk.precision_score(MULTI, MULTI_LOGITS.argmax(1), average=None)
+    names = ("akiec", "bcc", "mel", "nv")
+    for k, name in enumerate(names):
+        for called in (str(k), name):
+            assert as_metric(f"recall[{called}]", names).score(MULTI, MULTI_LOGITS) == pytest.approx(recalls[k])
+        assert as_metric(f"precision[{k}]").score(MULTI, MULTI_LOGITS) == pytest.approx(precisions[k])
+    assert as_metric("specificity[1]").score(BINARY, BINARY_LOGITS) == score("specificity", BINARY, BINARY_LOGITS)
+
+
+def test_only_log_loss_is_better_when_lower_and_only_accuracy_counts_right_answers() -> None:
+    assert [m.name for m in METRICS.values() if not m.higher_is_better] == ["log_loss"]
+    assert [m.name for m in METRICS.values() if m.correct] == ["accuracy"]
+    right = accuracy.correct(LABELS, LABEL_LOGITS)
+    assert right.shape == (90,) and right.mean() == score("accuracy", LABELS, LABEL_LOGITS)
+
+
+def test_what_cannot_be_scored_says_so_and_what_can_is_finite() -> None:
+    ones = np.ones(5, dtype=np.int64)
+    logits = np.tile(np.array([0.0, 1.0], dtype=np.float32), (5, 1))
+    with pytest.raises(ValueError, match="all samples are of one class"):
+        score("auc", ones, logits)
+    with pytest.raises(ValueError, match="no negative sample"):
+        score("specificity", ones, logits)
+    assert score("kappa", ones, logits) == 1.0
+    assert score("precision", np.array([1, 0]), np.array([[1, 0], [1, 0]], dtype=np.float32)) == 0.0
+    certain = np.array([[1e4, -1e4]], dtype=np.float32)
+    assert score("log_loss", np.array([1]), certain) == pytest.approx(-np.log(1e-15))
+
+
+def test_every_metric_survives_pickling(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def share(targets, outputs):\n    return (outputs.argmax(1) == targets).mean()\n")
+    for metric in (*METRICS.values(), as_metric("recall[1]"), as_metric(f"{file}:share")):
+        again = pickle.loads(pickle.dumps(metric))
+        assert again.score(BINARY, BINARY_LOGITS) == metric.score(BINARY, BINARY_LOGITS)
+        assert (again.name, again.higher_is_better) == (metric.name, metric.higher_is_better)
+
+
+def test_a_metric_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from autocompress import Metric\n"
+        "def fails(targets, outputs):\n    raise RuntimeError('no')\n"
+        "def text(targets, outputs):\n    return 'much'\n"
+        "error = Metric('error', lambda y, z: 1 - float((z.argmax(1) == y).mean()), higher_is_better=False)\n"
+        "number = 3\n"
+    )
+    mine = as_metric(f"{file}:error")
+    assert (mine.name, mine.higher_is_better, mine.source) == ("error", False, f"{file}:error")
+    assert mine.score(BINARY, BINARY_LOGITS) == pytest.approx(1 - score("accuracy", BINARY, BINARY_LOGITS))
+    for name, message in (
+        ("fails", "raised RuntimeError: no"),
+        ("text", "returned 'much'; it must return a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_metric(f"{file}:{name}").score(BINARY, BINARY_LOGITS)
+    with pytest.raises(ValueError, match="is a int, not a Metric"):
+        as_metric(f"{file}:number")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("AUC", "unknown metric 'AUC'; did you mean auc"),
+        ("nonsense", "unknown metric 'nonsense' .available: accuracy, "),
+        ("recall[mel]", "there is no class 'mel'; it is one of a, b"),
+        ("recall[2]", "there is no class '2'; it is one of a, b"),
+        ("auc[1]", r"unknown metric auc\[1\]; of one class there are recall"),
+        ("there/is/none.py:f", "there is no file"),
+        (3, "metric=3; give a name"),
+    ],
+)
+def test_unknown_metrics_are_refused_in_one_line(given, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        as_metric(given, ("a", "b"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_metric_is_itself() -> None:
+    mine = Metric("mine", accuracy.score)
+    assert as_metric(mine) is mine
+
+
+def test_the_rarest_class_and_how_many_there_are() -> None:
+    assert (smallest_class(np.array([0, 0, 0, 2, 2])), classes_present(np.array([0, 0, 0, 2, 2]))) == (2, 2)
+    labels = np.array([[0, 1], [0, 1], [1, 1]])
+    assert (smallest_class(labels), classes_present(labels)) == (1, 3)
+
+
+def test_confusions_are_those_of_scikit_learn() -> None:
+    for targets, outputs, found in (
+        (MULTI, MULTI_LOGITS, MULTI_LOGITS.argmax(1)),
+        (LABELS, LABEL_LOGITS, LABEL_LOGITS > 0),
+    ):
+        labels = np.arange(outputs.shape[1])
+        expected = sk.multilabel_confusion_matrix(targets, found, labels=labels)
+        np.testing.assert_array_equal(confusions(targets, outputs), expected)
