@@ -1,53 +1,23 @@
 """The command line: parse, call, print. Nothing heavy is imported until a command runs."""
 
 import json
-import re
+import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from autocompress.commands import COMMANDS
+from autocompress.options import OUT, TRACKING_URI, Duration, MaxDrop, checked, read_config, write_config
 
 if TYPE_CHECKING:
     from autocompress.result import Result
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 BUDGET = ("trials", "timeout", "device")  # options that may change when a study is resumed
-
-
-class MaxDrop(click.ParamType[float]):
-    """A drop as ``1%``, ``1pp`` or ``0.01``."""
-
-    name = "drop"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The drop as a fraction: 0.01 for ``1%``."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%|pp)?\s*", value)
-        drop = float(match[1]) / (100 if match[2] else 1) if match else -1.0
-        if not 0 <= drop < 1:
-            self.fail(f"{value!r} is not a drop from 0% up to but not including 100%; write 1%, 1pp or 0.01")
-        return drop
-
-
-class Duration(click.ParamType[float]):
-    """A time as ``90``, ``90s``, ``15m`` or ``2h``."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The time in seconds."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([smh]?)\s*", value)
-        seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-        if seconds <= 0:
-            self.fail(f"{value!r} is not a duration above 0; write 90s, 15m or 2h")
-        return seconds
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,15 +27,6 @@ def cli() -> None:
 
     Start with:  autocompress tune --scheme StructPrune --max-drop 1%
     """
-
-
-OUT = click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("autocompress-runs"),
-    show_default=True,
-    help="Folder for all studies; nothing is written outside it.",
-)
 
 
 @cli.command()
@@ -115,11 +76,28 @@ OUT = click.option(
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
 @click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
+@TRACKING_URI
+@click.option("--register", metavar="NAME", help="Log the answer as an MLflow model, registered under this name.")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=read_config,
+    is_eager=True,
+    expose_value=False,
+    help="Take options from this TOML file, such as max-drop = '1%'; those given here win.",
+)
+@click.option(
+    "--save-config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the options of this call to a TOML file for --config.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, progress on stderr.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Show more, and tracebacks of errors.")
 @click.pass_context
-def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def tune(
+    ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, save_config: Path | None, **options: Any
+) -> None:
     """Search for the smallest model within the bound, prove it on test, save it.
 
     Without a task of your own it runs on scikit-learn's scanned digits and a small ResNet.
@@ -127,21 +105,28 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
     from autocompress import study
-    from autocompress.display import Display, make_console, show_result
+    from autocompress.display import Display
     from autocompress.goal import ObjectiveError, as_objective
     from autocompress.lc import LearningCompression
+    from autocompress.mlflow_store import check_uri, without_secrets
     from autocompress.scheme import parse_scheme
+    from autocompress.show import make_console, show_result
     from autocompress.storage import check_name, prepare_out
 
-    options["out"] = _checked("--out", prepare_out, options["out"])
+    options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_study(ctx, options)
     if options["name"]:
-        _checked("--name", check_name, options["name"])
-    options["scheme"] = _checked("--scheme", parse_scheme, options["scheme"])
-    options["objective"] = _checked("--objective", as_objective, options["objective"])
+        checked("--name", check_name, options["name"])
+    if options["tracking_uri"]:
+        checked("--tracking-uri", check_uri, options["tracking_uri"])
+    options["scheme"] = checked("--scheme", parse_scheme, options["scheme"])
+    options["objective"] = checked("--objective", as_objective, options["objective"])
     options["recovery"] = LearningCompression(lr=options.pop("lr"))
-    options["device"] = _checked("--device", study.usable_device, options["device"])
+    options["device"] = checked("--device", study.usable_device, options["device"])
+    if save_config is not None:
+        write_config(ctx, save_config)
+    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
     try:
         if quiet:
@@ -154,7 +139,7 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     if as_json:
         click.echo(json.dumps(result.to_json(), allow_nan=False))
     else:
-        show_result(results, result)
+        show_result(results, result.to_json(), result.folder)
     ctx.exit(_status(result))
 
 
@@ -164,24 +149,13 @@ def _status(result: "Result") -> int:
     return 0 if result.met else NOT_MET
 
 
-T = TypeVar("T")
-
-
-def _checked(option: str, check: Callable[..., T], *values: Any) -> T:
-    """What ``check`` makes of an option's value; its ValueError becomes one that names the option."""
-    try:
-        return check(*values)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
-
-
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the study that is resumed."""
     from autocompress.storage import study_settings
 
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
-    asked = _checked("--resume", study_settings, options["out"], options["resume"])
+    asked = checked("--resume", study_settings, options["out"], options["resume"])
     asked |= {name: asked["recovery"][name] for name in ("epochs", "lr")}
     for name in ("scheme", "max_drop", "drop", "objective", "epochs", "lr", "sampler", "seed", *BUDGET):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
@@ -197,47 +171,12 @@ def _is_same(name: str, given: Any, asked: Any) -> bool:
     from autocompress.scheme import describe, parse_scheme
 
     return bool(
-        describe(_checked("--scheme", parse_scheme, given)) == asked if name == "scheme" else given == asked
+        describe(checked("--scheme", parse_scheme, given)) == asked if name == "scheme" else given == asked
     )
 
 
-@cli.command()
-@OUT
-@click.option("--port", type=click.IntRange(1, 65535), help="[default: a free one]")
-def ui(out: Path, port: int | None) -> None:
-    """Open the MLflow UI on the studies, to compare schemes and trials."""
-    from autocompress.ui import serve_ui
-
-    sys.exit(serve_ui(out, port=port))
-
-
-@cli.command()
-def schemes() -> None:
-    """List the schemes."""
-    import inspect
-
-    from autocompress.scheme import SCHEMES
-
-    for name, make in SCHEMES:
-        _print_item(
-            name, inspect.getdoc(make) or "", [str(p) for p in inspect.signature(make).parameters.values()]
-        )
-
-
-@cli.command()
-def objectives() -> None:
-    """List the objectives."""
-    from autocompress.goal import OBJECTIVES
-
-    for name, objective in OBJECTIVES:
-        unit = f" [{objective.unit}]" if objective.unit else ""
-        _print_item(name, f"{objective.description} ({objective.direction}){unit}", [])
-
-
-def _print_item(name: str, doc: str, parameters: list[str]) -> None:
-    click.echo(f"{name:24s}{doc.splitlines()[0] if doc else ''}")
-    if parameters:
-        click.echo(f"{'':24s}parameters: {', '.join(parameters)}")
+for command in COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 from torch import nn
 
 from autocompress.certify import Verdict
 from autocompress.export import Export
 from autocompress.goal import Objective
+from autocompress.layers import Layer
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement
 from autocompress.posterior import Posterior
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_TRIALS = 8
+GRID = 64  # points at which the believed drop is written down
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,10 @@ class Result:
         seconds: Wall time of the study.
         exported: The files of the answer and what could not be exported.
         folder: Where everything lies.
+        answer: The number of the trial that the search answers with; None when no trial was feasible.
+        belief: What the search believes of the drop, where the scheme has a density.
+        layers: What compression left of each layer.
+        failures: The trials that ended without a result: number and reason.
     """
 
     name: str
@@ -121,6 +128,10 @@ class Result:
     seconds: float
     exported: Export
     folder: Path
+    answer: int | None = None
+    belief: Posterior | None = None
+    layers: tuple[Layer, ...] = ()
+    failures: tuple[tuple[int, str], ...] = ()
 
     @property
     def met(self) -> bool:
@@ -159,15 +170,34 @@ class Result:
             },
             "latency_ms": {who: {str(at.batch): asdict(at) for at in m.latency} for who, m in pairs.items()},
             "measurements": {who: asdict(m) for who, m in pairs.items()},
+            "certificate": asdict(self.certificate) if self.certificate else None,
             "threshold": self.threshold,
+            "posterior": self._posterior(),
             "stopped": self.stopped,
             "seconds": self.seconds,
+            "answer": self.answer,
             "trials": [trial_row(record) for record in self.records],
+            "failed": [{"number": number, "reason": reason} for number, reason in self.failures],
+            "layers": [asdict(layer) for layer in self.layers],
             "artifacts": {a.format: str(a.path) for a in self.exported.artifacts},
             "not_exported": dict(self.exported.refused),
             "folder": str(self.folder),
         }
         return {key: _finite(value) for key, value in result.items()}
+
+    def _posterior(self) -> dict[str, Any] | None:
+        """The believed drop on a grid of densities, in points, and the probability that the answer is feasible."""
+        if self.belief is None:
+            return None
+        densities = np.geomspace(self.belief.low, 1.0, GRID)
+        curves = zip(("drop_pp", "low_pp", "high_pp"), self.belief.curve(densities, mass=0.8), strict=True)
+        chosen = next((record.density for record in self.records if record.number == self.answer), None)
+        return {
+            "mass": 0.8,
+            "density": densities.tolist(),
+            **{name: (100 * drop).tolist() for name, drop in curves},
+            "p_feasible": self.belief.p_feasible(chosen) if chosen is not None else None,
+        }
 
 
 def _finite(value: Any) -> Any:

@@ -94,8 +94,14 @@ class TestPyproject:
         assert Path(schemes.__path__[0]) == ROOT / "schemes"
 
     def test_the_package_is_typed(self) -> None:
-        assert SETUPTOOLS["package-data"] == {"autocompress": ["py.typed"]}
+        assert "py.typed" in SETUPTOOLS["package-data"]["autocompress"]
         assert (ROOT / "autocompress" / "py.typed").is_file()
+
+    def test_every_other_file_is_declared(self) -> None:
+        declared = SETUPTOOLS["package-data"]["autocompress"]
+        others = [file for file in (ROOT / "autocompress").rglob("*") if file.is_file() and file.suffix != ".py"]
+        for file in (file for file in others if "__pycache__" not in file.parts):
+            assert any(file.match(pattern) for pattern in declared), f"{file} would be missing from the wheel"
 
     def test_dependencies_are_what_the_code_imports(self) -> None:
         declared = {normalized(requirement) for requirement in PROJECT["dependencies"]}

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from autocompress.measurement import Latency, Measurement
-from autocompress.task import Task
 from autocompress.tracking import Tracker, metrics_of
 from autocompress.trial import TrialResult
 
@@ -44,9 +43,7 @@ def network():
     ).eval()
 
 
-def digits_like():
-    data = (torch.randn(8, 1, 8, 8), torch.arange(8) % 10)
-    return Task(network(), data, data, data, name="digits")
+SPLITS = {"train": {"n": 8, "sha256": None}, "test": {"n": 8, "sha256": "ab" * 32}}
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +73,7 @@ def refuse():
 @pytest.fixture
 def tracker(out, refuse):
     tracker = Tracker(out, "digits", on_warning=refuse)
-    tracker.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.01}, {"kind": "test"}, task=digits_like())
+    tracker.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.01}, {"kind": "test"}, data=SPLITS)
     return tracker
 
 
@@ -116,7 +113,8 @@ def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     assert [(m.step, m.value) for m in history] == [(0, 0.2), (1, 0.21)]
 
     child = found[first]
-    assert child.data.params == {"scheme": "Prune", "seed": "0", "number": "0", "density_asked": "0.25"}
+    inherited = {"scheme": "Prune", "seed": "0", "max_drop": "0.01"}
+    assert child.data.params == {**inherited, "number": "0", "density_asked": "0.25"}
     assert child.data.tags["feasible"] == "true"
     assert child.data.tags["state"] == "complete"
     assert child.data.metrics["drop_pp"] == 1.0
@@ -139,8 +137,7 @@ def test_the_data_are_logged_by_name_and_count(out, tracker):
     inputs = runs(out)["study"].inputs.dataset_inputs
     assert {(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs} == {
         ("digits train", "n=8", "train"),
-        ("digits val", "n=8", "val"),
-        ("digits test", "n=8", "test"),
+        ("digits test", "ab" * 8, "test"),
     }
 
 
@@ -161,7 +158,7 @@ def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tr
     assert time.perf_counter() - start < 30
 
     store = client(out)
-    assert {file.path for file in store.list_artifacts(tracker.run_id)} == {"result.json", "curve.svg"}
+    assert {file.path for file in store.list_artifacts(tracker.run_id)} == {"result.json", "figures"}
     run = store.get_run(tracker.run_id)
     (output,) = run.outputs.model_outputs
     logged = store.get_logged_model(output.model_id)
