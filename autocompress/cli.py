@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autocompress.commands import COMMANDS
-from autocompress.options import OUT, TRACKING_URI, Duration, MaxDrop, checked, read_config, write_config
+from autocompress.options import OUT, TRACKING_URI, Duration, MaxDrop, Positive, checked, read_config, write_config
 
 if TYPE_CHECKING:
     from autocompress.result import Result
@@ -52,14 +52,14 @@ def cli() -> None:
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
 @click.option(
     "--epochs",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Positive(),
     default=30.0,
     show_default=True,
     help="Recovery budget of one trial, in passes over the training data.",
 )
 @click.option(
     "--lr",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Positive(),
     default=0.1,
     show_default=True,
     help="Peak learning rate of a trial's recovery.",

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -33,6 +34,20 @@ class MaxDrop(click.ParamType[float]):
         if not 0 <= drop < 1:
             self.fail(f"{value!r} is not a drop from 0% up to but not including 100%; write 1%, 1pp or 0.01")
         return drop
+
+
+class Positive(click.FloatRange):
+    """A finite number above 0; click's own range lets ``nan`` through."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number above 0")
+        return number
 
 
 class Duration(click.ParamType[float]):
