@@ -13,7 +13,7 @@ from autocompress.mlflow_store import save_model
 
 if TYPE_CHECKING:  # MLflow takes a second to import; the tracker's own thread does it
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -175,9 +175,9 @@ class Runs:
         self._client.log_outputs(self.parent, [LoggedModelOutput(logged.model_id, step=0)])
         self.model_id = logged.model_id
         if register:
-            self._register(register, logged.model_id)
+            self._register(register, logged)
 
-    def _register(self, name: str, model_id: str) -> None:
+    def _register(self, name: str, logged: "LoggedModel") -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -185,7 +185,11 @@ class Runs:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        self._client.create_model_version(name, f"models:/{model_id}", run_id=self.parent, model_id=model_id)
+        # A server finds a model by its id and takes no other source; a database's own client would look for the id
+        # in the global tracking store.
+        by_id = self._client.tracking_uri.startswith("http")
+        source = f"models:/{logged.model_id}" if by_id else logged.artifact_location
+        self._client.create_model_version(name, source, run_id=self.parent, model_id=logged.model_id)
 
     def conclude(self, verdict: str, artifacts: Iterable[Path]) -> None:
         """The verdict as the parent's description, and the study's files."""

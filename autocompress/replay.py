@@ -44,7 +44,7 @@ def _replay(folder: StudyFolder, uri: str | None) -> str:
         remedy = f"finish it with autocompress tune --resume {record.name}"
         raise ValueError(f"the study {record.name!r} has no result yet; {remedy}")
     warned: list[str] = []
-    tracker = Tracker(folder.path.parent, str(asked["task"]), uri=uri, on_warning=warned.append)
+    tracker = Tracker(folder.path.parent, str(asked["task"]), uri=uri, meanwhile="", on_warning=warned.append)
     data = asked.get("provenance", {}).get("data")
     tracker.start(record.name, _params(asked), data=data, run_id=asked.get("mlflow_run"))
     dense = Measurement.from_json(found["measurements"]["dense"])

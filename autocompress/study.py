@@ -1,6 +1,7 @@
 """A study, from the question to the artifact: the whole job in the order in which it happens."""
 
 import functools
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,7 @@ from autocompress.storage import (
     resume_folder,
 )
 from autocompress.task import Task, channels_last
-from autocompress.tracking import Tracker, final_metrics
+from autocompress.tracking import MEANWHILE, Tracker, final_metrics
 from autocompress.training import threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec
 
@@ -129,9 +130,10 @@ def tune(
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
     made_with = {} if resume else {"provenance": provenance(task, command)}
     folder.update_settings({**settings.budget(), **made_with})
-    remedy = f"autocompress replay {folder.path.name}"
+    elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
+    meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
     tracker = functools.partial(
-        Tracker, home, task.name, uri=tracking_uri, remedy=remedy, on_warning=watcher.warned
+        Tracker, home, task.name, uri=tracking_uri, meanwhile=meanwhile, on_warning=watcher.warned
     )
     try:
         return Study(settings, task.on(settings.device), folder, watcher, tracker, register).run()

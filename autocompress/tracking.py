@@ -22,7 +22,10 @@ from autocompress.trial import TrialResult
 
 P = ParamSpec("P")
 
+MEANWHILE = "the study goes on; its own directory has everything"
+
 _FAILURES_IN_A_ROW = 3
+_NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # in what an HTTP client says at length
 _INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "lc.epochs")  # of the study, by every trial
 _COSTS = (
     "density",
@@ -59,7 +62,7 @@ class Tracker:
         out: The output directory; the database and the artifacts live in it and nothing is written elsewhere.
         experiment: The MLflow experiment, one per task.
         uri: A server to log to in place of the database in ``out``.
-        remedy: The command that logs the study later, said in the warning.
+        meanwhile: What the warning says of the study.
         on_warning: Gets one sentence the first time that MLflow fails; ``warnings.warn`` by default.
     """
 
@@ -69,18 +72,18 @@ class Tracker:
         experiment: str,
         *,
         uri: str | None = None,
-        remedy: str = "",
+        meanwhile: str = MEANWHILE,
         on_warning: Callable[[str], None] = warnings.warn,
     ) -> None:
         self._out = out.absolute()
-        self._remedy = remedy
+        self._uri, self._meanwhile = uri, meanwhile
         self._on_warning = on_warning
         self._warned = False
         self._failures = 0
         self._experiment = experiment
         self._runs: Runs | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._connect(uri)
+        self._connect()
 
     @property
     def run_id(self) -> str | None:
@@ -246,14 +249,17 @@ class Tracker:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            reason = without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
-            remedy = f"; {self._remedy} logs it later" if self._remedy else ""
-            self._on_warning(f"MLflow: {reason} (the study goes on; its own directory has everything{remedy})")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if self._uri and any(words in reason for words in _NO_ANSWER):
+                reason = f"{self._uri} does not answer"
+            meanwhile = f" ({self._meanwhile})" if self._meanwhile else ""
+            self._on_warning(f"MLflow: {without_secrets(reason)}{meanwhile}")
 
     @_queued
-    def _connect(self, uri: str | None) -> None:
+    def _connect(self) -> None:
         self._failures = _FAILURES_IN_A_ROW - 1  # without a database there is nothing to try again
-        where = open_server(uri, self._experiment) if uri else open_store(self._out, self._experiment)
+        name, uri = self._experiment, self._uri
+        where = open_server(uri, name) if uri else open_store(self._out, name)
         self._runs = Runs(*where)
 
     @property
