@@ -387,7 +387,7 @@ def test_the_winner_is_registered_under_a_name(out, tracker):
     (version,) = client(out).search_model_versions("name='small'")
     assert version.run_id == tracker.run_id
     (output,) = client(out).get_run(tracker.run_id).outputs.model_outputs
-    assert version.model_id == output.model_id
+    assert version.source == client(out).get_logged_model(output.model_id).artifact_location
 
 
 def test_a_server_that_does_not_answer_is_said_once_in_short_and_without_the_password(tmp_path):
