@@ -49,7 +49,7 @@ def commands(document: Path) -> Iterator[str]:
                 yield line.removeprefix("$ ")
 
 
-TYPED = [(guide, line) for guide in GUIDES for line in commands(ROOT / "docs" / guide)]
+TYPED = [line for guide in GUIDES for line in commands(ROOT / "docs" / guide)]
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +64,60 @@ def reader(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def typed(reader: Path) -> list[tuple[int, str]]:
+def type_in(folder: Path, lines: list[str]) -> dict[str, tuple[int, str]]:
     """How each command ended and what it said, all of them typed in order."""
     done = subprocess.run(
         [sys.executable, "-c", SERVER],
-        cwd=reader,
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        input="\n".join(line for _, line in TYPED),
+        input="\n".join(lines),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     statuses = map(int, done.stdout.split())
-    return [(status, (reader.parent / f"{n}.out").read_text()) for n, status in enumerate(statuses)]
+    said = [(folder.parent / f"{n}.out").read_text() for n in range(len(lines))]
+    return dict(zip(lines, zip(statuses, said, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("number", range(len(TYPED)), ids=[f"{guide}: {line[:60]}" for guide, line in TYPED])
-def test_a_command_works(typed, number):
-    status, said = typed[number]
-    expected = {0, 3} if " tune " in TYPED[number][1] else {0}  # a study this short may miss its bound
-    assert status in expected, said
+@pytest.fixture(scope="module")
+def typed(reader: Path) -> dict[str, tuple[int, str]]:
+    return type_in(reader, [line for line in TYPED if not is_further_study(line)])
+
+
+@pytest.fixture(scope="module")
+def typed_further(reader: Path, typed: object) -> dict[str, tuple[int, str]]:
+    return type_in(reader, [line for line in TYPED if is_further_study(line)])
+
+
+def is_further_study(line: str) -> bool:
+    """Whether a command makes a study beside the first, which takes ten seconds."""
+    return " tune " in line and not re.search(r"--(name|resume) first\b", line)
+
+
+def check(ended: tuple[int, str]) -> None:
+    status, said = ended
+    assert status == 0, said
     assert "Traceback" not in said and "Warning" not in said
 
 
-def test_the_short_study_of_the_guides_meets_its_bound(typed, reader):
-    """The later pages need its files."""
-    assert typed[0][0] == 0, typed[0][1]
-    assert (reader / "autocompress-runs" / "first" / "best" / "model.onnx").is_file()
-    assert (reader / "autocompress-runs" / "first" / "report.html").is_file()
+@pytest.mark.parametrize("line", [line for line in TYPED if not is_further_study(line)])
+def test_a_command_works(typed, line):
+    check(typed[line])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in TYPED if is_further_study(line)])
+def test_a_further_study_works(typed_further, line):
+    check(typed_further[line])
+
+
+def test_the_first_study_leaves_what_the_later_pages_need(typed, reader):
+    first = reader / "autocompress-runs" / "first"
+    assert (first / "best" / "model.onnx").is_file()
+    assert (first / "report.html").is_file()
     assert {path.name for path in reader.iterdir()} == {"autocompress-runs", "tune.toml", "footprint.py"}
 
 
@@ -128,6 +151,7 @@ def test_links_and_options_exist(document):
             assert flag in known, f"autocompress {command} {flag}"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     import nbformat
     from nbclient import NotebookClient
