@@ -29,7 +29,7 @@ class Display:
         self.verbose = verbose
         self._live: Live | None = None
         self._rows: list[tuple[str, ...]] = []
-        self._footer = ""
+        self._footer: Footer | None = None
         self._unit = ""
         self._beginning: Beginning | None = None
         self._began_at = time.monotonic()
@@ -43,13 +43,13 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._footer = ""
+            self._footer = None
             self._live.update(self._screen(), refresh=True)
             self._live.stop()
 
     def doing(self, what: str) -> None:
         """What takes time now."""
-        self._footer = what
+        self._footer = Footer(what)
         self._show(what)
 
     def began(self, beginning: Beginning) -> None:
@@ -70,7 +70,7 @@ class Display:
         )
         for note in beginning.notes:
             self.warned(note)
-        self._footer = "trial 1"
+        self._footer = Footer("trial 1")
 
     def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
         """One row, or one line."""
@@ -87,11 +87,11 @@ class Display:
             )
         )
         cells = dict(zip(COLUMNS, self._rows[-1], strict=True))
-        self._footer = f"next trial · {self._time_left()}"
+        self._footer = Footer(f"trial {result.number + 1}", self._seconds_left())
         self._show(
             f"trial {cells['trial']:>2}  density {cells['density']}  val {cells['val']}  "
             f"drop {cells['drop']}  feasible {cells['feasible']:<3}  {cells['seconds']:>5} s  "
-            f"best {cells['best']}  {self._time_left()}"
+            f"best {cells['best']}  at most {self._seconds_left():.0f} s left"
         )
         if self.verbose:
             for name, values in result.curves.items():
@@ -109,13 +109,13 @@ class Display:
         """A line of its own."""
         self._print(f"note: {message}")
 
-    def _time_left(self) -> str:
+    def _seconds_left(self) -> float:
         assert self._beginning is not None
         settings, done = self._beginning.settings, len(self._rows)
         left = max(0, settings.trials - done) * sum(self._seconds) / max(1, len(self._seconds))
         if settings.timeout_s:
             left = min(left, max(0.0, settings.timeout_s - (time.monotonic() - self._began_at)))
-        return f"at most {left:.0f} s left"
+        return left
 
     def _show(self, line: str) -> None:
         """Redraws the live table, or prints the line where there is none."""
@@ -134,7 +134,27 @@ class Display:
         for row in self._rows:
             table.add_row(*row, style="" if row[4] == "yes" else "dim")
         parts: list[Table | Spinner] = [table] if self._rows else []
-        return Group(*parts, *([Spinner("dots", Text(self._footer))] if self._footer else []))
+        return Group(*parts, *([Spinner("dots", self._footer)] if self._footer else []))
+
+
+class Footer:
+    """What takes time now, for how long already, and how long the search may still take; it counts by itself.
+
+    Args:
+        what: What takes time.
+        left_s: Seconds that the search may still take; None where that is not known.
+    """
+
+    def __init__(self, what: str, left_s: float | None = None) -> None:
+        self.what, self.left_s, self.began_at = what, left_s, time.monotonic()
+
+    def __rich__(self) -> Text:
+        """The line as it is at this moment."""
+        elapsed = time.monotonic() - self.began_at
+        parts = [self.what, *([f"{elapsed:.0f} s"] if elapsed >= 2 else [])]
+        if self.left_s is not None:
+            parts.append(f"at most {max(0.0, self.left_s - elapsed):.0f} s left")
+        return Text(" · ".join(parts))
 
 
 COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best")

@@ -1,5 +1,6 @@
 import io
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import autocompress as ac
-from autocompress.display import Display
+from autocompress.display import Display, Footer
 from autocompress.goal import Objective
 from autocompress.measurement import Latency, Measurement
 from autocompress.result import Beginning, Settings
@@ -175,3 +176,16 @@ def test_a_terminal_is_given_back_when_a_study_fails():
         display.trial(trial(1), trial(1), None)
         raise RuntimeError
     assert printed(console).count("\x1b[?25h") == 1
+
+
+def test_the_footer_counts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    searching, exporting = Footer("trial 2", 8.0), Footer("exporting the answer")
+    assert searching.__rich__().plain == "trial 2 · at most 8 s left"
+    assert exporting.__rich__().plain == "exporting the answer"
+    now = 103.0
+    assert searching.__rich__().plain == "trial 2 · 3 s · at most 5 s left"
+    assert exporting.__rich__().plain == "exporting the answer · 3 s"
+    now = 120.0
+    assert searching.__rich__().plain.endswith("at most 0 s left")
