@@ -58,12 +58,13 @@ class Record:
         return next((trial for trial in self.trials if trial["number"] == number), None)
 
 
-def read_record(folder: Path, *, journal: bool = True) -> Record:
+def read_record(folder: Path, *, journal: bool = True, ours: bool = False) -> Record:
     """What lies in a study's folder; what is damaged is left out and named.
 
     Args:
         folder: A folder with a ``study.json``.
         journal: Whether to look in Optuna's journal for the failed trials of a study without a result.
+        ours: Whether this process holds the study, which then counts as ended.
     """
     problems: list[str] = []
     asked = _read(folder / "study.json", problems)
@@ -71,7 +72,7 @@ def read_record(folder: Path, *, journal: bool = True) -> Record:
     files = sorted(folder.glob("trials/*/trial.json"))
     trials = [trial for file in files if (trial := _read(file, problems, needed=_NEEDED)) is not None]
     trials.sort(key=lambda trial: int(trial["number"]))
-    held = _is_held(folder)
+    held = not ours and _is_held(folder)
     if found is not None and "failed" in found:
         failed = tuple((one["number"], one["reason"]) for one in found["failed"])
     else:

@@ -38,7 +38,7 @@ def replay(path: Path, uri: str | None = None) -> str:
 
 
 def _replay(folder: StudyFolder, uri: str | None) -> str:
-    record = read_record(folder.path)
+    record = read_record(folder.path, ours=True)
     asked, found = record.asked, record.found
     if found is None:
         remedy = f"finish it with autocompress tune --resume {record.name}"

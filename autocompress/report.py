@@ -14,18 +14,19 @@ FIGURES = "figures"
 NOT_MEASURED = ("n/a", "n/a")
 
 
-def write_report(folder: Path) -> tuple[Path, ...]:
+def write_report(folder: Path, *, ours: bool = False) -> tuple[Path, ...]:
     """Writes ``report.html``, ``report.md`` and ``figures/`` from what lies in a study's folder.
 
     Args:
         folder: The study's folder. Any state will do: a study without a result has a report of its trials.
+        ours: Whether this process holds the study.
 
     Returns:
         The two files and the folder of figures.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # with markupsafe: not for an import
 
-    record = read_record(folder)
+    record = read_record(folder, ours=ours)
     figures = {figure.name: figure for figure in draw(record, folder / FIGURES)}
     content = _content(record, figures)
     written = []

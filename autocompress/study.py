@@ -303,7 +303,7 @@ class Study:
         write_json(self.folder.result_file, result.to_json())
         self.watcher.doing("writing the report")
         try:
-            reported = write_report(self.folder.path)
+            reported = write_report(self.folder.path, ours=True)
         except Exception as error:  # the study is saved, and its report can be written at any time
             again = f"autocompress report {result.name} tries again"
             self.watcher.warned(f"no report: {type(error).__name__}: {error} ({again})")
