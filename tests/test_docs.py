@@ -64,13 +64,14 @@ def reader(tmp_path_factory) -> Path:
     return folder
 
 
-def type_in(folder: Path, lines: list[str]) -> dict[str, tuple[int, str]]:
+@pytest.fixture(scope="module")
+def typed(reader: Path) -> dict[str, tuple[int, str]]:
     """How each command ended and what it said, all of them typed in order."""
     done = subprocess.run(
         [sys.executable, "-c", SERVER],
-        cwd=folder,
+        cwd=reader,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        input="\n".join(lines),
+        input="\n".join(TYPED),
         capture_output=True,
         text=True,
         timeout=900,
@@ -78,42 +79,19 @@ def type_in(folder: Path, lines: list[str]) -> dict[str, tuple[int, str]]:
     )
     assert done.returncode == 0, done.stderr
     statuses = map(int, done.stdout.split())
-    said = [(folder.parent / f"{n}.out").read_text() for n in range(len(lines))]
-    return dict(zip(lines, zip(statuses, said, strict=True), strict=True))
+    said = [(reader.parent / f"{n}.out").read_text() for n in range(len(TYPED))]
+    return dict(zip(TYPED, zip(statuses, said, strict=True), strict=True))
 
 
-@pytest.fixture(scope="module")
-def typed(reader: Path) -> dict[str, tuple[int, str]]:
-    return type_in(reader, [line for line in TYPED if not is_further_study(line)])
-
-
-@pytest.fixture(scope="module")
-def typed_further(reader: Path, typed: object) -> dict[str, tuple[int, str]]:
-    return type_in(reader, [line for line in TYPED if is_further_study(line)])
-
-
-def is_further_study(line: str) -> bool:
-    """Whether a command searches beside, or after, the first one: ten seconds each."""
-    return " tune " in line and "--name first" not in line
-
-
-def check(ended: tuple[int, str]) -> None:
-    status, said = ended
+@pytest.mark.slow
+@pytest.mark.parametrize("line", dict.fromkeys(TYPED))
+def test_a_command_works(typed, line):
+    status, said = typed[line]
     assert status == 0, said
     assert "Traceback" not in said and "Warning" not in said
 
 
-@pytest.mark.parametrize("line", [line for line in TYPED if not is_further_study(line)])
-def test_a_command_works(typed, line):
-    check(typed[line])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in TYPED if is_further_study(line)])
-def test_a_further_study_works(typed_further, line):
-    check(typed_further[line])
-
-
 def test_the_first_study_leaves_what_the_later_pages_need(typed, reader):
     first = reader / "autocompress-runs" / "first"
     assert (first / "best" / "model.onnx").is_file()
@@ -121,6 +99,7 @@ def test_the_first_study_leaves_what_the_later_pages_need(typed, reader):
     assert {path.name for path in reader.iterdir()} == {"autocompress-runs", "tune.toml", "footprint.py"}
 
 
+@pytest.mark.slow
 def test_the_python_of_a_guide_runs_where_its_study_lies(typed, reader, monkeypatch):
     monkeypatch.chdir(reader)
     blocks = fences(ROOT / "docs" / "deploying.md", "python")
@@ -145,7 +124,9 @@ def test_links_and_options_exist(document):
     for target in re.findall(r"\]\(([^)#]+)", text):
         if "://" not in target and Path(target).name not in ELSEWHERE:
             assert ((ROOT / document).parent / target).exists(), target
-    for command, words in re.findall(r"`autocompress (\w+)([^`]*)`", text):
+    typed = re.findall(r"(?:`|^\$ )autocompress (\w+)([^`\n]*)", text, re.MULTILINE)
+    assert typed
+    for command, words in typed:
         known = {"--help", "-h"} | {flag for option in cli.commands[command].params for flag in option.opts}
         for flag in re.findall(r"(?<= )--[\w-]+", words):
             assert flag in known, f"autocompress {command} {flag}"
