@@ -1,17 +1,18 @@
 """The command line: parse, call, print. Nothing heavy is imported until a command runs."""
 
 import json
-import re
+import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from autocompress.commands import COMMANDS
+from autocompress.options import OUT, TRACKING_URI, Duration, MaxDrop, Positive, checked, read_config, write_config
 from autocompress.task_options import restore, take_options, task_options
 
 if TYPE_CHECKING:
@@ -22,38 +23,6 @@ TRAINING = ("lr", "optimizer", "distill")  # options of a trial's recovery, besi
 BUDGET = ("trials", "timeout", "device")  # options that may change when a study is resumed
 
 
-class MaxDrop(click.ParamType[float]):
-    """A drop as ``1%``, ``1pp`` or ``0.01``."""
-
-    name = "drop"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The drop as a fraction: 0.01 for ``1%``."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%|pp)?\s*", value)
-        drop = float(match[1]) / (100 if match[2] else 1) if match else -1.0
-        if not 0 <= drop < 1:
-            self.fail(f"{value!r} is not a drop from 0% up to but not including 100%; write 1%, 1pp or 0.01")
-        return drop
-
-
-class Duration(click.ParamType[float]):
-    """A time as ``90``, ``90s``, ``15m`` or ``2h``."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The time in seconds."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([smh]?)\s*", value)
-        seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-        if seconds <= 0:
-            self.fail(f"{value!r} is not a duration above 0; write 90s, 15m or 2h")
-        return seconds
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="autocompress")
 def cli() -> None:
@@ -61,15 +30,6 @@ def cli() -> None:
 
     Start with:  autocompress tune --scheme StructPrune --max-drop 1%
     """
-
-
-OUT = click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("autocompress-runs"),
-    show_default=True,
-    help="Folder for all studies; nothing is written outside it.",
-)
 
 
 @cli.command()
@@ -95,7 +55,7 @@ OUT = click.option(
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
 @click.option(
     "--epochs",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Positive(),
     default=30.0,
     show_default=True,
     help="Recovery budget of one trial, in passes over the training data.",
@@ -109,7 +69,7 @@ OUT = click.option(
 )
 @click.option(
     "--lr",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Positive(),
     help="Peak learning rate of a trial's recovery.  [default: 0.1; 0.01 for finetune]",
 )
 @click.option(
@@ -135,11 +95,28 @@ OUT = click.option(
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
 @click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
+@TRACKING_URI
+@click.option("--register", metavar="NAME", help="Log the answer as an MLflow model, registered under this name.")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=read_config,
+    is_eager=True,
+    expose_value=False,
+    help="Take options from this TOML file, such as max-drop = '1%'; those given here win.",
+)
+@click.option(
+    "--save-config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the options of this call to a TOML file for --config.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, progress on stderr.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Show more, and tracebacks of errors.")
 @click.pass_context
-def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def tune(
+    ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, save_config: Path | None, **options: Any
+) -> None:
     """Search for the smallest model within the bound, prove it on test, save it.
 
     Without --model and --data it runs on scikit-learn's scanned digits and a small ResNet.
@@ -147,25 +124,32 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
     from autocompress import study
-    from autocompress.display import Display, make_console, show_result
+    from autocompress.display import Display
     from autocompress.goal import ObjectiveError, as_objective
+    from autocompress.mlflow_store import check_uri, without_secrets
     from autocompress.own_task import make_task
     from autocompress.recovery import make_recovery
     from autocompress.result import Silent
     from autocompress.scheme import parse_scheme
+    from autocompress.show import make_console, show_result
     from autocompress.storage import check_name, prepare_out
 
-    options["out"] = _checked("--out", prepare_out, options["out"])
+    options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_study(ctx, options)
     if options["name"]:
-        _checked("--name", check_name, options["name"])
-    options["scheme"] = _checked("--scheme", parse_scheme, options["scheme"])
-    options["objective"] = _checked("--objective", as_objective, options["objective"])
+        checked("--name", check_name, options["name"])
+    if options["tracking_uri"]:
+        checked("--tracking-uri", check_uri, options["tracking_uri"])
+    options["scheme"] = checked("--scheme", parse_scheme, options["scheme"])
+    options["objective"] = checked("--objective", as_objective, options["objective"])
     training = {name: options.pop(name) for name in TRAINING}
     given = {name: value for name, value in training.items() if value is not None}
-    options["recovery"] = _checked("--recovery", partial(make_recovery, **given), options["recovery"])
-    options["device"] = _checked("--device", study.usable_device, options["device"])
+    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
+    options["device"] = checked("--device", study.usable_device, options["device"])
+    if save_config is not None:
+        write_config(ctx, save_config)
+    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
     asked = take_options(options)
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
 
@@ -185,7 +169,7 @@ def tune(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **opt
     if as_json:
         click.echo(json.dumps(result.to_json(), allow_nan=False))
     else:
-        show_result(results, result)
+        show_result(results, result.to_json(), result.folder)
     ctx.exit(_status(result))
 
 
@@ -195,24 +179,13 @@ def _status(result: "Result") -> int:
     return 0 if result.met else NOT_MET
 
 
-T = TypeVar("T")
-
-
-def _checked(option: str, check: Callable[..., T], *values: Any) -> T:
-    """What ``check`` makes of an option's value; its ValueError becomes one that names the option."""
-    try:
-        return check(*values)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
-
-
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the study that is resumed."""
     from autocompress.storage import study_settings
 
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
-    asked = _checked("--resume", study_settings, options["out"], options["resume"])
+    asked = checked("--resume", study_settings, options["out"], options["resume"])
     given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     restore(options, given, asked)
     recovery = asked["recovery"]
@@ -233,49 +206,14 @@ def _is_same(name: str, given: Any, asked: Any) -> bool:
     from autocompress.scheme import describe, parse_scheme
 
     if name == "scheme":
-        given = describe(_checked("--scheme", parse_scheme, given))
+        given = describe(checked("--scheme", parse_scheme, given))
     if name == "recovery":
         given = make_recovery(given).method
     return bool(given == asked)
 
 
-@cli.command()
-@OUT
-@click.option("--port", type=click.IntRange(1, 65535), help="[default: a free one]")
-def ui(out: Path, port: int | None) -> None:
-    """Open the MLflow UI on the studies, to compare schemes and trials."""
-    from autocompress.ui import serve_ui
-
-    sys.exit(serve_ui(out, port=port))
-
-
-@cli.command()
-def schemes() -> None:
-    """List the schemes."""
-    import inspect
-
-    from autocompress.scheme import SCHEMES
-
-    for name, make in SCHEMES:
-        _print_item(
-            name, inspect.getdoc(make) or "", [str(p) for p in inspect.signature(make).parameters.values()]
-        )
-
-
-@cli.command()
-def objectives() -> None:
-    """List the objectives."""
-    from autocompress.goal import OBJECTIVES
-
-    for name, objective in OBJECTIVES:
-        unit = f" [{objective.unit}]" if objective.unit else ""
-        _print_item(name, f"{objective.description} ({objective.direction}){unit}", [])
-
-
-def _print_item(name: str, doc: str, parameters: list[str]) -> None:
-    click.echo(f"{name:24s}{doc.splitlines()[0] if doc else ''}")
-    if parameters:
-        click.echo(f"{'':24s}parameters: {', '.join(parameters)}")
+for command in COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -1,9 +1,6 @@
-"""What a person sees in the terminal: the search as it runs, and the result."""
+"""What a person sees in the terminal while the search runs."""
 
-import shlex
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,19 +9,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from autocompress.measurement import Measurement
+from autocompress.comparison import as_bytes, as_count
 from autocompress.posterior import Posterior
-from autocompress.result import Beginning, Result
+from autocompress.result import Beginning
 from autocompress.scheme import describe
 from autocompress.trial import TrialResult
-
-PLAIN_WIDTH = 110  # of a console that is not a terminal and so has no width of its own
-
-
-def make_console(*, stderr: bool) -> Console:
-    """A console on stdout or stderr; plain text without wrapping surprises where that is not a terminal."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
 
 
 class Display:
@@ -40,7 +29,7 @@ class Display:
         self.verbose = verbose
         self._live: Live | None = None
         self._rows: list[tuple[str, ...]] = []
-        self._footer = ""
+        self._footer: Footer | None = None
         self._unit = ""
         self._beginning: Beginning | None = None
         self._began_at = time.monotonic()
@@ -54,13 +43,13 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._footer = ""
+            self._footer = None
             self._live.update(self._screen(), refresh=True)
             self._live.stop()
 
     def doing(self, what: str) -> None:
         """What takes time now."""
-        self._footer = what
+        self._footer = Footer(what)
         self._show(what)
 
     def began(self, beginning: Beginning) -> None:
@@ -81,7 +70,7 @@ class Display:
         )
         for note in beginning.notes:
             self.warned(note)
-        self._footer = "trial 1"
+        self._footer = Footer("trial 1")
 
     def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
         """One row, or one line."""
@@ -98,11 +87,11 @@ class Display:
             )
         )
         cells = dict(zip(COLUMNS, self._rows[-1], strict=True))
-        self._footer = f"next trial · {self._time_left()}"
+        self._footer = Footer(f"trial {result.number + 1}", self._seconds_left())
         self._show(
             f"trial {cells['trial']:>2}  density {cells['density']}  val {cells['val']}  "
             f"drop {cells['drop']}  feasible {cells['feasible']:<3}  {cells['seconds']:>5} s  "
-            f"best {cells['best']}  {self._time_left()}"
+            f"best {cells['best']}  at most {self._seconds_left():.0f} s left"
         )
         if self.verbose:
             for name, values in result.curves.items():
@@ -120,13 +109,13 @@ class Display:
         """A line of its own."""
         self._print(f"note: {message}")
 
-    def _time_left(self) -> str:
+    def _seconds_left(self) -> float:
         assert self._beginning is not None
         settings, done = self._beginning.settings, len(self._rows)
         left = max(0, settings.trials - done) * sum(self._seconds) / max(1, len(self._seconds))
         if settings.timeout_s:
             left = min(left, max(0.0, settings.timeout_s - (time.monotonic() - self._began_at)))
-        return f"at most {left:.0f} s left"
+        return left
 
     def _show(self, line: str) -> None:
         """Redraws the live table, or prints the line where there is none."""
@@ -145,117 +134,27 @@ class Display:
         for row in self._rows:
             table.add_row(*row, style="" if row[4] == "yes" else "dim")
         parts: list[Table | Spinner] = [table] if self._rows else []
-        return Group(*parts, *([Spinner("dots", Text(self._footer))] if self._footer else []))
+        return Group(*parts, *([Spinner("dots", self._footer)] if self._footer else []))
+
+
+class Footer:
+    """What takes time now, for how long already, and how long the search may still take; it counts by itself.
+
+    Args:
+        what: What takes time.
+        left_s: Seconds that the search may still take; None where that is not known.
+    """
+
+    def __init__(self, what: str, left_s: float | None = None) -> None:
+        self.what, self.left_s, self.began_at = what, left_s, time.monotonic()
+
+    def __rich__(self) -> Text:
+        """The line as it is at this moment."""
+        elapsed = time.monotonic() - self.began_at
+        parts = [self.what, *([f"{elapsed:.0f} s"] if elapsed >= 2 else [])]
+        if self.left_s is not None:
+            parts.append(f"at most {max(0.0, self.left_s - elapsed):.0f} s left")
+        return Text(" · ".join(parts))
 
 
 COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best")
-
-
-def show_result(console: Console, result: Result) -> None:
-    """Prints the table dense | compressed | ratio, the verdict, where things are and what to do next."""
-    if "compressed" in result.measurements:
-        console.print()
-        console.print(_comparison(result))
-    if result.per_class is not None and result.classes_that_lost:
-        console.print()
-        console.print(_per_class(result))
-    console.print()
-    style = "bold green" if result.verdict == "certified" else "bold yellow" if result.met else "bold red"
-    console.print(escape(result.sentence), style=style, soft_wrap=True)
-    trials = "1 trial" if len(result.records) == 1 else f"{len(result.records)} trials"
-    console.print(escape(f"{trials} in {result.seconds:.0f} s; {result.stopped}."), soft_wrap=True)
-    for artifact in result.exported.artifacts:
-        line = f"  {artifact.format:12s} {as_bytes(artifact.size_bytes):>9s}  {_short(artifact.path)}"
-        console.print(escape(line), soft_wrap=True)
-    for name, reason in result.exported.refused.items():
-        console.print(escape(f"  {name:12s} not offered: {reason}"), soft_wrap=True)
-    console.print(escape(f"Everything is in {_short(result.folder)}"), soft_wrap=True)
-    for step in _next(result):
-        console.print(escape(f"Next: {step}"), soft_wrap=True)
-
-
-def _next(result: Result) -> list[str]:
-    """What to do now, one command or file a line."""
-    home = _short(result.folder.parent)
-    out = "" if home == Path("autocompress-runs") else f" --out {shlex.quote(str(home))}"
-    if result.interrupted:
-        return [f"autocompress tune --resume {result.name}{out}"]
-    look = f"autocompress ui{out}   (compare the trials in MLflow)"
-    return [f"{_short(result.folder / 'best' / 'README.md')}   (how to load it)", look] if result.met else [look]
-
-
-def _short(path: Path) -> Path:
-    """The path as seen from the current folder, if it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _comparison(result: Result) -> Table:
-    dense, compressed = result.measurements["dense"], result.measurements["compressed"]
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    table.add_column("")
-    for column in ("dense", "compressed", "ratio"):
-        table.add_column(column, justify="right")
-    for split in ("val", "test"):
-        a, b = result.scores["dense"][split], result.scores["compressed"][split]
-        table.add_row(f"score on {split}", f"{a:.4f}", f"{b:.4f}", f"{100 * (b - a):+.2f} pp")
-    for val, test in result.constraints:
-        for split, one in (("val", val), ("test", test)):
-            table.add_row(
-                escape(f"{val.metric} on {split}"), "", f"{one.value:.4f}", "" if one.met else "violated"
-            )
-    table.add_row("density", f"{dense.density:.4f}", f"{compressed.density:.4f}", "")
-    for name, get, show in ROWS:
-        costs = get(dense), get(compressed)
-        table.add_row(name, *("n/a" if cost is None else show(cost) for cost in costs), _ratio(*costs))
-    for before, after in zip(dense.latency, compressed.latency, strict=True):
-        times = (f"{at.p50_ms:.3f} ms (p95 {at.p95_ms:.3f})" for at in (before, after))
-        table.add_row(f"latency, batch {before.batch}", *times, _ratio(before.p50_ms, after.p50_ms))
-    return table
-
-
-def _per_class(result: Result) -> Table:
-    """The classes that lost more recall than the bound allows the metric: the mean must not hide them."""
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
-        table.add_column(column, justify="right" if column != "classes that lost more than the bound" else "left")
-    for before, after in result.classes_that_lost:
-        assert before.recall is not None and after.recall is not None
-        lost = f"{100 * (after.recall - before.recall):+.2f} pp"
-        table.add_row(
-            escape(before.name), f"{before.support}", f"{before.recall:.4f}", f"{after.recall:.4f}", lost
-        )
-    return table
-
-
-def _ratio(dense: float | None, compressed: float | None) -> str:
-    return f"{dense / compressed:.2f}x" if dense and compressed else ""
-
-
-def as_bytes(n: float) -> str:
-    """A size in the unit that suits it."""
-    for unit in ("B", "kB", "MB"):
-        if round(n, 1) < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} GB"
-
-
-def as_count(n: float) -> str:
-    """A count in thousands, millions, billions or trillions."""
-    for unit in ("", "k", "M", "G"):
-        if float(f"{n:.4g}") < 1000:
-            return f"{n:.4g}{unit}"
-        n /= 1000
-    return f"{n:.4g}T"
-
-
-ROWS: tuple[tuple[str, Callable[[Measurement], float | None], Callable[[float], str]], ...] = (
-    ("parameters", lambda m: m.params, lambda n: f"{n:,.0f}"),
-    ("weights on disk", lambda m: m.size_bytes, as_bytes),
-    ("MACs", lambda m: m.macs, as_count),
-    ("peak memory", lambda m: m.peak_memory_bytes, as_bytes),
-    ("GPU memory in use", lambda m: m.gpu_memory_bytes, as_bytes),
-    ("GPU utilization", lambda m: m.gpu_utilization_pct, lambda x: f"{x:.0f}%"),
-    ("GPU power", lambda m: m.gpu_power_w, lambda x: f"{x:.0f} W"),
-    ("energy an inference", lambda m: m.energy_j, lambda x: f"{1000 * x:.3f} mJ"),
-)

@@ -4,9 +4,9 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -74,6 +74,13 @@ class Measurement:
     gpu_utilization_pct: float | None = None
     gpu_power_w: float | None = None
     energy_j: float | None = None
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Measurement":
+        """A measurement from its fields as they were written to disk; unknown ones are left out."""
+        known = {field.name for field in fields(cls)}
+        given = {name: value for name, value in record.items() if name in known}
+        return cls(**given | {"latency": tuple(Latency(**one) for one in record.get("latency", ()))})
 
     @property
     def latency_ms(self) -> float | None:

@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import os
+import re
 import sqlite3
 import warnings
 from collections.abc import Iterator
@@ -59,6 +60,40 @@ def open_store(out: Path, experiment: str) -> tuple["MlflowClient", str]:
         check_database(out)
         client = MlflowClient(uri, registry_uri=uri)
         return client, _experiment_id(client, out, experiment)
+
+
+def open_server(uri: str, experiment: str) -> tuple["MlflowClient", str]:
+    """A client of an MLflow server and the experiment's id; the experiment is made if it is not there.
+
+    A server that does not answer is given up after some seconds, not after the minutes that MLflow would take.
+
+    Raises:
+        mlflow.exceptions.MlflowException: If the server does not answer or refuses.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
+    with quiet_mlflow():
+        from mlflow import MlflowClient
+
+        client = MlflowClient(uri, registry_uri=uri)
+        return client, _experiment_id(client, None, experiment)
+
+
+def check_uri(uri: str) -> str:
+    """The address of a tracking server, if MLflow can use it.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not re.match(r"(https?|sqlite|postgresql|mysql|mssql|databricks)(\+\w+)?://", uri) and uri != "databricks":
+        raise ValueError(f"{without_secrets(uri)!r} is not a tracking URI; write http://HOST:5000 or the like")
+    return uri
+
+
+def without_secrets(text: str) -> str:
+    """The text without the user, the password and the token that an address in it may carry."""
+    text = re.sub(r"(?<=://)[^/@\s'\"]+@", "", text)
+    return re.sub(r"([?&]\w*(?:token|password|secret|key)\w*=)[^&\s'\"]*", r"\1...", text, flags=re.IGNORECASE)
 
 
 def database_uri(out: Path) -> str:
@@ -184,7 +219,7 @@ def _create(out: Path) -> None:
     new.replace(out / DATABASE)
 
 
-def _experiment_id(client: "MlflowClient", out: Path, name: str) -> str:
+def _experiment_id(client: "MlflowClient", out: Path | None, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         view = {"selectedColumns": [*(f"metrics.`{name}`" for name in _COLUMNS), "params.`scheme`"]}
@@ -192,7 +227,7 @@ def _experiment_id(client: "MlflowClient", out: Path, name: str) -> str:
             "mlflow.experimentKind": "custom_model_development",  # runs and models, not chats and traces
             f"mlflow.sharedViewState.{_VIEW}": json.dumps(view),  # the UI shows no metrics unless told which
         }
-        return client.create_experiment(name, artifact_root(out), tags=tags)
+        return client.create_experiment(name, artifact_root(out) if out else None, tags=tags)
     if found.lifecycle_stage == "deleted":  # someone removed it in the UI; its name stays taken
         client.restore_experiment(found.experiment_id)
     return found.experiment_id

@@ -1,7 +1,7 @@
 """What a model does class by class: compression that sacrifices the rare class must be visible."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,22 +45,20 @@ class PerClass:
     confusion_dense: list[Any]
     confusion_compressed: list[Any]
 
-    def lost(self, bound: float) -> list[tuple[ClassScore, ClassScore]]:
-        """The classes, before and after, whose recall fell by more than ``bound`` (a fraction)."""
-        pairs = zip(self.dense, self.compressed, strict=True)
-        return [
-            (a, b)
-            for a, b in pairs
-            if a.recall is not None and b.recall is not None and round(a.recall - b.recall, 12) > bound
-        ]
-
     def to_json(self) -> dict[str, Any]:
         """As ``result.json`` holds it."""
         return {
-            "per_class": {
-                "dense": [asdict(one) for one in self.dense],
-                "compressed": [asdict(one) for one in self.compressed],
-            },
+            "classes": [
+                {
+                    "name": after.name,
+                    "support": after.support,
+                    "dense_recall": before.recall,
+                    "recall": after.recall,
+                    "dense_precision": before.precision,
+                    "precision": after.precision,
+                }
+                for before, after in zip(self.dense, self.compressed, strict=True)
+            ],
             "confusion": {"dense": self.confusion_dense, "compressed": self.confusion_compressed},
         }
 

@@ -6,15 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 from torch import nn
 
 from autocompress.certify import Verdict
 from autocompress.constraint import Checked, Constraint, Judged
 from autocompress.export import Export
 from autocompress.goal import Objective
+from autocompress.layers import Layer
 from autocompress.lc import LearningCompression
 from autocompress.measurement import Measurement
-from autocompress.per_class import ClassScore, PerClass
+from autocompress.per_class import PerClass
 from autocompress.posterior import Posterior
 from autocompress.recovery import Recovery, settings_of
 from autocompress.scheme import Scheme, describe
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_TRIALS = 8
+GRID = 64  # points at which the believed drop is written down
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ class Result:
         folder: Where everything lies.
         per_class: Recall, precision and confusion on test, before and after; None without an answer.
         constraints: What came of each constraint on val and on test.
+        answer: The number of the trial that the search answers with; None when no trial was feasible.
+        belief: What the search believes of the drop, where the scheme has a density.
+        layers: What compression left of each layer.
+        failures: The trials that ended without a result: number and reason.
     """
 
     name: str
@@ -131,18 +138,15 @@ class Result:
     folder: Path
     per_class: PerClass | None = None
     constraints: tuple[tuple[Checked, Judged], ...] = ()
+    answer: int | None = None
+    belief: Posterior | None = None
+    layers: tuple[Layer, ...] = ()
+    failures: tuple[tuple[int, str], ...] = ()
 
     @property
     def met(self) -> bool:
         """Whether a compressed model meets the bound, as far as the data can tell."""
         return self.verdict != "not met"
-
-    @property
-    def classes_that_lost(self) -> list[tuple[ClassScore, ClassScore]]:
-        """The classes, before and after, whose recall on test fell by more than the bound on the drop."""
-        if self.per_class is None or self.certificate is None:
-            return []
-        return self.per_class.lost(self.certificate.max_drop)
 
     @property
     def interrupted(self) -> bool:
@@ -174,22 +178,41 @@ class Result:
                 {"constraint": val.text, "val": asdict(val), "test": asdict(test)}
                 for val, test in self.constraints
             ],
-            **(self.per_class.to_json() if self.per_class else {"per_class": None, "confusion": None}),
+            **(self.per_class.to_json() if self.per_class else {"classes": None, "confusion": None}),
             **{
                 name: {who: getattr(m, name) for who, m in pairs.items()}
                 for name in ("params", "size_bytes", "macs")
             },
             "latency_ms": {who: {str(at.batch): asdict(at) for at in m.latency} for who, m in pairs.items()},
             "measurements": {who: asdict(m) for who, m in pairs.items()},
+            "certificate": asdict(self.certificate) if self.certificate else None,
             "threshold": self.threshold,
+            "posterior": self._posterior(),
             "stopped": self.stopped,
             "seconds": self.seconds,
+            "answer": self.answer,
             "trials": [trial_row(record) for record in self.records],
+            "failed": [{"number": number, "reason": reason} for number, reason in self.failures],
+            "layers": [asdict(layer) for layer in self.layers],
             "artifacts": {a.format: str(a.path) for a in self.exported.artifacts},
             "not_exported": dict(self.exported.refused),
             "folder": str(self.folder),
         }
         return {key: _finite(value) for key, value in result.items()}
+
+    def _posterior(self) -> dict[str, Any] | None:
+        """The believed drop on a grid of densities, in points, and the probability that the answer is feasible."""
+        if self.belief is None:
+            return None
+        densities = np.geomspace(self.belief.low, 1.0, GRID)
+        curves = zip(("drop_pp", "low_pp", "high_pp"), self.belief.curve(densities, mass=0.8), strict=True)
+        chosen = next((record.density for record in self.records if record.number == self.answer), None)
+        return {
+            "mass": 0.8,
+            "density": densities.tolist(),
+            **{name: (100 * drop).tolist() for name, drop in curves},
+            "p_feasible": self.belief.p_feasible(chosen) if chosen is not None else None,
+        }
 
 
 def _finite(value: Any) -> Any:

@@ -73,10 +73,12 @@ class Plan:
     workers: int = 1
 
 
-def open_study(journal: Path, direction: Direction) -> optuna.Study:
-    """The study kept in ``journal``, new or as it was left."""
+def open_study(journal: Path, direction: Direction | None = None) -> optuna.Study:
+    """The study kept in ``journal``: as it was left, or new where a direction is given."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(journal)))
+    if direction is None:
+        return optuna.load_study(study_name="study", storage=storage)
     return optuna.create_study(storage=storage, direction=direction, study_name="study", load_if_exists=True)
 
 
@@ -114,6 +116,7 @@ def search(
     executor: Executor,
     folder: StudyFolder,
     events: Events,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """Runs trials until the answer is known well enough or the budget is spent; returns which, in words.
 
@@ -124,12 +127,13 @@ def search(
         executor: Runs the trials: in this process, a pool, or a cluster.
         folder: Keeps every trial before the study knows of it, so that a kill loses none.
         events: Is told of every trial, in the order in which they finish.
+        asked_to_stop: Whether no further trial shall begin; those that run are waited for.
     """
     deadline = time.monotonic() + plan.timeout_s if plan.timeout_s else None
     pending: dict[Future[TrialResult], optuna.Trial] = {}
     try:
         while True:
-            stop = _reason_to_stop(study, plan, deadline)
+            stop = INTERRUPTED if asked_to_stop() else _reason_to_stop(study, plan, deadline)
             while stop is None and len(pending) < plan.workers and _begun(study) < plan.trials:
                 trial = study.ask()
                 density = trial.suggest_float("density", plan.low, 1.0, log=True) if plan.low < 1 else 1.0
@@ -229,6 +233,12 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
     for one in result.constraints:
         trial.set_constraint(one.text, one.excess)
     study.tell(trial, result.value)
+
+
+def failures(study: optuna.Study) -> list[tuple[int, str]]:
+    """The number and the reason of each trial that ended without a result."""
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return [(trial.number, trial.user_attrs.get("reason", "cut short")) for trial in failed]
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:

@@ -1,12 +1,10 @@
 """The home on disk: one folder a study, written so that a kill at any moment leaves whole files."""
 
 import contextlib
-import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from itertools import count
@@ -17,34 +15,11 @@ import filelock
 
 from autocompress import weights
 from autocompress.constraint import Checked
-from autocompress.measurement import Latency, Measurement
+from autocompress.files import NAME, read_json, write_json
+from autocompress.measurement import Measurement
 from autocompress.trial import TrialResult
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON by way of a temporary file, so that ``path`` is old or new but never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads JSON.
-
-    Raises:
-        ValueError: If the file is not whole JSON; the message names it.
-    """
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return value
 
 
 def prepare_out(out: Path) -> Path:
@@ -154,13 +129,9 @@ class StudyFolder:
 
 
 def _trial_result(record: dict[str, Any]) -> TrialResult:
-    measurement = record.pop("measurement")
-    latency = tuple(Latency(**one) for one in measurement.pop("latency"))
+    measurement = Measurement.from_json(record.pop("measurement"))
     curves = {name: tuple(values) for name, values in record.pop("curves").items()}
-    known = {field.name for field in fields(Measurement)}
-    measured = {name: value for name, value in measurement.items() if name in known}
     constraints = tuple(Checked(**one) for one in record.pop("constraints", ()))
-    measurement = Measurement(latency=latency, **measured)
     return TrialResult(measurement=measurement, curves=curves, constraints=constraints, **record)
 
 

@@ -1,5 +1,7 @@
 """A study, from the question to the artifact: the whole job in the order in which it happens."""
 
+import functools
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +17,16 @@ from autocompress.bundle import Provenance, rebuild
 from autocompress.certify import certifiable_drop, certify, conclude
 from autocompress.constraint import Constraint, parse_constraints
 from autocompress.data import digits
+from autocompress.environment import provenance
 from autocompress.export import Export, export
+from autocompress.files import read_json, write_json
 from autocompress.goal import Objective, as_objective
+from autocompress.interrupt import gentle_interrupt
+from autocompress.layers import compare_layers
 from autocompress.measurement import Measurement, compare, count_macs, measure
 from autocompress.per_class import per_class
 from autocompress.recovery import Recovery, make_recovery, with_epochs
+from autocompress.report import write_report
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.sampler import make_sampler
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
@@ -29,6 +36,7 @@ from autocompress.search import (
     add_dense,
     adopt,
     answer,
+    failures,
     finished,
     open_study,
     posterior,
@@ -40,12 +48,10 @@ from autocompress.storage import (
     check_name,
     new_folder,
     prepare_out,
-    read_json,
     resume_folder,
-    write_json,
 )
 from autocompress.task import Task, channels_last
-from autocompress.tracking import Tracker, metrics_of
+from autocompress.tracking import MEANWHILE, Tracker, final_metrics
 from autocompress.training import threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec
 
@@ -72,6 +78,9 @@ def tune(
     name: str | None = None,
     resume: str | None = None,
     watcher: Watcher | None = None,
+    tracking_uri: str | None = None,
+    register: str | None = None,
+    command: str | None = None,
 ) -> Result:
     """Finds the best compressed model that loses at most ``max_drop``, proves it on test, and saves it.
 
@@ -94,6 +103,9 @@ def tune(
         name: The study's name; by default made of the task, the scheme and the time.
         resume: The name of a study to go on with, in place of ``name``.
         watcher: Is told how it goes.
+        tracking_uri: An MLflow server to log to in place of the database in ``out``.
+        register: Logs the answer as an MLflow model and registers it under this name.
+        command: What was typed, for the report.
 
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
@@ -122,9 +134,15 @@ def tune(
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
-    folder.update_settings({**settings.budget(), "task_options": task.options})
+    made_with = {} if resume else {"provenance": provenance(task, command)}
+    folder.update_settings({**settings.budget(), **made_with, "task_options": task.options})
+    elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
+    meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
+    tracker = functools.partial(
+        Tracker, home, task.name, uri=tracking_uri, meanwhile=meanwhile, on_warning=watcher.warned
+    )
     try:
-        return Study(settings, task.on(settings.device), folder, home, watcher).run()
+        return Study(settings, task.on(settings.device), folder, watcher, tracker, register).run()
     finally:
         if resume or folder.journal_file.exists():
             folder.close()
@@ -139,17 +157,27 @@ class Study:
         settings: What is asked.
         task: The task, its model on the study's device.
         folder: Where the study lives.
-        home: The folder of all studies.
         watcher: Is told how it goes.
+        make_tracker: Opens MLflow.
+        register: Where given, the name under which MLflow registers the answer.
     """
 
-    def __init__(self, settings: Settings, task: Task, folder: StudyFolder, home: Path, watcher: Watcher) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        task: Task,
+        folder: StudyFolder,
+        watcher: Watcher,
+        make_tracker: Callable[[], Tracker],
+        register: str | None = None,
+    ) -> None:
         self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
+        self.register = register
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
         # Before the tracker: its thread imports MLflow, and threads share Python's warning filters.
         self.facts, self.notes = analyze(settings.scheme, task)
-        self.tracker = Tracker(home, task.name, on_warning=watcher.warned)
+        self.tracker = make_tracker()
         self.records: list[TrialResult] = []
 
     def run(self) -> Result:
@@ -172,6 +200,7 @@ class Study:
         self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s)
         dense_value = settings.objective(self.dense_cost)
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
+        self.folder.update_settings({"dense_value": dense_value})
         self._report_beginning(dense_value)
         self.study = open_study(self.folder.journal_file, settings.objective.direction)
         set_sampler(self.study, settings.sampler, self.plan, settings.seed)
@@ -179,7 +208,8 @@ class Study:
         adopt(self.study, settings.bound, self.folder)
         for trial in finished(self.study):
             self.trial(self.folder.load_trial(trial.number))
-        stopped = search(self.study, self.plan, self._spec, InProcess(), self.folder, self)
+        with gentle_interrupt(self.watcher.warned) as asked_to_stop:
+            stopped = search(self.study, self.plan, self._spec, InProcess(), self.folder, self, asked_to_stop)
         return self._conclude(stopped)
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
@@ -207,12 +237,13 @@ class Study:
                 notes=(*self.task.notes, *self.notes, *self._prospect()),
             )
         )
+        asked = read_json(self.folder.settings_file)
         recovery = {f"recovery.{name}": value for name, value in identity.pop("recovery").items()}
         self.tracker.start(
             self.folder.path.name,
             {**identity, **recovery, "trials": settings.trials, "device": settings.device},
-            task=self.task,
-            run_id=read_json(self.folder.settings_file).get("mlflow_run"),
+            data=asked.get("provenance", {}).get("data"),
+            run_id=asked.get("mlflow_run"),
         )
         self.tracker.dense(self.dense.score, self.dense_cost, dense_value)
 
@@ -254,8 +285,10 @@ class Study:
         self.records.append(replace(result, model=None))
         best, belief = self._best(), posterior(self.study, self.plan)
         self.watcher.trial(self.records[-1], best, belief)
-        quantiles = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
-        self.tracker.trial(self.records[-1], best.density if best else None, quantiles)
+        beliefs = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
+        if belief is not None and best is not None:
+            beliefs["p_feasible"] = belief.p_feasible(best.density)
+        self.tracker.trial(self.records[-1], best.density if best else None, beliefs)
         if len(self.records) == 1:
             self.folder.update_settings({"mlflow_run": self.tracker.run_id})
 
@@ -278,7 +311,14 @@ class Study:
             self.watcher.doing("judging the answer on test")
             result = self._with_answer(best, stopped)
         write_json(self.folder.result_file, result.to_json())
-        self._log_result(result, best)
+        self.watcher.doing("writing the report")
+        try:
+            reported = write_report(self.folder.path, ours=True)
+        except Exception as error:  # the study is saved, and its report can be written at any time
+            again = f"autocompress report {result.name} tries again"
+            self.watcher.warned(f"no report: {type(error).__name__}: {error} ({again})")
+            reported = ()
+        self._log_result(result, best, reported)
         return result
 
     def _with_answer(self, best: TrialResult, stopped: str) -> Result:
@@ -304,6 +344,7 @@ class Study:
             "dense": {"val": self.dense.score, "test": dense_test.score},
             "compressed": {"val": best.score, "test": test.score},
         }
+        layers = compare_layers(task.model, model)
         model = model.cpu()
         self.watcher.doing("exporting the answer")
         exported = self._export(model, best, scores, sentence)
@@ -320,6 +361,8 @@ class Study:
             exported=exported,
             per_class=per_class(dense_test, test, task.classes),
             constraints=tuple(zip(best.constraints, judged, strict=True)),
+            answer=best.number,
+            layers=layers,
         )
 
     def _without_answer(self, stopped: str) -> Result:
@@ -358,6 +401,8 @@ class Study:
             name=self.folder.path.name,
             records=tuple(self.records),
             threshold=belief.interval() if belief else None,
+            belief=belief,
+            failures=tuple(failures(self.study)),
             stopped=stopped,
             seconds=time.perf_counter() - self.began,
             folder=self.folder.path,
@@ -381,22 +426,16 @@ class Study:
             self.watcher.warned(f"{name} is not offered: {reason}")
         return exported
 
-    def _log_result(self, result: Result, best: TrialResult | None) -> None:
+    def _log_result(self, result: Result, best: TrialResult | None, reported: Sequence[Path]) -> None:
         self.watcher.doing("logging to MLflow")
-        metrics = {"seconds": result.seconds}
-        for who, cost in result.measurements.items():
-            metrics |= metrics_of(result.scores[who]["val"], cost, f"{who}_")
-        if best is not None and result.certificate is not None:
-            certificate = result.certificate
-            metrics |= {"drop_val_pp": 100 * best.drop, "drop_test_pp": 100 * certificate.drop}
-            metrics |= {"drop_upper_pp": 100 * certificate.upper}
         self.tracker.finish(
             "KILLED" if result.interrupted else "FINISHED",
             result.sentence,
-            metrics,
-            [self.folder.result_file],
-            result.model if best is not None else None,
+            final_metrics(result.to_json()),
+            [self.folder.result_file, *reported],
+            result.model if best is not None and self.register else None,
             self.task.example_input,
+            register=self.register,
         )
 
 

@@ -1,34 +1,32 @@
 """Everything autocompress says to MLflow: one parent run per study, one child run per trial.
 
-All studies of an output directory share one database there, see `autocompress.mlflow_store`. MLflow is an
-account of the study, never its memory: what it cannot take is warned of once and left out.
+All studies of an output directory share one database there, see `autocompress.mlflow_store`, unless they are
+logged to a server. MLflow is an account of the study, never its memory: what it cannot take is warned of once and
+left out.
 """
 
 import contextlib
 import functools
-import getpass
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from torch import Tensor, nn
 
 from autocompress.measurement import Measurement
-from autocompress.mlflow_store import open_store, quiet_mlflow, save_model
-from autocompress.task import Task
+from autocompress.mlflow_runs import Runs, Status
+from autocompress.mlflow_store import open_server, open_store, quiet_mlflow, without_secrets
 from autocompress.trial import TrialResult
 
-if TYPE_CHECKING:  # MLflow takes a second to import; the tracker's own thread does it
-    from mlflow.entities import Run
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 P = ParamSpec("P")
 
+MEANWHILE = "the study goes on; its own directory has everything"
+
 _FAILURES_IN_A_ROW = 3
+_NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # in what an HTTP client says at length
+_INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "lc.epochs")  # of the study, by every trial
 _COSTS = (
     "density",
     "params",
@@ -42,7 +40,6 @@ _COSTS = (
     "gpu_power_w",
     "energy_j",
 )
-_METRICS_IN_A_BATCH = 1000  # MLflow refuses more
 
 
 def _queued(method: Callable[Concatenate["Tracker", P], None]) -> Callable[Concatenate["Tracker", P], None]:
@@ -64,20 +61,29 @@ class Tracker:
     Args:
         out: The output directory; the database and the artifacts live in it and nothing is written elsewhere.
         experiment: The MLflow experiment, one per task.
+        uri: A server to log to in place of the database in ``out``.
+        meanwhile: What the warning says of the study.
         on_warning: Gets one sentence the first time that MLflow fails; ``warnings.warn`` by default.
     """
 
-    def __init__(self, out: Path, experiment: str, *, on_warning: Callable[[str], None] = warnings.warn) -> None:
+    def __init__(
+        self,
+        out: Path,
+        experiment: str,
+        *,
+        uri: str | None = None,
+        meanwhile: str = MEANWHILE,
+        on_warning: Callable[[str], None] = warnings.warn,
+    ) -> None:
         self._out = out.absolute()
+        self._uri, self._meanwhile = uri, meanwhile
         self._on_warning = on_warning
         self._warned = False
         self._failures = 0
-        self._run_id: str | None = None
-        self._model_id: str | None = None
-        self._children: dict[str, tuple[str, str]] = {}
-        self._inherited: dict[str, object] = {}
+        self._experiment = experiment
+        self._runs: Runs | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._connect(experiment)
+        self._connect()
 
     @property
     def run_id(self) -> str | None:
@@ -86,7 +92,7 @@ class Tracker:
         Waits for `start`.
         """
         self.flush()
-        return self._run_id
+        return self._runs.run_id if self._runs else None
 
     def flush(self) -> None:
         """Waits until everything said so far is written."""
@@ -100,27 +106,26 @@ class Tracker:
         params: Mapping[str, object],
         tags: Mapping[str, str] | None = None,
         *,
-        task: Task | None = None,
+        data: Mapping[str, Mapping[str, Any]] | None = None,
         run_id: str | None = None,
     ) -> None:
         """Opens the parent run.
 
         Args:
             study_name: Names the run.
-            params: What was asked of the study. ``scheme`` and ``seed`` are repeated in every trial's run.
+            params: What was asked of the study. The scheme, the seed and others are repeated in every trial's run.
             tags: Further tags of the parent run.
-            task: Its data sets are logged by name and number of samples.
+            data: The splits by name, each with ``n``, its samples, and ``sha256`` where it was hashed.
             run_id: The parent run of a study that is resumed: it goes on, and trials it has already are not
                 logged again. A run that is not in the database is begun anew.
         """
-        self._inherited = {key: params[key] for key in ("scheme", "seed") if key in params}
-        if run_id is not None and self._resume(run_id):
+        runs = self._open_runs
+        inherited = {key: params[key] for key in _INHERITED if key in params}
+        if run_id is not None and runs.resume(run_id, inherited):
             return
-        run = self._create_run(study_name, {"role": "study", **(tags or {})})
-        self._log(run.info.run_id, params=params)
-        self._run_id = run.info.run_id
-        if task is not None:
-            self._log_data(task)
+        runs.open(study_name, params, {"role": "study", **(tags or {})}, inherited)
+        if data:
+            runs.log_data(self._experiment, data)
 
     @_queued
     def dense(self, score: float, measurement: Measurement, value: float, seconds: float = 0.0) -> None:
@@ -139,7 +144,8 @@ class Tracker:
             "value": value,
             "seconds": seconds,
         }
-        self._child("dense", "dense", metrics, {"role": "dense", "state": "complete", "feasible": "true"})
+        tags = {"role": "dense", "state": "complete", "feasible": "true"}
+        self._open_runs.child("dense", "dense", metrics, tags)
 
     @_queued
     def trial(
@@ -154,8 +160,8 @@ class Tracker:
         Args:
             result: What the trial found.
             best_density: The lowest feasible density so far.
-            posterior: Quantiles of the density at the bound, by name.
-            params: What else the trial was run with; by default the study's scheme and seed.
+            posterior: Quantiles of the density at the bound, and other beliefs, by name.
+            params: What else the trial was run with; by default what it has of the study.
         """
         metrics = metrics_of(result.score, result.measurement) | {
             "density": result.density,
@@ -165,18 +171,21 @@ class Tracker:
             "value": result.value,
             "seconds": result.seconds,
         }
-        self._child(
+        tags = {"role": "trial", "state": "complete", "feasible": str(result.feasible).lower()}
+        if not result.feasible:
+            tags["reason"] = f"drops {100 * result.drop:.2f} points on val, which is beyond the bound"
+        self._open_runs.child(
             str(result.number),
             f"trial {result.number:03d} · {result.density:.3g}",
             metrics,
-            {"role": "trial", "state": "complete", "feasible": str(result.feasible).lower()},
+            tags,
             {"number": result.number, "density_asked": f"{result.density_asked:.6g}", **(params or {})},
             curves=result.curves,
         )
         progress = {f"posterior/{name}": value for name, value in (posterior or {}).items()}
         if best_density is not None:
             progress["best_density"] = best_density
-        self._log(self._parent, metrics=progress, step=result.number)
+        self._open_runs.log(self._open_runs.parent, metrics=progress, step=result.number)
 
     @_queued
     def failed(self, number: int, reason: str, params: Mapping[str, object] | None = None) -> None:
@@ -185,11 +194,11 @@ class Tracker:
         Args:
             number: The trial's number in its study.
             reason: One sentence, shown as the run's description.
-            params: What the trial was run with; by default the study's scheme and seed.
+            params: What the trial was run with; by default what it has of the study.
         """
-        tags = {"role": "trial", "state": "failed", "mlflow.note.content": reason}
+        tags = {"role": "trial", "state": "failed", "mlflow.note.content": reason, "reason": reason[:500]}
         name = f"trial {number:03d} · failed"
-        self._child(str(number), name, {}, tags, {"number": number, **(params or {})}, status="FAILED")
+        self._open_runs.child(str(number), name, {}, tags, {"number": number, **(params or {})}, status="FAILED")
 
     def finish(
         self,
@@ -199,6 +208,7 @@ class Tracker:
         artifacts: Iterable[Path] = (),
         model: nn.Module | None = None,
         example_input: Tensor | None = None,
+        register: str | None = None,
     ) -> None:
         """Closes the parent run and waits until everything is written.
 
@@ -209,9 +219,10 @@ class Tracker:
             artifacts: Small files and directories.
             model: The winner, in eval mode on the CPU; logged as an MLflow model.
             example_input: A batch for it, at least one sample. Needed with ``model``.
+            register: The name to register the model under.
         """
         if model is not None and example_input is not None:
-            self._log_model(model, example_input)
+            self._log_model(model, example_input, register)
         self._conclude(verdict, metrics or {}, tuple(artifacts))
         self._close(status)
         self._worker.shutdown()
@@ -239,166 +250,45 @@ class Tracker:
         if not self._warned:
             self._warned = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._on_warning(f"MLflow: {reason} (the study goes on; its own directory has everything)")
+            if self._uri and any(words in reason for words in _NO_ANSWER):
+                reason = f"{self._uri} does not answer"
+            meanwhile = f" ({self._meanwhile})" if self._meanwhile else ""
+            self._on_warning(f"MLflow: {without_secrets(reason)}{meanwhile}")
 
     @_queued
-    def _connect(self, experiment: str) -> None:
+    def _connect(self) -> None:
         self._failures = _FAILURES_IN_A_ROW - 1  # without a database there is nothing to try again
-        self._client, self._experiment_id = open_store(self._out, experiment)
+        name, uri = self._experiment, self._uri
+        where = open_server(uri, name) if uri else open_store(self._out, name)
+        self._runs = Runs(*where)
 
     @property
-    def _parent(self) -> str:
-        if self._run_id is None:
+    def _open_runs(self) -> Runs:
+        if self._runs is None:
             raise RuntimeError("the study's run could not be opened")
-        return self._run_id
-
-    def _resume(self, run_id: str) -> bool:
-        """Goes on with the study's run if it is there; remembers which trials it has."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException:
-            return False
-        if run.info.lifecycle_stage != "active" or run.info.experiment_id != self._experiment_id:
-            return False
-        self._client.update_run(run_id, status="RUNNING")
-        self._run_id = run_id
-        for child in self._search_children():
-            key = child.data.params.get("number", child.data.tags["role"])
-            self._children[key] = (child.info.run_id, child.info.status)
-        return True
-
-    def _search_children(self) -> Iterator["Run"]:
-        query, token = f"tags.`mlflow.parentRunId` = '{self._parent}'", None
-        while True:
-            page = self._client.search_runs([self._experiment_id], query, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
-
-    def _create_run(self, name: str, tags: Mapping[str, str], started: float | None = None) -> "Run":
-        return self._client.create_run(
-            self._experiment_id,
-            run_name=name,
-            start_time=_milliseconds(started),
-            tags={"mlflow.source.name": "autocompress", "mlflow.source.type": "LOCAL", **_user(), **tags},
-        )
-
-    def _child(
-        self,
-        key: str,
-        name: str,
-        metrics: Mapping[str, float],
-        tags: Mapping[str, str],
-        params: Mapping[str, object] | None = None,
-        *,
-        curves: Mapping[str, Iterable[float]] | None = None,
-        status: Status = "FINISHED",
-    ) -> None:
-        """Logs one whole child run. One that failed or was cut short under the same key is replaced."""
-        old_run_id, old_status = self._children.get(key, ("", ""))
-        if old_status == "FINISHED":
-            return
-        params = self._inherited | dict(params or {})
-        tags = {"mlflow.parentRunId": self._parent, "scheme": str(params.get("scheme", "")), **tags}
-        run_id = self._create_run(name, tags, time.time() - metrics.get("seconds", 0.0)).info.run_id
-        self._log(run_id, metrics=metrics, params=params, curves=curves or {})
-        self._client.set_terminated(run_id, status)
-        if old_run_id:
-            self._client.delete_run(old_run_id)
-        self._children[key] = (run_id, status)
-
-    def _log(
-        self,
-        run_id: str,
-        *,
-        metrics: Mapping[str, float] | None = None,
-        params: Mapping[str, object] | None = None,
-        curves: Mapping[str, Iterable[float]] | None = None,
-        step: int = 0,
-        model_id: str | None = None,
-    ) -> None:
-        """Writes in one batch, which is one commit, unless the curves are very long."""
-        from mlflow.entities import Metric, Param
-
-        now = _milliseconds()
-        points = [
-            Metric(key, _rounded(value), now, step, model_id=model_id, run_id=run_id)
-            for key, value in (metrics or {}).items()
-        ]
-        points += [
-            Metric(f"curves/{name}", value, now, at)
-            for name, curve in (curves or {}).items()
-            for at, value in enumerate(curve)
-        ]
-        said = [Param(key, str(value)) for key, value in (params or {}).items()]
-        self._client.log_batch(run_id, points[:_METRICS_IN_A_BATCH], said)
-        for start in range(_METRICS_IN_A_BATCH, len(points), _METRICS_IN_A_BATCH):
-            self._client.log_batch(run_id, points[start : start + _METRICS_IN_A_BATCH])
-
-    def _log_data(self, task: Task) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        self._client.log_inputs(
-            self._parent,
-            [
-                DatasetInput(
-                    # A digest would cost a pass over the data; its size says enough beside its name.
-                    Dataset(
-                        f"{task.name} {name}",
-                        f"n={split.n_samples}",
-                        "local",
-                        "{}",
-                        profile=f'{{"num_rows": {split.n_samples}}}',
-                    ),
-                    [InputTag("mlflow.data.context", name)],
-                )
-                for name, split in (("train", task.train), ("val", task.val), ("test", task.test))
-            ],
-        )
+        return self._runs
 
     @_queued
-    def _log_model(self, model: nn.Module, example_input: Tensor) -> None:
-        """Logs the winner through the client; ``mlflow.pytorch.log_model`` would go by global state."""
-        from mlflow.entities import LoggedModelOutput
-
-        params = self._client.get_run(self._parent).data.params
-        logged = self._client.create_logged_model(
-            self._experiment_id, "compressed", source_run_id=self._parent, params=params
-        )
-        status: Literal["READY", "FAILED"] = "FAILED"
-        try:
-            with tempfile.TemporaryDirectory(dir=self._out, prefix=".mlflow-") as scratch:
-                directory = Path(scratch) / "model"
-                save_model(model, example_input, directory, run_id=self._parent, model_id=logged.model_id)
-                self._client.log_model_artifacts(logged.model_id, str(directory))
-            status = "READY"
-        finally:
-            self._client.finalize_logged_model(logged.model_id, status)
-        self._client.log_outputs(self._parent, [LoggedModelOutput(logged.model_id, step=0)])
-        self._model_id = logged.model_id
+    def _log_model(self, model: nn.Module, example_input: Tensor, register: str | None) -> None:
+        self._open_runs.log_model(model, example_input, self._out, register)
 
     @_queued
     def _conclude(self, verdict: str, metrics: Mapping[str, float], artifacts: tuple[Path, ...]) -> None:
-        if self._run_id is None:  # the study ended before it began, or it has been warned of
+        runs = self._open_runs
+        if runs.run_id is None:  # the study ended before it began, or it has been warned of
             return
         of_model = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
         # Under the names that trials use as well, so that a study has a row in the same table. Not the score:
         # a study's is from test, a trial's from val.
         row = {key: metrics[f"compressed_{key}"] for key in _COSTS if f"compressed_{key}" in metrics}
-        self._log(self._parent, metrics=of_model, model_id=self._model_id)
-        self._log(self._parent, metrics={k: v for k, v in metrics.items() if k not in of_model} | row)
-        self._client.set_tag(self._parent, "mlflow.note.content", verdict)
-        for path in artifacts:
-            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-            log(self._parent, str(path))
+        runs.log(runs.parent, metrics=of_model, model_id=runs.model_id)
+        runs.log(runs.parent, metrics={k: v for k, v in metrics.items() if k not in of_model} | row)
+        runs.conclude(verdict, artifacts)
 
     @_queued
     def _close(self, status: Status) -> None:
-        if self._run_id is not None:
-            self._client.set_terminated(self._parent, status)
+        if self._open_runs.run_id is not None:
+            self._open_runs.close(status)
 
 
 def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict[str, float]:
@@ -414,17 +304,17 @@ def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict
     return {f"{prefix}{key}": value for key, value in known.items()}
 
 
-def _rounded(value: float) -> float:
-    """Six digits of a fraction; the UI prints all there are."""
-    return value if float(value).is_integer() else float(f"{value:.6g}")
-
-
-def _milliseconds(at: float | None = None) -> int:
-    return int(1000 * (time.time() if at is None else at))
-
-
-def _user() -> dict[str, str]:
-    try:
-        return {"mlflow.user": getpass.getuser()}
-    except (KeyError, OSError):  # a container's user may have no name
-        return {}
+def final_metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """What the parent run says in the end, from the content of a study's ``result.json``."""
+    metrics = {"seconds": float(found["seconds"])}
+    for who, cost in found["measurements"].items():
+        metrics |= metrics_of(found["scores"][who]["val"], Measurement.from_json(cost), f"{who}_")
+    if found["answer"] is not None:
+        for key, name in (("val", "drop_val_pp"), ("test", "drop_test_pp"), ("upper", "drop_upper_pp")):
+            if found["drop_pp"][key] is not None:
+                metrics[name] = float(found["drop_pp"][key])
+    if found["threshold"]:
+        metrics |= {"threshold_low": found["threshold"][0], "threshold_high": found["threshold"][1]}
+    if found["posterior"] and found["posterior"]["p_feasible"] is not None:
+        metrics["p_feasible"] = found["posterior"]["p_feasible"]
+    return metrics

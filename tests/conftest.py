@@ -1,4 +1,7 @@
+import runpy
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,3 +77,9 @@ def make_spec(tiny_task: Task) -> Callable[..., TrialSpec]:
         return TrialSpec(number, density, **(settings | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def recorded() -> SimpleNamespace:
+    """The functions of ``recorded.py``: studies as they lie on disk, made up."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("recorded.py"))))

@@ -66,7 +66,7 @@ def test_the_whole_job_on_own_data(job: tuple[Path, Ended]) -> None:
     assert all("sensitivity>=0.5" in trial for trial in found["trials"])
     if ended.status == 0:
         assert found["constraints"][0]["val"]["value"] >= 0.5
-        assert [row["support"] for row in found["per_class"]["compressed"]] == [24, 24]
+        assert [row["support"] for row in found["classes"]] == [24, 24]
         assert "On test sensitivity is" in found["sentence"]
     stored = json.loads((cwd / "autocompress-runs" / "mine" / "study.json").read_text())
     assert stored["constraints"] == ["sensitivity>=0.5"]

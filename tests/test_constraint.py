@@ -118,10 +118,16 @@ def test_each_class_before_and_after() -> None:
     assert [c.precision for c in found.compressed] == [30 / 41, 1.0]
     assert found.confusion_dense == [[29, 1], [2, 18]]
     assert found.confusion_compressed == [[30, 0], [11, 9]]
-    ((before, after),) = found.lost(0.01)
-    assert (before.recall, after.recall, after.name) == (0.9, 0.45, "ill")
-    assert found.lost(0.45) == []
-    assert set(found.to_json()) == {"per_class", "confusion"}
+    stored = found.to_json()
+    assert stored["classes"][1] == {
+        "name": "ill",
+        "support": 20,
+        "dense_recall": 0.9,
+        "recall": 0.45,
+        "dense_precision": 18 / 19,
+        "precision": 1.0,
+    }
+    assert stored["confusion"] == {"dense": [[29, 1], [2, 18]], "compressed": [[30, 0], [11, 9]]}
 
 
 def test_a_class_that_is_absent_or_never_found_has_no_number() -> None:

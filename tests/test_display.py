@@ -1,26 +1,20 @@
 import io
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
 import autocompress as ac
-from autocompress.certify import Verdict
-from autocompress.constraint import parse_constraint
-from autocompress.display import Display, _short, as_bytes, as_count, make_console, show_result
-from autocompress.export import Artifact, Export
+from autocompress.display import Display, Footer
 from autocompress.goal import Objective
 from autocompress.measurement import Latency, Measurement
-from autocompress.per_class import per_class
-from autocompress.result import Beginning, Result, Settings
+from autocompress.result import Beginning, Settings
 from autocompress.sampler import ThresholdSampler
-from autocompress.search import BUDGET_SPENT, INTERRUPTED
-from autocompress.task import Evaluation
 from autocompress.trial import Bound, TrialResult
 
 LATENCY = (Latency(1, 0.25, 0.4, 100), Latency(32, 0.8, 5.0, 40))
@@ -184,192 +178,14 @@ def test_a_terminal_is_given_back_when_a_study_fails():
     assert printed(console).count("\x1b[?25h") == 1
 
 
-def result(**changes: object) -> Result:
-    certificate = Verdict(
-        outcome="certified",
-        drop=0.002,
-        upper=0.0085,
-        lower=-0.004,
-        n=450,
-        confidence=0.95,
-        max_drop=0.01,
-        relative=False,
-        metric="accuracy",
-    )
-    artifacts = (
-        Artifact("onnx", FOLDER / "best" / "model.onnx", 12_800, 1e-6),
-        Artifact("safetensors", FOLDER / "best" / "model.safetensors", 17_880, 0.0),
-    )
-    met = Result(
-        name="demo",
-        verdict="certified",
-        sentence=certificate.sentence,
-        certificate=certificate,
-        model=nn.Linear(2, 2),
-        density=0.0406,
-        drop_val=0.009,
-        measurements={"dense": DENSE, "compressed": COMPRESSED},
-        scores={"dense": {"val": 0.9889, "test": 0.99}, "compressed": {"val": 0.98, "test": 0.988}},
-        records=(trial(1), trial(2)),
-        threshold=(0.03, 0.05),
-        stopped=BUDGET_SPENT,
-        seconds=42.0,
-        exported=Export(artifacts, {"pt2": "torch cannot [trace] it"}),
-        folder=FOLDER,
-    )
-    return replace(met, **changes)
-
-
-def test_a_class_that_is_sacrificed_is_shown_and_a_violated_constraint_too() -> None:
-    targets = np.repeat([0, 1], [40, 10])
-    before, after = (
-        np.eye(2, dtype=np.float32)[found] for found in (targets, np.where(targets == 1, [0], targets))
-    )
-    dense, compressed = (Evaluation(1.0, outputs, targets) for outputs in (before, after))
-    constraint = parse_constraint("sensitivity>=0.5")
-    text = shown(
-        result(
-            per_class=per_class(dense, compressed, ("common", "[rare]")),
-            constraints=((constraint.check(dense), constraint.judge(compressed)),),
-        )
-    )
-    assert "classes that lost more than the bound" in text
-    assert row(text, "[rare]")[1:] == ["10", "1.0000", "0.0000", "-100.00 pp"]
-    assert "common" not in text
-    assert row(text, "sensitivity on val")[1:] == ["1.0000"]
-    assert row(text, "sensitivity on test")[1:] == ["0.0000", "violated"]
-    assert "classes that lost" not in shown(result(per_class=per_class(dense, dense)))
-
-
-def not_met(**changes: object) -> Result:
-    return result(
-        verdict="not met",
-        sentence="Not met: of 2 trials none loses at most 1 pp on val.",
-        certificate=None,
-        density=1.0,
-        drop_val=0.0,
-        measurements={"dense": DENSE},
-        scores={"dense": {"val": 0.9889}},
-        exported=Export((), {}),
-        **changes,
-    )
-
-
-def shown(found: Result, console: Console | None = None) -> str:
-    console = console or plain()
-    show_result(console, found)
-    return printed(console)
-
-
-def row(text: str, name: str) -> list[str]:
-    """The cells of one row of the table."""
-    (line,) = [line for line in text.splitlines() if line.startswith(name)]
-    return re.split(r" {2,}", line.strip())
-
-
-def test_a_result_shows_dense_beside_compressed_and_the_ratio():
-    text = shown(result())
-    assert ESCAPE not in text
-    assert row(text, "score on val") == ["score on val", "0.9889", "0.9800", "-0.89 pp"]
-    assert row(text, "score on test") == ["score on test", "0.9900", "0.9880", "-0.20 pp"]
-    assert row(text, "density") == ["density", "1.0000", "0.0406"]
-    assert row(text, "parameters") == ["parameters", "77,754", "3,160", "24.61x"]
-    assert row(text, "weights on disk") == ["weights on disk", "318.5 kB", "17.9 kB", "17.82x"]
-    assert row(text, "MACs") == ["MACs", "763.5k", "26.35k", "28.97x"]
-    assert row(text, "latency, batch 1 ")[-1] == "2.00x"
-    assert "0.800 ms (p95 5.000)" in text
-    assert row(text, "GPU power") == ["GPU power", "n/a", "n/a"]
-
-
-def test_what_a_gpu_used_is_shown_where_it_was_measured():
-    gpu = {"gpu_memory_bytes": 1_500_000_000, "gpu_utilization_pct": 71.0, "gpu_power_w": 250.0}
-    dense, compressed = replace(DENSE, **gpu, energy_j=0.004), replace(COMPRESSED, **gpu, energy_j=0.002)
-    text = shown(result(measurements={"dense": dense, "compressed": compressed}))
-    assert row(text, "GPU memory in use")[1:3] == ["1.50 GB", "1.50 GB"]
-    assert row(text, "GPU utilization")[1:3] == ["71%", "71%"]
-    assert row(text, "energy an inference") == ["energy an inference", "4.000 mJ", "2.000 mJ", "2.00x"]
-    assert "n/a" not in text
-
-
-def test_a_result_that_is_met_says_where_things_are_and_what_is_next():
-    text = shown(result())
-    assert result().sentence in text
-    assert "2 trials in 42 s; the budget of trials is spent." in text
-    assert f"12.8 kB  {FOLDER}/best/model.onnx" in text
-    assert "not offered: torch cannot [trace] it" in text
-    assert f"Everything is in {FOLDER}" in text
-    assert f"Next: {FOLDER}/best/README.md   (how to load it)\nNext: autocompress ui --out /runs   " in text
-
-
-def test_a_result_that_is_not_met_shows_no_table_and_no_artifacts():
-    text = shown(not_met())
-    assert "Not met: of 2 trials none loses at most 1 pp on val." in text
-    assert "compressed" not in text
-    assert "best/" not in text
-    assert "Next: autocompress ui --out /runs" in text
-
-
-@pytest.mark.parametrize("found", [result(stopped=INTERRUPTED), not_met(stopped=INTERRUPTED)])
-def test_an_interrupted_result_says_how_to_go_on(found):
-    text = shown(found)
-    assert "interrupted." in text
-    assert "Next: autocompress tune --resume demo --out /runs" in text
-    assert (f"{FOLDER}/best/model.onnx" in text) is found.met
-
-
-def test_the_verdict_has_its_colour_in_a_terminal():
-    green, yellow, red = "\x1b[1;32m", "\x1b[1;33m", "\x1b[1;31m"
-    assert green in shown(result(), terminal())
-    assert yellow in shown(result(verdict="not certifiable"), terminal())
-    assert red in shown(not_met(), terminal())
-
-
-def test_the_console_is_plain_where_there_is_no_terminal(capsys):
-    console = make_console(stderr=True)
-    assert not console.is_terminal
-    console.print("[bold]a path/with_1_number[/bold]")
-    assert capsys.readouterr() == ("", "a path/with_1_number\n")
-    make_console(stderr=False).print("x" * 100)
-    assert capsys.readouterr() == (f"{'x' * 100}\n", "")
-
-
-@pytest.mark.parametrize(
-    ("n", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (318_536, "318.5 kB"),
-        (999_949, "999.9 kB"),
-        (999_960, "1.0 MB"),
-        (1_234_567, "1.2 MB"),
-        (2_500_000_000, "2.50 GB"),
-        (1.5e12, "1500.00 GB"),
-    ],
-)
-def test_bytes_are_in_the_unit_that_suits_them(n, text):
-    assert as_bytes(n) == text
-
-
-@pytest.mark.parametrize(
-    ("n", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1k"),
-        (763_520, "763.5k"),
-        (999_999, "1M"),
-        (12_345_678, "12.35M"),
-        (4_100_000_000, "4.1G"),
-        (999_960_000_000, "1T"),
-        (1.2e13, "12T"),
-    ],
-)
-def test_counts_are_in_thousands_millions_and_billions(n, text):
-    assert as_count(n) == text
-
-
-def test_paths_below_the_current_folder_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert _short(tmp_path / "autocompress-runs" / "a") == Path("autocompress-runs/a")
-    assert _short(Path("/elsewhere/a")) == Path("/elsewhere/a")
+def test_the_footer_counts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    searching, exporting = Footer("trial 2", 8.0), Footer("exporting the answer")
+    assert searching.__rich__().plain == "trial 2 · at most 8 s left"
+    assert exporting.__rich__().plain == "exporting the answer"
+    now = 103.0
+    assert searching.__rich__().plain == "trial 2 · 3 s · at most 5 s left"
+    assert exporting.__rich__().plain == "exporting the answer · 3 s"
+    now = 120.0
+    assert searching.__rich__().plain.endswith("at most 0 s left")

@@ -45,7 +45,7 @@ def normalized(distribution: str) -> str:
 
 
 def third_party_imports(*folders: str) -> set[str]:
-    """Top-level modules that the code imports, without the standard library and autocompress itself."""
+    """Top-level modules that the code imports, without the standard library and our own."""
     found = set()
     for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -53,7 +53,8 @@ def third_party_imports(*folders: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    return found - sys.stdlib_module_names - {"autocompress"}
+    own = {file.stem for file in (ROOT / "tests").glob("*.py")}
+    return found - sys.stdlib_module_names - own - {"autocompress"}
 
 
 installed = cache(packages_distributions)  # reads the records of everything that is installed
@@ -94,8 +95,14 @@ class TestPyproject:
         assert Path(schemes.__path__[0]) == ROOT / "schemes"
 
     def test_the_package_is_typed(self) -> None:
-        assert SETUPTOOLS["package-data"] == {"autocompress": ["py.typed"]}
+        assert "py.typed" in SETUPTOOLS["package-data"]["autocompress"]
         assert (ROOT / "autocompress" / "py.typed").is_file()
+
+    def test_every_other_file_is_declared(self) -> None:
+        declared = SETUPTOOLS["package-data"]["autocompress"]
+        others = [file for file in (ROOT / "autocompress").rglob("*") if file.is_file() and file.suffix != ".py"]
+        for file in (file for file in others if "__pycache__" not in file.parts):
+            assert any(file.match(pattern) for pattern in declared), f"{file} would be missing from the wheel"
 
     def test_dependencies_are_what_the_code_imports(self) -> None:
         declared = {normalized(requirement) for requirement in PROJECT["dependencies"]}

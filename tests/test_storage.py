@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from autocompress.files import read_json, write_json
 from autocompress.goal import as_objective
 from autocompress.storage import (
     StudyFolder,
     new_folder,
     prepare_out,
-    read_json,
     resume_folder,
     study_settings,
-    write_json,
 )
 from autocompress.trial import TrialResult, TrialSpec, run_trial
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +275,34 @@ def test_a_resumed_study_is_the_study_that_was_not_interrupted(strict, out):
     whole = ac.tune(strict, "StructPrune", trials=3, name="whole", **asked).trials
     columns = ["number", "density_asked", "density", "score", "drop_pp", "value"]
     pd.testing.assert_frame_equal(resumed[columns], whole[columns])
+
+
+def test_ctrl_c_once_ends_the_search_with_the_trial_that_runs(strict, out):
+    class Impatient(Recorder):
+        def trial(self, result, best, belief):
+            super().trial(result, best, belief)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = Impatient()
+    result = ac.tune(strict, "StructPrune", trials=9, out=out, name="stopped", watcher=watcher, **HOPELESS)
+    assert result.interrupted
+    assert len(result.records) == 1
+    assert [line for line in watcher.warnings if "Ctrl-C again stops it at once" in line] == watcher.warnings[-1:]
+    assert "(the search was interrupted)" in (result.folder / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_costs_one_warning(strict, out):
+    class InTheWay(Recorder):
+        def began(self, beginning):
+            super().began(beginning)
+            (beginning.folder / "figures").touch()
+
+    watcher = InTheWay()
+    result = ac.tune(strict, "StructPrune", trials=1, out=out, name="unreported", watcher=watcher, **HOPELESS)
+    assert result.verdict == "not met"
+    assert (result.folder / "result.json").is_file()
+    assert "no report: FileExistsError" in watcher.warnings[-1]
+    assert "autocompress report unreported tries again" in watcher.warnings[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from autocompress.measurement import Latency, Measurement
-from autocompress.task import Task
+from autocompress.mlflow_store import check_uri, without_secrets
 from autocompress.tracking import Tracker, metrics_of
 from autocompress.trial import TrialResult
 
@@ -44,9 +45,7 @@ def network():
     ).eval()
 
 
-def digits_like():
-    data = (torch.randn(8, 1, 8, 8), torch.arange(8) % 10)
-    return Task(network(), data, data, data, name="digits")
+SPLITS = {"train": {"n": 8, "sha256": None}, "test": {"n": 8, "sha256": "ab" * 32}}
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +75,7 @@ def refuse():
 @pytest.fixture
 def tracker(out, refuse):
     tracker = Tracker(out, "digits", on_warning=refuse)
-    tracker.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.01}, {"kind": "test"}, task=digits_like())
+    tracker.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.01}, {"kind": "test"}, data=SPLITS)
     return tracker
 
 
@@ -116,7 +115,8 @@ def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     assert [(m.step, m.value) for m in history] == [(0, 0.2), (1, 0.21)]
 
     child = found[first]
-    assert child.data.params == {"scheme": "Prune", "seed": "0", "number": "0", "density_asked": "0.25"}
+    inherited = {"scheme": "Prune", "seed": "0", "max_drop": "0.01"}
+    assert child.data.params == {**inherited, "number": "0", "density_asked": "0.25"}
     assert child.data.tags["feasible"] == "true"
     assert child.data.tags["state"] == "complete"
     assert child.data.metrics["drop_pp"] == 1.0
@@ -139,8 +139,7 @@ def test_the_data_are_logged_by_name_and_count(out, tracker):
     inputs = runs(out)["study"].inputs.dataset_inputs
     assert {(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs} == {
         ("digits train", "n=8", "train"),
-        ("digits val", "n=8", "val"),
-        ("digits test", "n=8", "test"),
+        ("digits test", "ab" * 8, "test"),
     }
 
 
@@ -161,7 +160,7 @@ def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tr
     assert time.perf_counter() - start < 30
 
     store = client(out)
-    assert {file.path for file in store.list_artifacts(tracker.run_id)} == {"result.json", "curve.svg"}
+    assert {file.path for file in store.list_artifacts(tracker.run_id)} == {"result.json", "figures"}
     run = store.get_run(tracker.run_id)
     (output,) = run.outputs.model_outputs
     logged = store.get_logged_model(output.model_id)
@@ -325,6 +324,7 @@ def test_an_empty_file_left_by_a_crash_is_not_a_database(tmp_path, refuse):
 STUDY = """
 import sys
 from pathlib import Path
+from autocompress.mlflow_store import check_uri, without_secrets
 from autocompress.tracking import Tracker
 assert "mlflow" not in sys.modules, "importing the tracker must not import MLflow"
 out, experiment, name = sys.argv[1:]
@@ -379,3 +379,55 @@ def test_a_path_that_mlflow_cannot_use_is_refused_at_once(tmp_path):
     assert "'%' in the path" in warned[0]
     shutil.rmtree(tmp_path / "100%")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_winner_is_registered_under_a_name(out, tracker):
+    model, x = network(), torch.randn(2, 1, 8, 8)
+    tracker.finish(model=model, example_input=x, register="small")
+    (version,) = client(out).search_model_versions("name='small'")
+    assert version.run_id == tracker.run_id
+    (output,) = client(out).get_run(tracker.run_id).outputs.model_outputs
+    assert version.source == client(out).get_logged_model(output.model_id).artifact_location
+
+
+def test_a_server_that_does_not_answer_is_said_once_in_short_and_without_the_password(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    warned = []
+    tracker = Tracker(tmp_path, "digits", uri=f"http://me:secret@127.0.0.1:{port}", on_warning=warned.append)
+    start = time.perf_counter()
+    tracker.start("study", {})
+    tracker.trial(trial_result(0))
+    assert time.perf_counter() - start < 0.5
+    tracker.finish()
+    assert warned == [
+        f"MLflow: http://127.0.0.1:{port} does not answer (the study goes on; its own directory has everything)"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:5000/x", "http://host:5000/x"),
+        ("failed for postgresql+psycopg://me:s@host/db, sorry", "failed for postgresql+psycopg://host/db, sorry"),
+        ("https://host/?token=abc&x=1", "https://host/?token=...&x=1"),
+        ("https://host/?x=1&api_key=abc'", "https://host/?x=1&api_key=...'"),
+        ("write to me@example.org", "write to me@example.org"),
+    ],
+)
+def test_what_is_secret_in_an_address_is_left_out(text, shown):
+    assert without_secrets(text) == shown
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", "https://host", "sqlite:///mlflow.db", "databricks"])
+def test_addresses_that_mlflow_can_use(uri):
+    assert check_uri(uri) == uri
+
+
+@pytest.mark.parametrize("uri", ["host:5000", "ftp://me:secret@host", "", "./mlruns"])
+def test_other_addresses_are_refused_without_the_password(uri):
+    with pytest.raises(ValueError, match="is not a tracking URI") as caught:
+        check_uri(uri)
+    assert "secret" not in str(caught.value)

@@ -1,15 +1,19 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from autocompress.replay import replay
+from autocompress.report import write_report
 from autocompress.tracking import Tracker
 from autocompress.ui import serve_ui
 
@@ -104,3 +108,45 @@ def test_a_taken_port_is_refused(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             serve_ui(tmp_path, port=port)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the UI with")
+def test_a_browser_finds_the_trials_and_compares_them(recorded, tmp_path):
+    out, trials = tmp_path / "runs", recorded.three_trials()
+    study = recorded.write_study(out, trials=trials, result=recorded.found(trials))
+    write_report(study)
+    replay(study)
+    command, env = [sys.executable, "-c", SERVE, out], os.environ | {"HOME": str(tmp_path)}
+    ui = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        ui.stdout.readline()
+        address = ui.stdout.readline().split()[-1]
+        url, page = address.split("/#/")
+        experiment = page.split("/")[1]
+        found = json.loads(ask(f"{url}/api/2.0/mlflow/runs/search", {"experiment_ids": [experiment]}))["runs"]
+        ids = {run["info"]["run_name"]: run["info"]["run_id"] for run in found}
+        of_trials = [ids[name] for name in ids if name.startswith("trial")]
+        chosen = urllib.parse.quote(json.dumps(of_trials))
+        listed = text_of(address, tmp_path)
+        compared = text_of(f"{url}/#/compare-runs?runs={chosen}&experiments=%5B%22{experiment}%22%5D", tmp_path)
+        logged = text_of(f"{url}/#/experiments/{experiment}/runs/{ids['demo']}/artifacts/report.html", tmp_path)
+    finally:
+        ui.send_signal(signal.SIGINT)
+        ui.wait(timeout=20)
+        ui.stdout.close()
+    assert "demo" in listed and "drop_pp" in listed and "density" in listed
+    assert "Comparing 3 Runs" in compared and "trial 002 · 0.04" in compared
+    assert "Parallel Coordinates Plot" in compared and "Scatter Plot" in compared and "density_asked" in compared
+    for name in ("report.html", "report.md", "result.json", "figures"):
+        assert name in logged
+
+
+def text_of(url: str, home: Path) -> str:
+    """What a page holds after its scripts have run."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={home / 'chromium'}"]
+    command += ["--window-size=1600,1200", "--virtual-time-budget=60000", "--dump-dom", url]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout

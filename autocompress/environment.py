@@ -1,0 +1,103 @@
+"""What a study is made with and of: versions, machine and data. For whoever has to repeat it or mend it."""
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autocompress.task import Split, Task, TensorSplit
+
+PACKAGES = (
+    "autocompress",
+    "torch",
+    "torchvision",
+    "torch-pruning",
+    "optuna",
+    "mlflow",
+    "numpy",
+    "scikit-learn",
+    "onnx",
+    "onnxruntime",
+    "nvidia-ml-py",
+)
+_IN_MEMORY_BYTES = 2 * 10**9  # a hash of more takes seconds
+
+
+def provenance(task: Task, command: str | None) -> dict[str, Any]:
+    """What somebody needs who wants to get the same study again: JSON types only.
+
+    Args:
+        task: Its splits are hashed where that costs no pass over the data.
+        command: What was typed; None when Python was used.
+    """
+    splits = {"train": task.train, "val": task.val, "test": task.test}
+    return {
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": versions(),
+        "machine": machine(),
+        "data": {name: {"n": split.n_samples, "sha256": data_digest(split)} for name, split in splits.items()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages whose numbers depend on theirs."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str]:
+    """The system, the processor with its threads, and the GPUs."""
+    found = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": f"{processor()}, {usable_cores()} cores, torch on {torch.get_num_threads()}",
+    }
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["gpu"] = f"{', '.join(names)} (CUDA {torch.version.cuda})"
+    return found
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def data_digest(split: Split) -> str | None:
+    """The SHA-256 of a split held in memory, samples then labels; None where it would cost a pass over files."""
+    if not isinstance(split, TensorSplit) or split.x.nbytes > _IN_MEMORY_BYTES:
+        return None
+    return tensors_digest({"x": split.x, "y": split.y})
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of tensors: their names, shapes, types and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

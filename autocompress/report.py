@@ -1,0 +1,228 @@
+"""The report of a study: one HTML file that opens anywhere, the same in Markdown, and its figures."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from autocompress.comparison import as_bytes, as_count, comparison
+from autocompress.figures import Figure, draw
+from autocompress.files import read_json
+from autocompress.record import Record, read_record
+from autocompress.words import at_most, headline, sentence, words
+
+FIGURES = "figures"
+NOT_MEASURED = ("n/a", "n/a")
+
+
+def write_report(folder: Path, *, ours: bool = False) -> tuple[Path, ...]:
+    """Writes ``report.html``, ``report.md`` and ``figures/`` from what lies in a study's folder.
+
+    Args:
+        folder: The study's folder. Any state will do: a study without a result has a report of its trials.
+        ours: Whether this process holds the study.
+
+    Returns:
+        The two files and the folder of figures.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # with markupsafe: not for an import
+
+    record = read_record(folder, ours=ours)
+    figures = {figure.name: figure for figure in draw(record, folder / FIGURES)}
+    content = _content(record, figures)
+    written = []
+    for name, autoescape in (("report.html", True), ("report.md", False)):
+        environment = Environment(
+            loader=PackageLoader("autocompress"),
+            autoescape=autoescape,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        environment.filters |= {"md": _markdown, "one_line": lambda text: " ".join(text.split())}
+        text = environment.get_template(f"{name}.j2").render(content)
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        written.append(temporary.replace(folder / name))
+    return (*written, folder / FIGURES)
+
+
+def _markdown(text: object) -> str:
+    """Text that Markdown shows as it is, in a table as well."""
+    plain = " ".join(str(text).split())
+    for special in "\\`*_[]<>|#":
+        plain = plain.replace(special, f"\\{special}")
+    return plain
+
+
+def _content(record: Record, figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """All that the templates show."""
+    found = record.found or {}
+    rows = comparison(found) if found else []
+    said, tone = headline(record)
+    measured = found.get("measurements", {}).get("compressed")
+    machine = record.asked.get("provenance", {}).get("machine", {})
+    return {
+        "name": record.name,
+        "title": f"{record.asked.get('task', record.name)}: {record.asked.get('scheme', 'unknown scheme')}",
+        "question": _question(record),
+        "headline": said,
+        "tone": tone,
+        "sentence": sentence(record),
+        "words": words(record),
+        "tiles": _tiles(record),
+        "rows": [row for row in rows if row[1:3] != NOT_MEASURED],
+        "not_measured": ", ".join(row[0] for row in rows if row[1:3] == NOT_MEASURED),
+        "device": measured["device"] if measured else "",
+        "sources": "; ".join(machine.values()) and f"The machine: {'; '.join(machine.values())}.",
+        "figures": figures,
+        "classes": [_class_row(one) for one in found.get("classes") or ()],
+        "layers": [_layer_row(one) for one in found.get("layers") or ()],
+        "trials": sorted([*_trials(record), *_failures(record)], key=lambda row: row["number"]),
+        "trials_caption": _caption(record),
+        "command": record.asked.get("provenance", {}).get("command"),
+        "facts": list(_facts(record)),
+        "problems": record.problems,
+    }
+
+
+def _question(record: Record) -> str:
+    asked = record.asked
+    if not asked:
+        return f"Study {record.name}"
+    kind = "relative to the dense model's" if asked.get("drop") == "relative" else "in absolute points"
+    bound = f"{100 * float(asked.get('max_drop', 0)):g}{record.unit}"
+    date = f", begun {record.begun} UTC" if record.begun else ""
+    objective = asked.get("objective", "density")
+    metric = str(asked.get("metric", "the metric")).replace("_", " ")
+    asked_for = f"the best {objective} that loses at most {bound} of {metric} ({kind})"
+    return f"Study {record.name}{date}. Asked: {asked_for}."
+
+
+def _tiles(record: Record) -> list[tuple[str, str]]:
+    """The few numbers that are looked for first."""
+    found = record.found
+    if found is None or "compressed" not in found["measurements"]:
+        return []
+    dense, compressed = found["measurements"]["dense"], found["measurements"]["compressed"]
+    tiles = [(f"{dense['params'] / max(1, compressed['params']):.3g}×", "fewer parameters")]
+    tiles.append((f"{dense['size_bytes'] / compressed['size_bytes']:.3g}×", "smaller on disk"))
+    if compressed["latency"]:
+        before, after = dense["latency"][-1], compressed["latency"][-1]
+        tiles.append((f"{before['p50_ms'] / after['p50_ms']:.2f}×", f"as fast, batch of {after['batch']}"))
+    drops = found["drop_pp"]
+    if drops["test"] is not None:
+        how = "lost" if drops["test"] >= 0 else "gained"
+        tiles.append((f"{abs(drops['test']):.2f}{record.unit}", f"{how} on test"))
+    if drops["upper"] is not None:
+        tiles.append((f"≤ {at_most(drops['upper'], record.unit)}", "lost, with 95% confidence"))
+    return tiles
+
+
+def _class_row(one: Mapping[str, Any]) -> dict[str, Any]:
+    def percent(value: float | None) -> str:
+        return "n/a" if value is None else f"{100 * value:.1f}%"
+
+    known = one["recall"] is not None and one["dense_recall"] is not None
+    change = 100 * (one["recall"] - one["dense_recall"]) if known else 0.0
+    shares = ("dense_recall", "recall", "dense_precision", "precision")
+    return {
+        "name": one["name"],
+        "support": one["support"],
+        **{key: percent(one[key]) for key in shares},
+        "change": f"{change:+.1f} pp" if known else "n/a",
+        "lost": change < 0,
+    }
+
+
+def _layer_row(one: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": one["name"],
+        "kind": one["kind"],
+        "dense_width": f"{one['dense_width']:,}",
+        "width": "gone" if one["width"] is None else f"{one['width']:,}",
+        "dense_params": f"{one['dense_params']:,}",
+        "params": f"{one['params']:,}",
+        "kept": f"{100 * one['params'] / max(1, one['dense_params']):.1f}%",
+    }
+
+
+def _trials(record: Record) -> Iterator[dict[str, Any]]:
+    answer = record.answer["number"] if record.answer else None
+    for trial in record.trials:
+        cost, latency = trial["measurement"], trial["measurement"].get("latency") or ()
+        error = trial.get("drop_se")
+        yield {
+            "number": trial["number"],
+            "reason": "",
+            "answer": trial["number"] == answer,
+            "density": f"{trial['density']:.4f}",
+            "score": f"{trial['score']:.4f}",
+            "drop": f"{100 * trial['drop']:+.2f}" + (f" ± {100 * error:.2f}" if error else "") + record.unit,
+            "feasible": trial["feasible"],
+            "note": f", {trial['rejected']}" if isinstance(trial.get("rejected"), str) else "",
+            "params": f"{cost['params']:,}",
+            "size": as_bytes(cost["size_bytes"]),
+            "macs": as_count(cost["macs"]),
+            "latency": f"{latency[0]['p50_ms']:.3f} ms" if latency else "not taken",
+            "seconds": f"{trial['seconds']:.1f} s",
+        }
+
+
+def _failures(record: Record) -> Iterator[dict[str, Any]]:
+    for number, reason in record.failed:
+        yield {"number": number, "reason": reason or "for a reason that is not known"}
+
+
+def _caption(record: Record) -> str:
+    within = sum(bool(trial["feasible"]) for trial in record.trials)
+    said = f"{len(record.trials)} finished, {within} of them within the bound"
+    said += f"; {len(record.failed)} failed. " if record.failed else ". "
+    return said + "The drop is on validation data, ± one standard error of the samples."
+
+
+def _facts(record: Record) -> Iterator[tuple[str, str]]:
+    """What somebody needs who wants to get the same again or to check that it is the same."""
+    asked, made = record.asked, record.asked.get("provenance", {})
+    recovery = asked.get("recovery", {})
+    for what, key in (("scheme", "scheme"), ("objective", "objective"), ("sampler", "sampler"), ("seed", "seed")):
+        if key in asked:
+            yield what, str(asked[key])
+    if recovery:
+        yield "recovery", ", ".join(f"{name} {value}" for name, value in recovery.items())
+    for what in ("trials", "timeout", "device"):
+        if asked.get(what) is not None:
+            yield what, str(asked[what])
+    if record.found:
+        yield "search", f"{record.found['stopped']}, after {record.found['seconds']:.0f} s"
+    for name, data in made.get("data", {}).items():
+        digest = f"SHA-256 {data['sha256']}" if data.get("sha256") else "not hashed: not held in memory"
+        yield f"{name} data", f"{data['n']:,} samples, {digest}"
+    if "fingerprint" in asked:
+        yield "dense model and data", f"fingerprint {asked['fingerprint']}"
+    yield from _files(record)
+    if made.get("versions"):
+        yield "versions", ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    for what, value in made.get("machine", {}).items():
+        yield what, value
+
+
+def _files(record: Record) -> Iterator[tuple[str, str]]:
+    """The files of the answer, with their sizes; the hash of its weights as it was written beside them."""
+    best = record.folder / "best"
+    for name, file in (record.found or {}).get("artifacts", {}).items():
+        path = best / Path(file).name
+        yield (
+            f"file, {name}",
+            f"best/{path.name}, {as_bytes(path.stat().st_size) if path.is_file() else 'missing'}",
+        )
+    for name, reason in (record.found or {}).get("not_exported", {}).items():
+        yield f"file, {name}", f"not offered: {reason}"
+    if (best / "plan.json").is_file():
+        try:
+            digest = read_json(best / "plan.json").get("sha256")
+        except ValueError as error:
+            yield "compressed weights", str(error)
+        else:
+            if digest:
+                yield "compressed weights", f"SHA-256 {digest}"

@@ -1,0 +1,109 @@
+"""What a person sees of studies in the terminal when they are done: one result, or the list of all."""
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison
+from autocompress.record import Record
+
+PLAIN_WIDTH = 110  # of a console that is not a terminal and so has no width of its own
+
+
+def make_console(*, stderr: bool) -> Console:
+    """A console on stdout or stderr; plain text without wrapping surprises where that is not a terminal."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+
+
+def show_result(console: Console, found: Found, folder: Path) -> None:
+    """Prints the table dense | compressed | ratio, the verdict, where things are and what to do next.
+
+    Args:
+        console: Where to print.
+        found: What `autocompress.Result.to_json` returned.
+        folder: Where the study lies now.
+    """
+
+    def say(line: str, style: str = "") -> None:
+        console.print(escape(line), style=style, soft_wrap=True)
+
+    rows = comparison(found)
+    if rows:
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        for column in ("", "dense", "compressed", "ratio"):
+            table.add_column(column, justify="right" if column else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+    if lost := classes_that_lost(found):
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
+            table.add_column(column, justify="left" if column.startswith("classes") else "right")
+        for one in lost:
+            table.add_row(*map(escape, one))
+        console.print()
+        console.print(table)
+    console.print()
+    colours = {"certified": "bold green", "not met": "bold red"}
+    say(found["sentence"], colours.get(found["verdict"], "bold yellow"))
+    n = len(found["trials"])
+    say(f"{n} trial{'' if n == 1 else 's'} in {found['seconds']:.0f} s; {found['stopped']}.")
+    for name, file in found["artifacts"].items():
+        path = folder / "best" / Path(file).name
+        size = as_bytes(path.stat().st_size) if path.is_file() else "missing"
+        say(f"  {name:12s} {size:>9s}  {short(path)}")
+    for name, reason in found["not_exported"].items():
+        say(f"  {name:12s} not offered: {reason}")
+    say(f"Everything is in {short(folder)}")
+    for step in _next(found, folder):
+        say(f"Next: {step}")
+
+
+def _next(found: Found, folder: Path) -> list[str]:
+    """What to do now, one command or file a line."""
+    home = short(folder.parent)
+    out = "" if home == Path("autocompress-runs") else f" --out {shlex.quote(str(home))}"
+    if found["stopped"] == "interrupted":
+        return [f"autocompress tune --resume {folder.name}{out}"]
+    steps = [f"{short(folder / 'report.html')}   (look at it in a browser)"] * (folder / "report.html").is_file()
+    if found["verdict"] != "not met":
+        steps.append(f"{short(folder / 'best' / 'README.md')}   (how to load it)")
+    return [*steps, f"autocompress ui{out}   (compare the trials in MLflow)"]
+
+
+def short(path: Path) -> Path:
+    """The path as seen from the current folder, if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def show_list(console: Console, records: Iterable[Record]) -> None:
+    """Prints one row a study, the latest last."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("name", "begun (UTC)", "scheme", "state", "trials", "density", "drop", "verdict"):
+        right = column in ("trials", "density", "drop")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for record in sorted(records, key=lambda record: (record.begun, record.name)):
+        table.add_row(*map(escape, _row(record)))
+    console.print(table)
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    found = record.found or {}
+    compressed = found.get("answer") is not None
+    density, drop = (found["density"], found["drop_pp"]["test"]) if compressed else (None, None)
+    return (
+        record.name,
+        record.begun,
+        str(record.asked.get("scheme", "")),
+        record.state,
+        f"{len(record.trials)}",
+        f"{density:.4f}" if density is not None else "",
+        f"{drop:+.2f}{record.unit}" if drop is not None else "",
+        str(found.get("verdict", "")),
+    )

@@ -1,0 +1,149 @@
+"""What the documents tell the reader to type works, in the order in which they are read."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from autocompress.cli import cli
+
+ROOT = Path(__file__).parents[1]
+# One reader, one folder: the later pages go on with the study of the first.
+GUIDES = ("getting-started.md", "your-own-objective.md", "reading-the-verdict.md", "deploying.md")
+ELSEWHERE = ("architectures.md", "medical.md", "your-own-model.md")  # documents with tests of their own
+SERVER = """
+import os, shlex, sys
+from autocompress import cli, goal, lc, report, scheme, show, storage, study  # so that each command starts at once
+
+for number, line in enumerate(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        out = os.open(f"../{number}.out", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.argv = shlex.split(line)
+        if sys.argv[0] == "autocompress":
+            cli.main()
+        os.execvp(sys.argv[0], sys.argv)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def fences(document: Path, language: str) -> list[str]:
+    """The contents of a document's code blocks in one language."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def commands(document: Path) -> Iterator[str]:
+    """The lines after a prompt."""
+    for block in fences(document, "console"):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                yield line.removeprefix("$ ")
+
+
+TYPED = [line for guide in GUIDES for line in commands(ROOT / "docs" / guide)]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A reader's folder with the files that the guides say to write."""
+    folder = tmp_path_factory.mktemp("reader") / "here"
+    folder.mkdir()
+    for guide in GUIDES:
+        for block in fences(ROOT / "docs" / guide, "python"):
+            if named := re.match(r"# (\w+\.py)\n", block):
+                (folder / named[1]).write_text(block)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def typed(reader: Path) -> dict[str, tuple[int, str]]:
+    """How each command ended and what it said, all of them typed in order."""
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER],
+        cwd=reader,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        input="\n".join(TYPED),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    statuses = map(int, done.stdout.split())
+    said = [(reader.parent / f"{n}.out").read_text() for n in range(len(TYPED))]
+    return dict(zip(TYPED, zip(statuses, said, strict=True), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", dict.fromkeys(TYPED))
+def test_a_command_works(typed, line):
+    status, said = typed[line]
+    assert status == 0, said
+    assert "Traceback" not in said and "Warning" not in said
+
+
+@pytest.mark.slow
+def test_the_first_study_leaves_what_the_later_pages_need(typed, reader):
+    first = reader / "autocompress-runs" / "first"
+    assert (first / "best" / "model.onnx").is_file()
+    assert (first / "report.html").is_file()
+    assert {path.name for path in reader.iterdir()} == {"autocompress-runs", "tune.toml", "footprint.py"}
+
+
+@pytest.mark.slow
+def test_the_python_of_a_guide_runs_where_its_study_lies(typed, reader, monkeypatch):
+    monkeypatch.chdir(reader)
+    blocks = fences(ROOT / "docs" / "deploying.md", "python")
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "deploying.md", "exec"), {})
+
+
+def test_every_document_is_read_here_or_elsewhere():
+    assert {file.name for file in (ROOT / "docs").glob("*.md")} <= {*GUIDES, *ELSEWHERE}
+
+
+def test_the_readme_has_nothing_else_to_type():
+    """Its two lines are run as they stand, by the tests of the command line and by .ci/run."""
+    for line in commands(ROOT / "README.md"):
+        assert line.startswith("python3 -m venv .venv && .venv/bin/pip install "), line
+
+
+@pytest.mark.parametrize("document", [*(f"docs/{guide}" for guide in GUIDES), "README.md"])
+def test_links_and_options_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        if "://" not in target and Path(target).name not in ELSEWHERE:
+            assert ((ROOT / document).parent / target).exists(), target
+    typed = re.findall(r"(?:`|^\$ )autocompress (\w+)([^`\n]*)", text, re.MULTILINE)
+    assert typed
+    for command, words in typed:
+        known = {"--help", "-h"} | {flag for option in cli.commands[command].params for flag in option.opts}
+        for flag in re.findall(r"(?<= )--[\w-]+", words):
+            assert flag in known, f"autocompress {command} {flag}"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    import ipykernel
+    import nbformat
+    from nbclient import NotebookClient
+
+    assert ipykernel.version_info  # what runs the cells
+    shutil.copy(ROOT / "examples" / "tour.ipynb", tmp_path)
+    notebook = nbformat.read(tmp_path / "tour.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "clear the outputs before you commit"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert not [output for output in printed if output.output_type == "error"]
+    assert any("image/svg+xml" in output.get("data", {}) for output in printed)
+    assert {path.name for path in tmp_path.iterdir()} == {"tour.ipynb", "autocompress-runs"}

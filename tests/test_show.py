@@ -1,0 +1,104 @@
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from autocompress.record import read_record
+from autocompress.show import make_console, short, show_list, show_result
+
+FOLDER = Path("/runs/[bold]demo")  # brackets are rich's markup: a path may have them
+ESCAPE = "\x1b["
+
+
+def shown(found: dict, folder: Path = FOLDER, **kind: object) -> str:
+    file = io.StringIO()
+    show_result(Console(file=file, width=110, highlight=False, **kind), found, folder)
+    return file.getvalue()
+
+
+def test_a_result_is_a_table_the_verdict_and_what_is_next(recorded, tmp_path):
+    found = recorded.found(recorded.three_trials(), not_exported={"pt2": "torch cannot [trace] it"})
+    folder = tmp_path / "[bold]demo"
+    (folder / "best").mkdir(parents=True)
+    (folder / "best" / "model.onnx").write_bytes(bytes(12_800))
+    (folder / "report.html").touch()
+    text = shown(found, folder)
+    assert ESCAPE not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("parameters")]
+    assert re.split(r" {2,}", line.strip()) == ["parameters", "10,000", "400", "25.00x"]
+    assert found["sentence"] in text
+    assert "3 trials in 23 s; the budget of trials is spent." in text
+    assert f"12.8 kB  {folder}/best/model.onnx" in text  # where it lies now, not where it was written
+    assert "not offered: torch cannot [trace] it" in text
+    assert f"Everything is in {folder}" in text
+    assert f"Next: {folder}/report.html   (look at it in a browser)" in text
+    assert f"Next: {folder}/best/README.md   (how to load it)\nNext: autocompress ui --out {tmp_path}  " in text
+
+
+def test_a_file_that_is_gone_is_said_to_be_missing(recorded):
+    assert f"missing  {FOLDER}/best/model.onnx" in shown(recorded.found(recorded.three_trials()))
+
+
+def test_a_result_that_is_not_met_shows_no_table_and_no_artifacts(recorded):
+    text = shown(recorded.found(recorded.three_trials(), answer=None))
+    assert "Not met: of 2 trials none loses 1 pp." in text
+    assert "compressed" not in text
+    assert "best/" not in text
+    assert "Next: autocompress ui --out /runs" in text
+
+
+@pytest.mark.parametrize("answer", [2, None])
+def test_an_interrupted_result_says_how_to_go_on(recorded, answer):
+    text = shown(recorded.found(recorded.three_trials(), answer, stopped="interrupted"))
+    assert "interrupted." in text
+    assert "Next: autocompress tune --resume [bold]demo --out /runs" in text
+    assert (f"{FOLDER}/best/model.onnx" in text) is (answer is not None)
+
+
+def test_the_verdict_has_its_colour_in_a_terminal_only(recorded, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal = {"force_terminal": True, "color_system": "standard"}
+    colours = {"certified": "\x1b[1;32m", "not certifiable": "\x1b[1;33m", "not met": "\x1b[1;31m"}
+    for verdict, colour in colours.items():
+        found = recorded.found(recorded.three_trials(), verdict=verdict)
+        assert colour in shown(found, **terminal)
+        assert ESCAPE not in shown(found)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[[0-9;]*3[1-3]m", shown(found, **terminal))
+
+
+def test_studies_are_listed_oldest_first_in_whatever_state(recorded, tmp_path):
+    trials = recorded.three_trials()
+    late, early = (recorded.asked() for _ in range(2))
+    late["provenance"]["begun"] = "2026-11-21T09:00:00+00:00"
+    recorded.write_study(tmp_path, "late[x]", settings=late, result=recorded.found(trials, answer=None))
+    recorded.write_study(tmp_path, "early", settings=early, result=recorded.found(trials))
+    recorded.write_study(tmp_path, "broken")
+    (tmp_path / "broken" / "study.json").write_text("{")
+    file = io.StringIO()
+    records = [read_record(folder, journal=False) for folder in tmp_path.iterdir()]
+    show_list(Console(file=file, width=110), records)
+    header, *lines = file.getvalue().splitlines()
+    cells = [re.split(r" {2,}", line.strip()) for line in lines]
+    assert header.split()[:2] == ["name", "begun"]
+    assert cells[0] == ["broken", "damaged", "3"]
+    finished = ["early", "2026-11-20 15:38", "StructPrune", "finished", "3", "0.0400", "+0.67 pp"]
+    assert cells[1] == [*finished, "not certifiable"]
+    assert cells[2] == ["late[x]", "2026-11-21 09:00", "StructPrune", "finished", "3", "not met"]
+
+
+def test_the_console_is_plain_where_there_is_no_terminal(capsys):
+    console = make_console(stderr=True)
+    assert not console.is_terminal
+    console.print("[bold]a path/with_1_number[/bold]")
+    assert capsys.readouterr() == ("", "a path/with_1_number\n")
+    make_console(stderr=False).print("x" * 100)
+    assert capsys.readouterr() == (f"{'x' * 100}\n", "")
+
+
+def test_paths_below_the_current_folder_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert short(tmp_path / "autocompress-runs" / "a") == Path("autocompress-runs/a")
+    assert short(Path("/elsewhere/a")) == Path("/elsewhere/a")
