@@ -39,7 +39,9 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
         example_input: A batch of one sample.
     """
     model = copy.deepcopy(model).cpu().eval()  # where float32 is not cut to fewer bits
-    x = example_input.detach().cpu()
+    # In other layouts torch computes with views of memory, which say nothing of channels.
+    model = model.to(memory_format=torch.contiguous_format)
+    x = example_input.detach().cpu().contiguous()
     trace, training = _traced(model, x)
     found = Findings.of(trace, model)
     right = exact(Exam.of(model, x, training), found.groups)

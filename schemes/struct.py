@@ -75,18 +75,18 @@ class StructPrune:
             elsewhere.
         skip: Layers whose channels are all kept, and with them those coupled to them: names of modules, globs
             or types, as ``["conv1", "Linear"]``.
-        normalize: What scores are divided by before ``global`` and ``lamp`` compare layers: ``parameters``, those
-            that go with a channel in the dense model, so that the cheapest loss per parameter saved goes first
-            (for scores that add up, such as ``obd``); ``mean``, that of their layer, so that one threshold suits
-            layers of all scales (for magnitudes); or ``none``.
+        normalize: What scores are divided by before ``global`` and ``lamp`` compare layers: ``mean``, that of
+            their layer, so that one threshold suits layers of all scales; ``parameters``, those that go with a
+            channel in the dense model, so that the least loss per parameter saved goes first (with ``obd`` that
+            makes the smallest files at very low densities, but leaves most of the arithmetic); or ``none``.
     """
 
-    criterion: ChannelCriterion = "obd"
+    criterion: ChannelCriterion = "l2"
     spread: Spread = "global"
     align: int = 1
     min_keep: int | Mapping[str, int] = MIN_KEEP
     skip: Sequence[str] = ()
-    normalize: Normalization = "parameters"
+    normalize: Normalization = "mean"
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autocompress.models import SmallResNet
 from autocompress.schemes import StructPrune
 from autocompress.schemes.groups import find_groups, remove_channels
+from autocompress.task import channels_last
 from autocompress.testing import fingerprint, masked_model, run
 
 CLASSES = 4
@@ -525,3 +527,14 @@ def test_groups_do_not_depend_on_the_weights() -> None:
         warnings.simplefilter("ignore")
         found = [[(g.root, g.width) for g in find_groups(model, x)] for model in (trained, fresh)]
     assert found[0] == found[1]
+
+
+def test_the_groups_do_not_depend_on_the_memory_layout() -> None:
+    """In channels_last pooling works with views of memory."""
+    model, x = SmallResNet(in_channels=3), torch.randn(1, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = find_groups(model, x)
+        found = find_groups(channels_last(copy.deepcopy(model)), x.to(memory_format=torch.channels_last))
+    assert [(g.root, g.width) for g in found] == [(g.root, g.width) for g in expected]
+    assert len(found) == 6
