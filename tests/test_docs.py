@@ -15,7 +15,12 @@ from autocompress.cli import cli
 ROOT = Path(__file__).parents[1]
 # One reader, one folder: the later pages go on with the study of the first.
 GUIDES = ("getting-started.md", "your-own-objective.md", "reading-the-verdict.md", "deploying.md")
-ELSEWHERE = ("architectures.md", "medical.md", "your-own-model.md")  # documents with tests of their own
+ELSEWHERE = (
+    "architectures.md",
+    "medical.md",
+    "recovery.md",
+    "your-own-model.md",
+)  # documents with tests of their own
 SERVER = """
 import os, shlex, sys
 from autocompress import cli, goal, lc, report, scheme, show, storage, study  # so that each command starts at once

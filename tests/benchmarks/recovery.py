@@ -32,7 +32,7 @@ from autocompress.training import fit
 
 SCHEMES = {
     "Prune": ("Prune", "Prune(criterion=l2)"),
-    "StructPrune": ("StructPrune", "StructPrune(criterion=l2, normalize=mean)"),
+    "StructPrune": ("StructPrune", "StructPrune(criterion=obd, normalize=parameters)"),
 }
 CELLS = {
     "digits": {"epochs": (10, 30), "Prune": (0.03, 0.015, 0.01), "StructPrune": (0.06, 0.03, 0.015)},
