@@ -26,6 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
+ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
 TOLERANCE = 0.15  # the search ends when the threshold's density is known to within this share
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
@@ -261,8 +262,8 @@ def answer(study: optuna.Study, plan: Plan) -> FrozenTrial | None:
     """The trial that the search answers with; None if none is feasible on val.
 
     Not the study's best trial, which its own selection has made look better than it is, but the best of those
-    whose true drop is within the bound with a probability of 90% given all the trials. Failing that the most
-    probable one.
+    whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
+    as that to a percent, the one that lost least. Failing that the most probable one.
     """
     feasible = [trial for trial in finished(study) if trial.user_attrs["feasible"]]
     belief = posterior(study, plan)
@@ -273,4 +274,6 @@ def answer(study: optuna.Study, plan: Plan) -> FrozenTrial | None:
     if not probable:
         return max(feasible, key=lambda trial: p[trial.number])
     sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-    return min(probable, key=lambda trial: sign * (trial.value or 0.0))
+    best = min(sign * (trial.value or 0.0) for trial in probable)
+    alike = [trial for trial in probable if sign * (trial.value or 0.0) - best <= ALIKE * abs(best)]
+    return min(alike, key=lambda trial: trial.user_attrs["drop"])

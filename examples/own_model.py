@@ -43,7 +43,7 @@ for _ in range(8):
         optimizer.step()
 
 task = ac.Task(model, loader, (x[val], y[val]), (x[test], y[test]), name="my-digits")
-result = ac.tune(task, scheme="StructPrune", max_drop=0.02, trials=3, epochs=3)
+result = ac.tune(task, scheme="StructPrune", max_drop=0.02, trials=3, epochs=8)
 
 print(result.sentence)
 print(result.trials[["density", "score", "drop_pp", "feasible"]].to_string(index=False))
