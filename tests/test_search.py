@@ -327,10 +327,9 @@ def test_among_the_probable_the_objective_decides_in_its_direction(tmp_path: Pat
 
 
 def test_of_trials_that_are_as_good_the_one_that_lost_least_answers(home: Home) -> None:
-    told(home.study, 0.9, 0.0)
-    told(home.study, 0.7, 0.002, value=1000.0)
-    safer = told(home.study, 0.7, 0.0, value=1005.0)
-    told(home.study, 0.7, -0.01, value=1020.0)
+    told(home.study, 0.7, 0.002, value=0.700)
+    safer = told(home.study, 0.7, 0.0, value=0.703)
+    told(home.study, 0.7, -0.01, value=0.710)
     chosen = answer(home.study, Plan(LOW, BOUND, 10))
     assert chosen is not None and chosen.number == safer
 
