@@ -29,9 +29,8 @@ def schemes() -> None:
     from autocompress.scheme import SCHEMES
 
     for name, make in SCHEMES:
-        _print_item(
-            name, inspect.getdoc(make) or "", [str(p) for p in inspect.signature(make).parameters.values()]
-        )
+        defaults = [f"{p.name}={p.default}" for p in inspect.signature(make).parameters.values()]
+        _print_item(name, inspect.getdoc(make) or "", defaults)
 
 
 @click.command()

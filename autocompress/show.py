@@ -11,6 +11,7 @@ from rich.table import Table
 from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison
 from autocompress.record import Record
 
+LIST_WIDTH = 400  # of the list of studies where there is no terminal
 PLAIN_WIDTH = 110  # of a console that is not a terminal and so has no width of its own
 
 
@@ -90,6 +91,8 @@ def show_list(console: Console, records: Iterable[Record]) -> None:
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for record in sorted(records, key=lambda record: (record.begun, record.name)):
         table.add_row(*map(escape, _row(record)))
+    if not console.is_terminal:
+        console.width = LIST_WIDTH  # what is read by a program is not abridged
     console.print(table)
 
 
