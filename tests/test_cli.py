@@ -553,6 +553,7 @@ def test_prune_for_size_and_what_a_person_reads(place, short):
     assert "Next: " in ended.stdout
 
 
+@pytest.mark.slow
 def test_filter_prune_for_an_objective_of_ones_own(place, short):
     ended, found = short("FilterPrune", "--objective", "my_file.py:spared", "--json", name="filters")
     assert ended.json == found
@@ -571,6 +572,7 @@ def test_quantize16_alone_is_tried_once_and_quietly(place, short):
     assert check_sizes(place, "sixteen", found) > 1.8
 
 
+@pytest.mark.slow
 def test_a_sum_of_schemes_for_latency(place, short):
     ended, found = short("StructPrune+Quantize16", "--objective", "latency", name="sum")
     assert "StructPrune+Quantize16, lowest latency" in ended.stdout

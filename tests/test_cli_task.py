@@ -86,6 +86,7 @@ def test_resume_alone_takes_the_model_and_the_data_of_the_study(job: tuple[Path,
     assert len(json.loads(again.stdout)["trials"]) >= 2
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_options_and_other_data(job: tuple[Path, Ended]) -> None:
     cwd, _ = job
     other = run(cwd, "tune", "--resume", "mine", "--augment", "flip")

@@ -136,6 +136,7 @@ def test_the_objective_is_optimized_as_the_page_does(
     assert json.loads(study.read_text())["objective"] == "serving_cost"
 
 
+@pytest.mark.slow
 def test_the_objective_is_taken_from_its_file_on_the_command_line(folder: Path) -> None:
     argv = command("autocompress tune --objective")
     done = run([*argv, "--trials", "1", "--epochs", "1", "--max-drop", "90%", "--json", "--quiet"], folder)
