@@ -180,7 +180,8 @@ def test_the_trials_are_what_the_answer_was_chosen_from(found):
         assert trial["density"] <= trial["density_asked"]
         assert trial["feasible"] == (trial["drop_pp"] <= 1.0)
         assert trial["density"] == trial["params"] / found["params"]["dense"]
-    (chosen,) = [trial for trial in trials if trial["density"] == found["density"] and trial["feasible"]][:1]
+    (chosen,) = [trial for trial in trials if trial["number"] == found["answer"]]
+    assert chosen["density"] == found["density"] and chosen["feasible"]
     assert chosen["drop_pp"] == found["drop_pp"]["val"]
 
 
