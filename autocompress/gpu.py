@@ -22,6 +22,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Moment:
+    """One reading of a GPU.
+
+    Attributes:
+        seconds: Since the window began.
+        free_bytes: Memory that nobody uses on the whole GPU.
+        utilization_pct: Share of the driver's last sampling period in which a kernel was resident.
+    """
+
+    seconds: float
+    free_bytes: int | None
+    utilization_pct: float | None
+
+
+@dataclass(frozen=True)
 class GpuUsage:
     """What a window saw; None for what the driver does not tell.
 
@@ -32,6 +47,7 @@ class GpuUsage:
         power_w: Mean power draw.
         energy_j: Energy drawn by the whole GPU during the window, if it lasted a second or more.
         samples: Readings behind the maxima and means.
+        timeline: Memory and utilization, reading by reading.
     """
 
     memory_bytes: int | None = None
@@ -40,6 +56,7 @@ class GpuUsage:
     power_w: float | None = None
     energy_j: float | None = None
     samples: int | None = None
+    timeline: tuple[Moment, ...] = ()
 
 
 @dataclass
@@ -49,6 +66,7 @@ class _Readings:
     utilization_pct: list[float] = field(default_factory=list)
     power_w: list[float] = field(default_factory=list)
     samples: int = 0
+    timeline: list[Moment] = field(default_factory=list)
 
 
 class GpuWindow:
@@ -57,10 +75,12 @@ class GpuWindow:
     Args:
         device: The device the block computes on. For other than CUDA devices all of `usage` is None.
         nvml: The NVML binding; the module ``pynvml`` by default.
+        every_s: Seconds from one reading to the next.
     """
 
-    def __init__(self, device: torch.device, nvml: Any = None) -> None:
+    def __init__(self, device: torch.device, nvml: Any = None, every_s: float = SAMPLE_EVERY_S) -> None:
         self.usage = GpuUsage()
+        self._every_s = every_s
         self._device = device
         self._nvml = nvml
         self._gpu: Any = None
@@ -109,21 +129,24 @@ class GpuWindow:
             power_w=fmean(seen.power_w) if seen.power_w else None,
             energy_j=energy_j,
             samples=seen.samples,
+            timeline=tuple(seen.timeline),
         )
 
     def _sample_until_over(self) -> None:
         over = False
         while not over:  # the last sample is taken as the block ends, so that a short one has one too
-            over = self._over.wait(SAMPLE_EVERY_S)
+            over = self._over.wait(self._every_s)
             self._sample()
 
     def _sample(self) -> None:
         nvml, gpu, seen = self._nvml, self._gpu, self._readings
         seen.samples += 1
-        if (memory := self._read(lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used)) is not None:
-            seen.memory_bytes.append(memory)
+        if (memory := self._read(lambda: nvml.nvmlDeviceGetMemoryInfo(gpu))) is not None:
+            seen.memory_bytes.append(memory.used)
         if (percent := self._read(lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)) is not None:
             seen.utilization_pct.append(percent)
+        seconds = time.monotonic() - self._start_s
+        seen.timeline.append(Moment(seconds, None if memory is None else memory.free, percent))
         if (milliwatts := self._read(lambda: nvml.nvmlDeviceGetPowerUsage(gpu))) is not None:
             seen.power_w.append(milliwatts / 1e3)
         processes = self._read(lambda: nvml.nvmlDeviceGetComputeRunningProcesses(gpu)) or ()

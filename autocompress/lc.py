@@ -67,6 +67,18 @@ def freeze(scheme: Scheme, weights: Weights, density: float, facts: Facts) -> Th
     return theta
 
 
+@torch.no_grad()
+def score_compressed(task: Task, model: nn.Module, hard: Penalty) -> float:
+    """The metric on val with everything at θ that ``hard`` (μ = ∞) binds; the model stays as it was."""
+    weights: Weights = dict(model.named_parameters())
+    before = {name: weights[name].clone() for name in hard.bound}
+    hard.apply(weights, lr=1.0)
+    score = task.evaluate(model, task.val).score
+    for name, value in before.items():
+        weights[name].copy_(value)
+    return score
+
+
 def free_entries(theta: Theta) -> dict[str, Tensor]:
     """Per weight that θ binds: True where the entry is free, False where it is drawn to θ."""
     drawn = {name: torch.zeros_like(theta.values[name], dtype=torch.bool) for name in theta.drawn}
@@ -187,6 +199,8 @@ class LearningCompression:
         precision: What gradients are computed in: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` under autocast.
             ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere.
         compile: Whether the forward pass goes through `torch.compile`.
+        score_steps: Whether the metric on val is scored after each C step and its L step, with everything that
+            is bound at θ, and logged as ``lc_score``: one pass over val each.
     """
 
     epochs: float = 30
@@ -204,6 +218,7 @@ class LearningCompression:
     temperature: float = 2.0
     precision: Precision = "auto"
     compile: bool = False
+    score_steps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "c_steps", "mu", "mu_growth", "lr", "temperature"):
@@ -262,19 +277,21 @@ class LearningCompression:
         learner.restore(state.learner)
         penalty, state = state.penalty, replace(state, penalty=Penalty.none(), learner=None)
         c_steps, steps = self.schedule(learner.descent.steps)
+        hard: Penalty | None = None
         while state.c_steps < c_steps and not state.has_agreed(density):
             target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
             mu = self.mu * state.growth / (self.lr * max(1, steps))
             facts = observe(scheme, learner.evidence(), facts)
-            penalty, apart = self.constrain(scheme, w, penalty, mu, target, facts)
-            loss = learner.l_step(steps, penalty)
-            growth = self.mu_growth if apart > AGREED else 1.0
-            state = state.after(growth, lc_density=target, lc_residual=apart, lc_loss=loss)
+            penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
+            logged = {"lc_density": target, "lc_residual": apart, "lc_loss": learner.l_step(steps, penalty)}
+            if hard is not None:
+                logged["lc_score"] = score_compressed(task, model, hard)
+            state = state.after(self.mu_growth if apart > AGREED else 1.0, **logged)
             if checkpoint:
                 checkpoint(replace(state, penalty=penalty, learner=learner.snapshot()))
         if checkpoint:
             state = replace(state, penalty=penalty)  # its multipliers are worth keeping
-        del penalty
+        del penalty, hard
         facts = observe(scheme, learner.evidence(), facts)
         polish(scheme, learner, freeze(scheme, w, density, facts), facts, task, seed)
         freeze(scheme, w, density, facts)
@@ -287,13 +304,14 @@ class LearningCompression:
 
     def constrain(
         self, scheme: Scheme, weights: Weights, penalty: Penalty, mu: float, density: float, facts: Facts
-    ) -> tuple[Penalty, float]:
-        """Multipliers and C step: from the penalty of the last L step to that of the next, and the residual."""
+    ) -> tuple[Penalty, Penalty | None, float]:
+        """Multipliers and C step: the penalty of the next L step, the same at μ = ∞ if scored, the residual."""
         multipliers = penalty.multipliers(weights) if self.augmented else {}
         theta = c_step(scheme, weights, multipliers, mu, density, facts)
         values = scheme.delta(theta)
         next_penalty = Penalty.towards(values, free_entries(theta), multipliers, mu)
-        return next_penalty, residual(weights, values, next_penalty.bound)
+        hard = replace(next_penalty, mu=math.inf, target=values) if self.score_steps else None
+        return next_penalty, hard, residual(weights, values, next_penalty.bound)
 
     def n_steps(self, train: Split) -> int:
         """Gradient steps of the whole budget."""

@@ -54,7 +54,7 @@ class FakeNvml:
         self.threads.add(threading.current_thread().name)
         self._call("nvmlDeviceGetMemoryInfo")
         self.memory += 10**9
-        return SimpleNamespace(used=self.memory)
+        return SimpleNamespace(used=self.memory, free=80 * 10**9 - self.memory)
 
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
         self._call("nvmlDeviceGetUtilizationRates")
@@ -100,6 +100,11 @@ def test_a_window_reads_everything_in_si_units() -> None:
     assert usage.memory_bytes == usage.samples * 10**9  # the maximum, not the mean
     assert usage.process_memory_bytes == 3 * 10**9
     assert usage.utilization_pct == 80
+    free = [moment.free_bytes for moment in usage.timeline]
+    assert free == [(79 - i) * 10**9 for i in range(usage.samples)]
+    assert {moment.utilization_pct for moment in usage.timeline} == {80}
+    seconds = [moment.seconds for moment in usage.timeline]
+    assert seconds == sorted(seconds) and seconds[0] >= 0 and seconds[-1] <= slept + 0.5
     assert usage.power_w == 200
     assert usage.energy_j is not None
     assert usage.energy_j >= 200 * slept - 1

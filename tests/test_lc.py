@@ -332,6 +332,26 @@ def test_density_falls_to_the_target(tiny_task: Task) -> None:
     assert found.curves["lc_density"][-1] == 0.3
 
 
+@pytest.mark.parametrize("mu", [1.0, math.inf])
+def test_steps_are_scored_as_if_compressed_and_nothing_else_changes(tiny_task: Task, mu: float) -> None:
+    config = LearningCompression(epochs=12, c_steps=4, mu=mu, score_steps=True)
+    scheme, model, states = StructPrune(), copy.deepcopy(tiny_task.model), list[State]()
+    facts = scheme.analyze(model, tiny_task.example_input)
+    found = config.recover(model, scheme, facts, 0.3, tiny_task, 0, checkpoint=states.append)
+    for state, score in zip(states[:4], found.curves["lc_score"], strict=True):
+        assert state.learner is not None
+        at_step = copy.deepcopy(tiny_task.model)
+        at_step.load_state_dict(state.learner.under("model"))
+        with torch.no_grad():
+            for name, bound in state.penalty.bound.items():
+                at_step.get_parameter(name)[bound] = 0  # what θ binds of a pruned network is zero
+        assert tiny_task.evaluate(at_step, tiny_task.val).score == score
+    plain, unscored, _ = recovered(tiny_task, scheme, 0.3, replace(config, score_steps=False))
+    assert plain.curves.keys() == found.curves.keys() - {"lc_score"}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, unscored.state_dict()[name]), name
+
+
 def test_mu_grows_while_w_and_theta_differ(tiny_task: Task) -> None:
     states: list[State] = []
     config = LearningCompression(epochs=12, c_steps=5, mu=2.0, mu_growth=3.0, lr=0.1)
