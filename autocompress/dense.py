@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.measurement import count_macs
 from autocompress.models import cached
+from autocompress.progress import heard_by
 from autocompress.task import Batch, Task, as_bytes, device_of, fingerprint
 from autocompress.training import Descent, Stream, n_steps, threads_for
 
@@ -141,7 +142,8 @@ def _train(
     torch.manual_seed(training.seed)  # of dropout
     for epoch in range(training.epochs):
         loss = _one_epoch(task, model, frozen, descent, islice(batches, per_epoch))
-        score = task.evaluate(model, task.val).score
+        with heard_by(None):  # of the whole training it is the steps that count
+            score = task.evaluate(model, task.val).score
         better = score if task.metric.higher_is_better else -score
         since = 0 if better > best_score else since + 1
         if since == 0:

@@ -1,6 +1,7 @@
 """What a person sees in the terminal while the search runs."""
 
 import time
+from contextlib import ExitStack
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from autocompress.comparison import as_bytes, as_count
 from autocompress.posterior import Posterior
+from autocompress.progress import heard_by
 from autocompress.result import Beginning
 from autocompress.scheme import describe
 from autocompress.trial import TrialResult
@@ -34,14 +36,18 @@ class Display:
         self._beginning: Beginning | None = None
         self._began_at = time.monotonic()
         self._seconds: list[float] = []
+        self._said_at = time.monotonic()
+        self._listening = ExitStack()
 
     def __enter__(self) -> "Display":
+        self._listening.enter_context(heard_by(self.progress))
         if self.console.is_terminal:
             self._live = Live(self._screen(), console=self.console, refresh_per_second=8)
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._listening.close()
         if self._live is not None:
             self._footer = None
             self._live.update(self._screen(), refresh=True)
@@ -49,8 +55,21 @@ class Display:
 
     def doing(self, what: str) -> None:
         """What takes time now."""
-        self._footer = Footer(what)
+        topic = what.partition(":")[0]  # what stands behind a colon is news of the same
+        if self._footer is not None and self._footer.what.partition(":")[0] == topic:
+            self._footer.what = what
+        else:
+            self._footer = Footer(what)
         self._show(what)
+
+    def progress(self, done: float) -> None:
+        """The share of what takes time now that is done; where there is no terminal, a line now and then."""
+        if self._footer is None:
+            return
+        self._footer.advance(done)
+        now = time.monotonic()
+        if self._live is None and now - max(self._said_at, self._footer.began_at) >= SECONDS_BETWEEN_LINES:
+            self._show(str(self._footer.__rich__()))
 
     def began(self, beginning: Beginning) -> None:
         """Says what is asked and what the dense model is."""
@@ -70,7 +89,7 @@ class Display:
         )
         for note in beginning.notes:
             self.warned(note)
-        self._footer = Footer("trial 1")
+        self._footer = Footer("trial 1", repeats=settings.trials)
 
     def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
         """One row, or one line."""
@@ -119,6 +138,7 @@ class Display:
 
     def _show(self, line: str) -> None:
         """Redraws the live table, or prints the line where there is none."""
+        self._said_at = time.monotonic()
         if self._live is not None:
             self._live.update(self._screen())
         else:
@@ -138,23 +158,38 @@ class Display:
 
 
 class Footer:
-    """What takes time now, for how long already, and how long the search may still take; it counts by itself.
+    """What takes time now, for how long already, and how long it may still take; it counts by itself.
 
     Args:
         what: What takes time.
-        left_s: Seconds that the search may still take; None where that is not known.
+        left_s: Seconds that the whole search may still take; None where that is not known.
+        repeats: How often the like of it will be done, this time included, where ``left_s`` is not known.
     """
 
-    def __init__(self, what: str, left_s: float | None = None) -> None:
-        self.what, self.left_s, self.began_at = what, left_s, time.monotonic()
+    def __init__(self, what: str, left_s: float | None = None, *, repeats: int = 1) -> None:
+        self.what, self.left_s, self.repeats, self.began_at = what, left_s, repeats, time.monotonic()
+        self.done = 0.0
+
+    def advance(self, done: float) -> None:
+        """The share ``done`` is done; it never goes back, for what is small may be counted anew."""
+        self.done = max(self.done, min(1.0, done))
 
     def __rich__(self) -> Text:
         """The line as it is at this moment."""
         elapsed = time.monotonic() - self.began_at
         parts = [self.what, *([f"{elapsed:.0f} s"] if elapsed >= 2 else [])]
-        if self.left_s is not None:
-            parts.append(f"at most {max(0.0, self.left_s - elapsed):.0f} s left")
+        left, whole = self.left_s, None
+        if self.done >= WORTH_SAYING and elapsed >= 2:
+            whole = elapsed / self.done
+            parts.append(f"{self.done:.0%}, about {whole - elapsed:.0f} s left")
+        if left is None and whole is not None and self.repeats > 1:
+            left = self.repeats * whole
+        if left is not None:
+            of_what = " of the search" if whole is not None else ""
+            parts.append(f"at most {max(0.0, left - elapsed):.0f} s{of_what} left")
         return Text(" · ".join(parts))
 
 
 COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best")
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+WORTH_SAYING = 0.02  # share that is done before it says something about the rest

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress import bundle
+from autocompress import bundle, progress
 from autocompress.bundle import Provenance, dtype_name
 from autocompress.onnx_export import weight_dtype, write_onnx
 from autocompress.parity import Arrays, FreshProcess, reason
@@ -134,7 +134,8 @@ def _write_all(
     }
     failed: dict[str, float | str] = {}
     with FreshProcess(folder, [x.numpy() for x in probes]) as elsewhere:
-        for name, write in writers.items():
+        for done, (name, write) in enumerate(writers.items()):
+            progress.report(done / len(writers))
             try:
                 with _quiet():
                     write(folder / FILES[name])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from autocompress import progress
 from autocompress.gpu import GpuWindow
 from autocompress.task import device_of, evaluating
 from autocompress.weights import to_bytes
@@ -157,7 +158,11 @@ def compare(
         for model in on_device:
             modes.enter_context(evaluating(model))
         batches = [_batch(sample, n, device) for n in sorted(set(batch_sizes))]
-        latencies = zip(*(_latencies(on_device, x, budget_s) for x in batches), strict=True)
+        timed = []
+        for done, x in enumerate(batches):
+            with progress.span(done / len(batches), (done + 1) / len(batches)):
+                timed.append(_latencies(on_device, x, budget_s))
+        latencies = zip(*timed, strict=True)
         return [
             _with_resources(replace(result, latency=latency), model, batches[-1])
             for result, latency, model in zip(results, latencies, on_device, strict=True)
@@ -248,6 +253,7 @@ def _latencies(models: Sequence[nn.Module], x: Tensor, budget_s: float) -> list[
         for model, times in zip(models, times_ms, strict=True):
             times.append(_timed_ms(model, x))
         spent_s = time.perf_counter() - start
+        progress.report(min(1.0, len(times_ms[0]) / MIN_REPEATS, spent_s / budget_s))
         # A few passes in a row agree with each other more than with the next second's: not before a quarter.
         enough = spent_s > budget_s / 4 and len(times_ms[0]) >= MIN_REPEATS
         if enough and all(map(_median_is_known, times_ms)):

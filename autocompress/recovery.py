@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from autocompress import progress
 from autocompress.lc import LearningCompression, Recovered, freeze, frozen
 from autocompress.learner import Learner
 from autocompress.scheme import Facts, Observer, Scheme, observe
@@ -98,7 +99,8 @@ class Iterative:
             steps = total * (done + 1) // rounds - total * done // rounds
             target = density ** ((done + 1) / rounds)
             one_round = replace(self.training, steps=steps)
-            found = one_round.recover(model, scheme, facts, target, task, seed * rounds + done)
+            with progress.span(done / rounds, (done + 1) / rounds):
+                found = one_round.recover(model, scheme, facts, target, task, seed * rounds + done)
         return found
 
 

@@ -25,6 +25,7 @@ from autocompress.interrupt import gentle_interrupt
 from autocompress.layers import compare_layers
 from autocompress.measurement import Measurement, compare, count_macs, measure
 from autocompress.per_class import per_class
+from autocompress.progress import span
 from autocompress.recovery import Recovery, make_recovery, with_epochs
 from autocompress.report import write_report
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
@@ -326,8 +327,10 @@ class Study:
         state = self.folder.load_weights(best.number)
         rebuilt = rebuild(settings.scheme, task.model, self.facts, best.plan, best.density, state)
         model = channels_last(rebuilt)
-        dense_test = task.evaluate(task.model, task.test)
-        test = task.evaluate(model, task.test)
+        with span(0, 0.5):
+            dense_test = task.evaluate(task.model, task.test)
+        with span(0.5, 1):
+            test = task.evaluate(model, task.test)
         bound = settings.bound
         certificate = certify(task.metric, dense_test, test, bound.max_drop, relative=bound.relative)
         judged = tuple(constraint.judge(test) for constraint in settings.constraints)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from autocompress import progress
 from autocompress.metrics import Metric, Outputs, Targets, accuracy, as_metric
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -321,11 +322,13 @@ def as_bytes(tensor: Tensor) -> bytes:
 def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:
     """Logits ``(n, classes)`` and targets as the split has them; the model's mode is left as it was."""
     device = device_of(model)
-    outputs, targets = [], []
+    outputs, targets, seen = [], [], 0
     with evaluating(model), torch.inference_mode():
         for x, y in split.batches():
             outputs.append(model(x.to(device)).float().cpu())
             targets.append(y.cpu())
+            seen += len(y)
+            progress.report(seen / split.n_samples)
     return torch.cat(outputs).numpy().astype(np.float32), torch.cat(targets).numpy().astype(np.int64)
 
 

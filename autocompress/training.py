@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
+from autocompress import progress
 from autocompress.task import Batch, Loss, Split, TensorSplit, device_of, evaluating, predict
 
 Taught: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -118,6 +119,7 @@ class Descent:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self.taken += 1
+        progress.report(self.taken / self.steps)
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._scaler.unscale_(self._optimizer)
@@ -233,7 +235,8 @@ class TaughtStream(Iterator[Taught]):
         self._teacher = teacher
         self._held: tuple[Tensor, Tensor] | None = None
         if teacher is not None and isinstance(split, TensorSplit):
-            self._held = split.y, torch.from_numpy(predict(teacher, split)[0])
+            with progress.heard_by(None):
+                self._held = split.y, torch.from_numpy(predict(teacher, split)[0])
             split = TensorSplit(split.x, torch.arange(split.n_samples), split.batch_size)
         self.batches = Stream(split, seed, epoch, position)
 

@@ -13,9 +13,12 @@ from autocompress.certify import drop_standard_error
 from autocompress.constraint import Checked, Constraint
 from autocompress.goal import Objective
 from autocompress.measurement import Measurement, measure
+from autocompress.progress import span
 from autocompress.recovery import Recovery
 from autocompress.scheme import Facts, Scheme, Theta, realize_by_part
 from autocompress.task import Evaluation, Task, channels_last, device_of, evaluating
+
+TRAINING_SHARE = 0.95  # of a trial's time, as a rule; the rest builds, scores and measures the model
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,11 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     task, scheme = spec.task.on(spec.device), spec.scheme
     torch.manual_seed(spec.seed)
     model = copy.deepcopy(task.model)
-    recovered = spec.recovery.recover(model, scheme, spec.facts, spec.density, task, spec.seed)
+    with span(0, TRAINING_SHARE):
+        recovered = spec.recovery.recover(model, scheme, spec.facts, spec.density, task, spec.seed)
     realized = realize(scheme, model.eval(), recovered.theta, spec.facts, next(task.val.batches())[0])
-    evaluation = task.evaluate(realized, task.val)
+    with span(TRAINING_SHARE, 1):
+        evaluation = task.evaluate(realized, task.val)
     dense_params = sum(p.numel() for p in task.model.parameters())
     measurement = measure(
         realized,

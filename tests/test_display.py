@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import autocompress as ac
+from autocompress import progress
 from autocompress.display import Display, Footer
 from autocompress.goal import Objective
 from autocompress.measurement import Latency, Measurement
@@ -189,3 +190,34 @@ def test_the_footer_counts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exporting.__rich__().plain == "exporting the answer · 3 s"
     now = 120.0
     assert searching.__rich__().plain.endswith("at most 0 s left")
+
+
+def test_the_footer_says_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    first, exporting = Footer("trial 1", repeats=4), Footer("exporting the answer")
+    now = 110.0
+    for footer in (first, exporting):
+        footer.advance(0.25)
+        footer.advance(0.1)  # something inside it that was counted anew
+    assert first.__rich__().plain == "trial 1 · 10 s · 25%, about 30 s left · at most 150 s of the search left"
+    assert exporting.__rich__().plain == "exporting the answer · 10 s · 25%, about 30 s left"
+
+
+def test_what_is_reported_reaches_the_line_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = plain()
+    with Display(console) as display:
+        display.doing("training: epoch 1")
+        now = 120.0
+        with progress.span(0, 0.5):
+            progress.report(0.5)
+        display.doing("training: epoch 2")  # the same goes on
+        now = 160.0
+        progress.report(0.75)
+        progress.report(0.76)
+        now = 200.0
+    progress.report(0.9)  # nobody listens any more
+    lines = printed(console).splitlines()
+    assert lines == ["training: epoch 1", "training: epoch 2", "training: epoch 2 · 60 s · 75%, about 20 s left"]

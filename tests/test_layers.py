@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
-    ("plugins", "weights", "parity", "gpu", "testing_models", "onnx_integers", "task_options"),
+    ("plugins", "weights", "parity", "gpu", "progress", "testing_models", "onnx_integers", "task_options"),
     ("files", "comparison", "layers", "interrupt", "metrics"),
     ("task",),
     ("measurement", "constraint", "per_class", "transforms", "environment"),
