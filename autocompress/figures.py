@@ -1,7 +1,5 @@
 """The figures of a study's report, drawn from its record: as SVG and PNG files and for use within HTML."""
 
-import io
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,39 +7,26 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocompress.drawing import (
+    BOUND,
+    COMPRESSED,
+    DENSE,
+    FAINT,
+    INK,
+    density_ticks,
+    make_axes,
+    style,
+    write_figure,
+)
 from autocompress.record import Record
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import; `draw` does it
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-DENSE, COMPRESSED, BOUND = "#8a94a6", "#148f86", "#cf4a5a"  # each legible on white and on near black
-INK, FAINT = "#1f2430", "#8b93a1"
-WIDTH_IN = 4.9
-PNG_DPI = 160
 MANY_LAYERS = 30
 MANY_CLASSES = 24
 MANY_CURVES = 6
 BUSY = 2.5  # medians that are drawn of a latency, at most
-_STYLE: Any = {  # matplotlib types its keys, all 300 of them
-    "text.parse_math": False,  # a name with a dollar is no formula
-    "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
-    "svg.hashsalt": "autocompress",  # the same figure is the same file
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": FAINT,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 
 
 @dataclass(frozen=True)
@@ -68,17 +53,11 @@ def draw(record: Record, folder: Path) -> list[Figure]:
         record: The study.
         folder: Where to write; made if it does not exist.
     """
-    # Its list of fonts is kept with the studies: nothing is written outside their folder.
-    os.environ.setdefault("MPLCONFIGDIR", str(record.folder.parent / "cache" / "matplotlib"))
-    from matplotlib import rc_context
-
-    folder.mkdir(exist_ok=True)
     drawn = []
-    with rc_context(_STYLE):
+    folder.mkdir(exist_ok=True)
+    with style(record.folder.parent):
         for name, title, description, canvas in _drawings(record):
-            svg = _svg(canvas)
-            _write(folder / f"{name}.svg", svg.replace("<defs>", _PAPER + "<defs>", 1).encode())
-            _write(folder / f"{name}.png", _png(canvas))
+            svg = write_figure(folder, name, canvas)
             drawn.append(Figure(name, title, description, _inline(svg, name, title, description)))
     return drawn
 
@@ -102,7 +81,7 @@ def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
 
 def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
     """The drop of each trial and what the search believes of the curve, against density."""
-    canvas, ax = _axes(3.5)
+    canvas, ax = make_axes(3.5)
     bound = 100 * float(record.asked.get("max_drop", 0.0))
     trials, answer = record.trials, record.answer
     drops = [100 * trial["drop"] for trial in trials]
@@ -138,7 +117,7 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
     low = min(0.0, *drops)
     ax.set(xscale="log", xlabel="density (share of the parameters kept)", ylim=(1.2 * low - 0.05 * top, top))
     ax.set_ylabel(f"drop on validation data [{record.unit.strip()}]")
-    _density_ticks(ax)
+    density_ticks(ax)
     ax.grid()
     canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
     within = sum(bool(trial["feasible"]) for trial in trials)
@@ -150,18 +129,10 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
     return "drop", "Accuracy lost against size kept", f"Drop on validation data against density: {said}.", canvas
 
 
-def _density_ticks(ax: "Axes") -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}%"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-
-
 def _latency(measured: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
     """Median and 95th percentile of one forward pass, a panel for each batch size."""
     pairs = list(zip(measured["dense"]["latency"], measured["compressed"]["latency"], strict=True))
-    canvas, axes = _axes(0.5 + 0.95 * len(pairs), rows=len(pairs))
+    canvas, axes = make_axes(0.5 + 0.95 * len(pairs), rows=len(pairs))
     panels = axes if len(pairs) > 1 else [axes]
     said = []
     for ax, pair in zip(panels, pairs, strict=True):
@@ -193,13 +164,13 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canvas
     old = [layer[before] for layer in layers]
     new = [layer[after] or 0 for layer in layers]
     if len(layers) > MANY_LAYERS:
-        canvas, ax = _axes(3.2)
+        canvas, ax = make_axes(3.2)
         x = range(1, len(layers) + 1)
         ax.fill_between(x, old, step="mid", color=DENSE, alpha=0.35, lw=0, label="dense")
         ax.fill_between(x, new, step="mid", color=COMPRESSED, alpha=0.9, lw=0, label="compressed")
         ax.set(xlabel="layer, from input to output", ylabel=what, xlim=(1, len(layers)), ylim=(0, None))
     else:
-        canvas, ax = _axes(0.9 + 0.24 * len(layers))
+        canvas, ax = make_axes(0.9 + 0.24 * len(layers))
         ax.barh(range(len(layers)), old, color=DENSE, alpha=0.35, height=0.8, label="dense")
         ax.barh(range(len(layers)), new, color=COMPRESSED, height=0.8, label="compressed")
         names = [_shortened(layer["name"]) for layer in layers]
@@ -221,7 +192,7 @@ def _classes(classes: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canv
     """The share of each class that is found, before and after."""
     known = [one for one in classes if one["support"]]  # of an absent class nothing can be found
     shown = sorted(known, key=lambda one: one["recall"] - one["dense_recall"])[:MANY_CLASSES]
-    canvas, ax = _axes(0.9 + 0.24 * len(shown))
+    canvas, ax = make_axes(0.9 + 0.24 * len(shown))
     before, after = ([100 * one[key] for one in shown] for key in ("dense_recall", "recall"))
     ax.hlines(range(len(shown)), before, after, color=FAINT, lw=2)
     ax.plot(before, range(len(shown)), "o", color=DENSE, ms=7, label="dense")
@@ -250,7 +221,7 @@ def _confusion(
 
     n = len(confusion["dense"])
     names = [_begun(str(one["name"]), 10) for one in classes] if len(classes) == n else list(map(str, range(n)))
-    canvas, panels = _axes(3.1, columns=2)
+    canvas, panels = make_axes(3.1, columns=2)
     rgb = [int(COMPRESSED[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     wrong = {}
     for ax, (who, counts) in zip(panels, confusion.items(), strict=True):
@@ -283,7 +254,7 @@ def _recovery(answer: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     curves = _curves(answer)
-    canvas, axes = _axes(0.4 + 1.25 * len(curves), rows=len(curves))
+    canvas, axes = make_axes(0.4 + 1.25 * len(curves), rows=len(curves))
     panels = axes if len(curves) > 1 else [axes]
     for ax, (name, values) in zip(panels, curves.items(), strict=True):
         ax.plot(range(1, len(values) + 1), values, color=COMPRESSED, lw=1.6, marker="o", ms=3)
@@ -309,15 +280,6 @@ def _curves(trial: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     return dict(curves[:MANY_CURVES])
 
 
-def _axes(height_in: float, rows: int = 1, columns: int = 1) -> tuple["Canvas", Any]:
-    """An empty figure with its axes: one, or an array where there are several."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(WIDTH_IN, height_in))
-    axes = canvas.subplots(rows, columns)
-    return canvas, axes
-
-
 def _shortened(name: str, length: int = 22) -> str:
     """The end of a layer's long name, which says more than its beginning."""
     return name if len(name) <= length else f"…{name[1 - length :]}"
@@ -326,23 +288,6 @@ def _shortened(name: str, length: int = 22) -> str:
 def _begun(name: str, length: int = 22) -> str:
     """The beginning of a class's long name."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-_PAPER = '<rect width="100%" height="100%" fill="#ffffff"/>'  # a file of its own does not know its page
-
-
-def _svg(canvas: "Canvas") -> str:
-    """The drawing without a background."""
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    canvas.savefig(file, format="svg", transparent=True, metadata=nothing)
-    return file.getvalue()
-
-
-def _png(canvas: "Canvas") -> bytes:
-    file = io.BytesIO()
-    canvas.savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
-    return file.getvalue()
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> str:
@@ -357,9 +302,3 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
     head += f' role="img" aria-labelledby="{name}-title {name}-desc"'
     words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
     return f"{head}>{words}{rest.replace('xlink:href', 'href')}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

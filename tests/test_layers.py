@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
     ("plugins", "weights", "parity", "gpu", "progress", "testing_models", "onnx_integers", "task_options"),
-    ("files", "comparison", "layers", "interrupt", "metrics"),
+    ("files", "comparison", "layers", "interrupt", "metrics", "drawing"),
     ("task",),
     ("measurement", "constraint", "per_class", "transforms", "environment"),
     ("scheme", "goal", "training", "images", "samples"),

@@ -1,0 +1,102 @@
+"""How figures look and how they become files: one style, SVG and PNG."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import; `style` does it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+DENSE, COMPRESSED, BOUND = "#8a94a6", "#148f86", "#cf4a5a"  # each legible on white and on near black
+INK, FAINT = "#1f2430", "#8b93a1"
+WIDTH_IN = 4.9
+PNG_DPI = 160
+_STYLE: Any = {  # matplotlib types its keys, all 300 of them
+    "text.parse_math": False,  # a name with a dollar is no formula
+    "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
+    "svg.hashsalt": "autocompress",  # the same figure is the same file
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def style(home: Path) -> Iterator[None]:
+    """Figures made in the ``with`` block have the house's style.
+
+    Args:
+        home: The folder of all studies, in whose cache matplotlib keeps its list of fonts.
+    """
+    # Kept with the studies: nothing is written outside their folder.
+    os.environ.setdefault("MPLCONFIGDIR", str(home / "cache" / "matplotlib"))
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        yield
+
+
+def make_axes(
+    height_in: float, rows: int = 1, columns: int = 1, *, width_in: float = WIDTH_IN
+) -> tuple["Canvas", Any]:
+    """An empty figure with its axes: one, or an array where there are several."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(width_in, height_in))
+    axes = canvas.subplots(rows, columns)
+    return canvas, axes
+
+
+def density_ticks(ax: "Axes") -> None:
+    """Labels a logarithmic axis of densities in percent."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}%"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+_PAPER = '<rect width="100%" height="100%" fill="#ffffff"/>'  # a file of its own does not know its page
+
+
+def write_figure(folder: Path, name: str, canvas: "Canvas") -> str:
+    """Writes ``name.svg`` and ``name.png``; returns the SVG without a background, to stand within HTML."""
+    svg = _svg(canvas)
+    _write(folder / f"{name}.svg", svg.replace("<defs>", _PAPER + "<defs>", 1).encode())
+    _write(folder / f"{name}.png", _png(canvas))
+    return svg
+
+
+def _svg(canvas: "Canvas") -> str:
+    """The drawing without a background."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    canvas.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return file.getvalue()
+
+
+def _png(canvas: "Canvas") -> bytes:
+    file = io.BytesIO()
+    canvas.savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
