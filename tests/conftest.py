@@ -1,3 +1,4 @@
+import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,19 @@ from autocompress.lc import LearningCompression
 from autocompress.schemes import StructPrune
 from autocompress.task import Task
 from autocompress.trial import Bound, TrialSpec
+
+MOST_PROCESSES = 8  # each of them, with what its tests start, takes 2 GB
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process a core for the whole suite; none for named files and tests, which are over before one has started.
+
+    ``-n 2`` has the last word.
+    """
+    if any(".py" in argument for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
 
 
 @pytest.fixture(autouse=True, scope="session")

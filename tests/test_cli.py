@@ -24,7 +24,7 @@ import autocompress as ac
 
 AUTOCOMPRESS = Path(sys.executable).with_name("autocompress")
 MET, USAGE, NOT_MET, INTERRUPTED = 0, 2, 3, 130
-PATIENCE_S = 300  # for one process; it takes a tenth on a machine with nothing else to do
+PATIENCE_S = 600  # for one process; it takes a twentieth on a machine with nothing else to do
 COSTS = ("params", "size_bytes", "macs")
 
 

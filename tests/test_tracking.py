@@ -1,9 +1,11 @@
+import contextlib
 import os
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +45,16 @@ def network():
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)
     ).eval()
+
+
+@contextlib.contextmanager
+def held_up(tracker):
+    """Stops the tracker's thread for as long as the block takes; fails if the block waits for it."""
+    goes_on = threading.Event()
+    was_in_time = tracker._worker.submit(goes_on.wait, 60)
+    yield
+    goes_on.set()
+    assert was_in_time.result()
 
 
 SPLITS = {"train": {"n": 8, "sha256": None}, "test": {"n": 8, "sha256": "ab" * 32}}
@@ -287,11 +299,10 @@ def test_a_broken_store_costs_one_warning_and_no_time(tmp_path, break_it):
 def test_calls_return_at_once_and_a_database_lost_on_the_way_is_survived(out):
     warned = []
     tracker = Tracker(out, "digits", on_warning=warned.append)
-    start = time.perf_counter()
-    tracker.start("study", {})
-    for number in range(3):
-        tracker.trial(trial_result(number))
-    assert time.perf_counter() - start < 0.5
+    with held_up(tracker):
+        tracker.start("study", {})
+        for number in range(3):
+            tracker.trial(trial_result(number))
     tracker.flush()
     (out / "mlflow.db").write_bytes(b"overwritten" * 1000)
     for number in range(3, 9):
@@ -355,7 +366,7 @@ def test_four_studies_start_at_once_and_write_nothing_elsewhere(tmp_path):
         )
         for i in range(4)
     ]
-    said = [process.communicate(timeout=120)[0] for process in started]
+    said = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0] * 4, said
     assert said == [""] * 4
 
@@ -396,10 +407,9 @@ def test_a_server_that_does_not_answer_is_said_once_in_short_and_without_the_pas
         port = unused.getsockname()[1]
     warned = []
     tracker = Tracker(tmp_path, "digits", uri=f"http://me:secret@127.0.0.1:{port}", on_warning=warned.append)
-    start = time.perf_counter()
-    tracker.start("study", {})
-    tracker.trial(trial_result(0))
-    assert time.perf_counter() - start < 0.5
+    with held_up(tracker):
+        tracker.start("study", {})
+        tracker.trial(trial_result(0))
     tracker.finish()
     assert warned == [
         f"MLflow: http://127.0.0.1:{port} does not answer (the study goes on; its own directory has everything)"
