@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autocompress.learner import Learner, Penalty, Precision, Snapshot
-from autocompress.scheme import Compose, Facts, Observer, Scheme, Theta, Weights, observe
+from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, observe
 from autocompress.task import Split, Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
@@ -272,7 +272,7 @@ class LearningCompression:
         Raises:
             FloatingPointError: If the training diverged, see `autocompress.training.Descent`.
         """
-        learner = Learner(self, model, task, seed, fisher=isinstance(scheme, Observer))
+        learner = Learner(self, model, task, seed)
         state, w = start or State(), learner.weights
         learner.restore(state.learner)
         penalty, state = state.penalty, replace(state, penalty=Penalty.none(), learner=None)

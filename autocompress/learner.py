@@ -126,10 +126,9 @@ class Learner:
         model: Trained in place.
         task: The data, the loss, and the dense model as the teacher.
         seed: Seeds the order of the batches.
-        fisher: Whether somebody wants to know of squared gradients.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, task: Task, seed: int, fisher: bool = False) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, task: Task, seed: int) -> None:
         self.recipe, self.model, self._task, self._seed = recipe, model.train(), task, seed
         self.weights: Weights = dict(model.named_parameters())
         self._device = device_of(model)
@@ -143,7 +142,6 @@ class Learner:
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             scaler=torch.amp.GradScaler(self._device.type) if self._precision == "fp16" else None,
-            fisher=fisher,
         )
         self._stream = self._serve(0, 0)
 
@@ -178,7 +176,7 @@ class Learner:
 
     def evidence(self) -> Evidence:
         """What a scheme may look at before a C step."""
-        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.squared_gradients or {})
+        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.squared_gradients)
 
     def _some_batches(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self._seed)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autocompress import progress
 from autocompress.lc import LearningCompression, Recovered, freeze, frozen
 from autocompress.learner import Learner
-from autocompress.scheme import Facts, Observer, Scheme, observe
+from autocompress.scheme import Facts, Scheme, observe
 from autocompress.task import Task
 from autocompress.training import recalibrate_batchnorm
 
@@ -130,7 +130,7 @@ class Layerwise:
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
     ) -> Recovered:
         """Compresses ``model`` in place, see `Recovery.recover`."""
-        learner = Learner(self.training, model, task, seed, fisher=isinstance(scheme, Observer))
+        learner = Learner(self.training, model, task, seed)
         facts = observe(scheme, learner.evidence(), facts)
         theta = scheme.pi({name: w.detach() for name, w in learner.weights.items()}, density, facts)
         whole = frozen(scheme, theta)

@@ -103,14 +103,14 @@ class Evidence:
         model: The network as it is now, on its device. It is looked at, not changed.
         batches: Serves some training batches ``(x, y)``, the same ones at every call.
         loss: Maps logits and targets to a scalar.
-        squared_gradients: Per weight, a running mean of its squared gradient since training began (the
-            diagonal of the empirical Fisher matrix, up to a factor); empty where nothing was trained yet.
+        squared_gradients: Returns per weight a running mean of its squared gradient (the diagonal of the
+            empirical Fisher matrix, up to a factor). Training keeps it from the first call on; empty until then.
     """
 
     model: nn.Module
     batches: Callable[[], Iterable[Batch]]
     loss: Loss
-    squared_gradients: Weights = field(default_factory=dict)
+    squared_gradients: Callable[[], Weights] = dict
 
 
 @runtime_checkable

@@ -69,7 +69,6 @@ class Descent:
         momentum: Nesterov momentum of SGD; the first moment's decay of AdamW.
         weight_decay: L2 penalty of SGD; decoupled decay of AdamW.
         scaler: Scales the loss where gradients are computed in fp16.
-        fisher: Whether to keep a running mean of the squared gradients.
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class Descent:
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         scaler: torch.amp.GradScaler | None = None,
-        fisher: bool = False,
     ) -> None:
         self.steps = steps
         self.taken = 0
@@ -100,14 +98,18 @@ class Descent:
             self._optimizer = torch.optim.AdamW(
                 self._trainable, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
             )
-        # Where nothing was trained yet there is nothing to know of the gradients: None.
-        self.squared_gradients: dict[str, Tensor] | None = None
-        self._fisher = fisher
+        self._squares: dict[str, Tensor] | None = None  # None: nobody has asked for them
 
     @property
     def steps_left(self) -> int:
         """Steps to the end of the cycle."""
         return self.steps - self.taken
+
+    def squared_gradients(self) -> dict[str, Tensor]:
+        """The running mean of the squared gradients, by name; it is kept from the first call on."""
+        if self._squares is None:
+            self._squares = {}
+        return self._squares
 
     def step(self, loss: Tensor) -> float:
         """One step down the gradient of ``loss``; returns the learning rate it was taken with.
@@ -123,12 +125,13 @@ class Descent:
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._scaler.unscale_(self._optimizer)
-        norm = nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT)
-        if self._scaler.is_enabled() or norm.isfinite():
+        norm = float(nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT))
+        is_finite = math.isfinite(norm)
+        if is_finite and self._squares is not None:
+            self._remember_gradients(norm)
+        if is_finite or self._scaler.is_enabled():
             self._scaler.step(self._optimizer)  # which leaves out, by itself, what overflowed in fp16
             self._scaler.update()
-            if self._fisher:
-                self._remember_gradients(norm)
         elif self.slowed == 1.0:
             self.slowed = SLOWER
         else:
@@ -138,12 +141,12 @@ class Descent:
         return lr
 
     @torch.no_grad()
-    def _remember_gradients(self, norm: Tensor) -> None:
+    def _remember_gradients(self, norm: float) -> None:
         gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        if self.squared_gradients is None:
-            self.squared_gradients = {name: torch.zeros_like(g) for name, g in gradients.items()}
-        means = [self.squared_gradients[name] for name in gradients]
-        clipped = float((norm / MAX_GRADIENT).clamp_min(1))
+        squares = self.squared_gradients()
+        squares |= {name: torch.zeros_like(g) for name, g in gradients.items() if name not in squares}
+        means = [squares[name] for name in gradients]
+        clipped = max(1.0, norm / MAX_GRADIENT)
         torch._foreach_mul_(means, FISHER_DECAY)
         values = list(gradients.values())
         torch._foreach_addcmul_(means, values, values, (1 - FISHER_DECAY) * clipped**2)
@@ -154,18 +157,17 @@ class Descent:
         for name, p in self._named.items():
             for key, value in self._optimizer.state.get(p, {}).items():
                 state[f"{key}/{name}"] = torch.as_tensor(value)
-        return state | {f"fisher/{name}": value for name, value in (self.squared_gradients or {}).items()}
+        return state | {f"fisher/{name}": value for name, value in (self._squares or {}).items()}
 
     def load_state_dict(self, state: dict[str, Tensor], taken: int, slowed: float) -> None:
         """Goes on where another optimizer was when it gave its `state_dict`."""
         self.taken, self.slowed = taken, slowed
-        self.squared_gradients = None
+        self._squares = None
         for entry, value in state.items():
             key, name = entry.split("/", 1)
             p = self._named[name]
             if key == "fisher":
-                self.squared_gradients = self.squared_gradients or {}
-                self.squared_gradients[name] = value.to(p.device).clone()
+                self.squared_gradients()[name] = value.to(p.device).clone()
             else:
                 self._optimizer.state[p][key] = value.clone() if value.dim() == 0 else value.to(p.device).clone()
 

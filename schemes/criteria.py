@@ -81,7 +81,7 @@ def observe_entries(criterion: str, evidence: Evidence, names: Collection[str]) 
     if criterion == "taylor":
         return _mean_gradients(evidence, names, power=1)
     if criterion == "obd":
-        gathered = evidence.squared_gradients
+        gathered = evidence.squared_gradients()
         return gathered if set(names) <= gathered.keys() else _mean_gradients(evidence, names, power=2)
     return None
 

@@ -106,14 +106,14 @@ def test_obd_takes_the_squared_gradients_that_training_gathered() -> None:
     def no_batches() -> list[tuple[Tensor, Tensor]]:
         raise AssertionError("there was no need to look at data")
 
-    evidence = Evidence(model, no_batches, nn.functional.cross_entropy, squared_gradients=gathered)
+    evidence = Evidence(model, no_batches, nn.functional.cross_entropy, squared_gradients=lambda: gathered)
     scores = entry_scores("obd", weights_of(model), ["6.weight"], observe_entries("obd", evidence, ["6.weight"]))
     assert torch.equal(scores["6.weight"], weights_of(model)["6.weight"].square() * gathered["6.weight"])
 
 
 def test_obd_measures_what_training_did_not_gather() -> None:
     model = network()
-    frozen = evidence_of(model, squared_gradients={"6.weight": torch.rand(10, 24)})
+    frozen = evidence_of(model, squared_gradients=lambda: {"6.weight": torch.rand(10, 24)})
     observed = observe_entries("obd", frozen, ["6.weight", "8.weight"])
     assert observed is not None and observed.keys() == {"6.weight", "8.weight"}
 

@@ -15,7 +15,7 @@ from autocompress import schemes
 from autocompress.lc import LearningCompression, Recovered, State, c_step, free_entries, freeze, frozen, residual
 from autocompress.learner import Learner, Penalty
 from autocompress.measurement import count_params
-from autocompress.scheme import Compose, Facts, Observer, Scheme, Theta
+from autocompress.scheme import Compose, Facts, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize8, Quantize16
 from autocompress.task import Batch, Task, TensorSplit
 from autocompress.testing import masked_model
@@ -535,10 +535,14 @@ def test_a_warm_start_begins_at_the_density_support_and_multipliers_of_the_dense
     assert further[-1].learner.numbers["taken"] == QUICK.n_steps(tiny_task.train)
 
 
+@pytest.mark.parametrize(("scheme", "n_copies"), [(Prune(), 0), (Compose(schemes.Prune(criterion="obd")), 1)])
 def test_an_l_step_holds_one_copy_of_the_weights_and_their_masks(
-    tiny_task: Task, monkeypatch: pytest.MonkeyPatch
+    tiny_task: Task, monkeypatch: pytest.MonkeyPatch, scheme: Scheme, n_copies: int
 ) -> None:
-    """Beside what plain training holds: θ + λ/μ, a byte per weight for what is bound, and squared gradients."""
+    """Beside what plain training holds: θ + λ/μ and a byte per weight for what is bound.
+
+    And squared gradients, but only for a criterion that asks for them.
+    """
     held = []
     l_step = Learner.l_step
 
@@ -551,12 +555,12 @@ def test_an_l_step_holds_one_copy_of_the_weights_and_their_masks(
     wide = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 4000), nn.ReLU(), nn.Linear(4000, 5)).eval()
     task = Task(wide, tiny_task.train, tiny_task.val, tiny_task.test)
     config = LearningCompression(steps=8, c_steps=3, distill=0.0)
-    facts = Prune().analyze(wide, task.example_input)
+    facts = scheme.analyze(wide, task.example_input)
     gc.collect()
     monkeypatch.setattr(Learner, "l_step", counting)
-    config.recover(copy.deepcopy(wide), Prune(), facts, 0.3, task, 0)
+    config.recover(copy.deepcopy(wide), scheme, facts, 0.3, task, 0)
     size = 4 * wide[1].weight.numel()
     training = 4 * size  # the dense model, the weights, their gradients and momentum
-    fisher = size if isinstance(Prune(), Observer) else 0
+    fisher = n_copies * size
     assert max(held[:-1]) == training + fisher + 1.25 * size
     assert held[-1] == training + fisher + 1.5 * size  # in the polish the support is there, too

@@ -56,7 +56,7 @@ def main() -> int:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     # As recovery has them from the second C step on.
     gathered = {name: torch.rand_like(w) for name, w in weights.items()}
-    evidence = Evidence(model, lambda: batches, nn.functional.cross_entropy, gathered)
+    evidence = Evidence(model, lambda: batches, nn.functional.cross_entropy, lambda: gathered)
     missed = 0
     print(f"an epoch: {epoch:.2f} s\n{'scheme':40s}  pi ms  observe ms  % of the epoch")
     for spec in sys.argv[1:] or SCHEMES:
