@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autocompress.result import Result, Watcher
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
-TRAINING = ("lr", "optimizer", "distill")  # options of a trial's recovery, besides its epochs
+TRAINING = ("lr", "optimizer", "distill", "rounds")  # options of a trial's recovery, besides its epochs
 BUDGET = ("trials", "timeout", "device")  # options that may change when a study is resumed
 
 
@@ -81,6 +81,11 @@ def cli() -> None:
     default=0.5,
     show_default=True,
     help="Weight of the dense model's outputs against the labels in a trial's loss.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Rounds of --recovery iterative.  [default: 4]",
 )
 @click.option(
     "--sampler",

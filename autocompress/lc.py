@@ -294,10 +294,7 @@ class LearningCompression:
         del penalty, hard
         facts = observe(scheme, learner.evidence(), facts)
         polish(scheme, learner, freeze(scheme, w, density, facts), facts, task, seed)
-        freeze(scheme, w, density, facts)
-        recalibrate_batchnorm(model, task.train)
-        # What a scheme saw of activations must be those of the model that ships.
-        theta = freeze(scheme, w, density, observe(scheme, learner.evidence(), facts))
+        theta = settle(scheme, learner, density, facts, task)
         if checkpoint:
             checkpoint(replace(state, learner=learner.snapshot()))
         return Recovered(theta, state.curves)
@@ -331,6 +328,16 @@ class LearningCompression:
         if progress >= 1:
             return density
         return float(initial * (density / initial) ** (1 - (1 - progress) ** 3))
+
+
+def settle(scheme: Scheme, learner: Learner, density: float, facts: Facts, task: Task) -> Theta:
+    """The end of a recovery: w ← Δ(θ), with BatchNorm's statistics computed anew for it.
+
+    Then the scheme looks once more: what it saw of activations must be those of the model that ships.
+    """
+    freeze(scheme, learner.weights, density, facts)
+    recalibrate_batchnorm(learner.model, task.train)
+    return freeze(scheme, learner.weights, density, observe(scheme, learner.evidence(), facts))
 
 
 def polish(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:

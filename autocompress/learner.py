@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Weights
-from autocompress.task import Batch, Task, device_of
-from autocompress.training import Descent, Optimizer, TaughtStream, distillation_loss, n_steps
+from autocompress.task import Batch, Split, Task, device_of
+from autocompress.training import Descent, Optimizer, TaughtStream, distillation_loss
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,10 +22,7 @@ EVIDENCE_BATCHES = 8  # served to a scheme that looks at data
 class Recipe(Protocol):
     """How an L step trains, see `autocompress.lc.LearningCompression`."""
 
-    @property
-    def epochs(self) -> float: ...  # noqa: D102  # described there, as are the others
-    @property
-    def steps(self) -> int | None: ...  # noqa: D102
+    def n_steps(self, train: Split) -> int: ...  # noqa: D102  # described there, as are the others
     @property
     def optimizer(self) -> Optimizer: ...  # noqa: D102
     @property
@@ -136,7 +133,7 @@ class Learner:
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if recipe.compile else model
         self.descent = Descent(
             model,
-            recipe.steps or n_steps(task.train, recipe.epochs),
+            recipe.n_steps(task.train),
             recipe.lr,
             optimizer=recipe.optimizer,
             momentum=recipe.momentum,

@@ -13,11 +13,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from autocompress import progress
-from autocompress.lc import LearningCompression, Recovered, freeze, frozen
+from autocompress.lc import LearningCompression, Recovered, frozen, settle
 from autocompress.learner import Learner
 from autocompress.scheme import Facts, Scheme, observe
 from autocompress.task import Task
-from autocompress.training import recalibrate_batchnorm
 
 
 class Recovery(Protocol):
@@ -26,10 +25,6 @@ class Recovery(Protocol):
     @property
     def method(self) -> str:
         """Its name, see `RECOVERIES`."""
-
-    @property
-    def epochs(self) -> float:
-        """Its budget, in passes over the training data."""
 
     def recover(
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
@@ -84,11 +79,6 @@ class Iterative:
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}; it must be at least 1")
 
-    @property
-    def epochs(self) -> float:
-        """Passes over the training data in all the rounds."""
-        return self.training.epochs
-
     def recover(
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
     ) -> Recovered:
@@ -121,11 +111,6 @@ class Layerwise:
         """Its name."""
         return "layerwise"
 
-    @property
-    def epochs(self) -> float:
-        """Passes over the training data for all the layers."""
-        return self.training.epochs
-
     def recover(
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
     ) -> Recovered:
@@ -141,9 +126,7 @@ class Layerwise:
             penalty = replace(whole, bound=pruned)
             penalty.apply(learner.weights, lr=1.0)
             learner.l_step(learner.descent.steps_left // left, penalty)
-        theta = freeze(scheme, learner.weights, density, facts)
-        recalibrate_batchnorm(model, task.train)
-        return Recovered(theta)
+        return Recovered(settle(scheme, learner, density, facts, task))
 
 
 def _by_layer(names: Iterable[str]) -> list[list[str]]:
@@ -168,14 +151,12 @@ class Untrained:
         """Compresses ``model`` in place, see `Recovery.recover`."""
         learner = Learner(LearningCompression(distill=0.0), model, task, seed)
         facts = observe(scheme, learner.evidence(), facts)
-        theta = freeze(scheme, learner.weights, density, facts)
-        recalibrate_batchnorm(model, task.train)
-        return Recovered(theta)
+        return Recovered(settle(scheme, learner, density, facts, task))
 
 
-def iterative(**settings: Any) -> Iterative:
+def iterative(rounds: int = Iterative.rounds, **settings: Any) -> Iterative:
     """Rounds of one-shot pruning and training, see `Iterative`."""
-    return Iterative(rewind(**settings))
+    return Iterative(rewind(**settings), rounds)
 
 
 def layerwise(**settings: Any) -> Layerwise:
@@ -200,13 +181,15 @@ RECOVERIES: Mapping[str, Callable[..., Recovery]] = {
 
 
 def make_recovery(method: str, **settings: Any) -> Recovery:
-    """The recovery of that name, with the settings of its `LearningCompression` that are given.
+    """The recovery of that name, with the settings of its `LearningCompression` that are given, or its own.
 
     Raises:
         ValueError: If there is no such method, or a setting is refused.
     """
     if method not in RECOVERIES:
         raise ValueError(f"there is no recovery {method!r}; it must be one of {', '.join(RECOVERIES)}")
+    if "rounds" in settings and method != "iterative":
+        raise ValueError(f"rounds={settings['rounds']} goes with recovery 'iterative', not with {method!r}")
     return RECOVERIES[method](**settings)
 
 

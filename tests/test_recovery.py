@@ -15,7 +15,6 @@ from autocompress.measurement import count_params
 from autocompress.recovery import (
     RECOVERIES,
     Iterative,
-    Layerwise,
     Recovery,
     make_recovery,
     settings_of,
@@ -145,6 +144,7 @@ def test_layerwise_pruning_goes_from_the_first_layer_to_the_last(
 @pytest.mark.parametrize("method", RECOVERIES)
 def test_settings_are_plain_and_make_the_same_recovery_again(method: str) -> None:
     given = {} if method == "none" else {"lr": 0.03, "distill": 0.25, "optimizer": "adamw"}
+    given |= {"rounds": 6} if method == "iterative" else {}
     recovery = with_epochs(make_recovery(method, **given), 7.0)
     settings = json.loads(json.dumps(settings_of(recovery), allow_nan=False))
     assert settings["method"] in RECOVERIES
@@ -159,7 +159,9 @@ def test_unknown_methods_and_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="lr=-1; it must be positive"):
         make_recovery("gradual", lr=-1)
     with pytest.raises(ValueError, match="rounds=0; it must be at least 1"):
-        Iterative(rounds=0)
+        make_recovery("iterative", rounds=0)
+    with pytest.raises(ValueError, match="rounds=3 goes with recovery 'iterative', not with 'lc'"):
+        make_recovery("lc", rounds=3)
 
 
 def test_a_recovery_says_what_it_is() -> None:
@@ -171,4 +173,3 @@ def test_a_recovery_says_what_it_is() -> None:
         "layerwise",
         "none",
     ]
-    assert Layerwise().epochs == Iterative().epochs == LearningCompression().epochs
