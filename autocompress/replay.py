@@ -66,5 +66,5 @@ def _replay(folder: StudyFolder, uri: str | None) -> str:
 
 def _params(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the parent run, as a study that runs logs them."""
-    recovery = {f"lc.{name}": value for name, value in asked.get("recovery", {}).items()}
+    recovery = {f"recovery.{name}": value for name, value in asked.get("recovery", {}).items()}
     return {name: value for name, value in asked.items() if name not in _NOT_PARAMS} | recovery

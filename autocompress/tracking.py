@@ -26,7 +26,7 @@ MEANWHILE = "the study goes on; its own directory has everything"
 
 _FAILURES_IN_A_ROW = 3
 _NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # in what an HTTP client says at length
-_INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "lc.epochs")  # of the study, by every trial
+_INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "recovery.epochs")  # by each trial
 _COSTS = (
     "density",
     "params",

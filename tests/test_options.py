@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 
 from autocompress.cli import cli
 from autocompress.options import options_of, write_config
+from autocompress.recovery import RECOVERIES
+from autocompress.sampler import SAMPLERS
+from autocompress.training import Optimizer
 
 TUNE = cli.commands["tune"]
 
@@ -24,6 +28,14 @@ def config(folder: Path, text: str) -> str:
     file = folder / "tune.toml"
     file.write_text(text, encoding="utf-8")
     return str(file)
+
+
+def test_the_choices_are_all_that_there_is():
+    """The command line writes them out: it must not import torch for --help."""
+    choices = {one.name: tuple(one.type.choices) for one in TUNE.params if hasattr(one.type, "choices")}
+    assert choices["recovery"] == tuple(RECOVERIES)
+    assert choices["sampler"] == SAMPLERS
+    assert choices["optimizer"] == get_args(Optimizer)
 
 
 def test_a_file_gives_options_and_what_is_typed_wins(tmp_path):

@@ -36,7 +36,7 @@ def test_everything_on_disk_is_logged_and_a_second_time_nothing_twice(study):
     assert parent.info.run_id == run_id
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["mlflow.note.content"] == "Met on validation, not certifiable."
-    assert parent.data.params["scheme"] == "StructPrune" and parent.data.params["lc.epochs"] == "30.0"
+    assert parent.data.params["scheme"] == "StructPrune" and parent.data.params["recovery.epochs"] == "30.0"
     assert "provenance" not in parent.data.params
     assert parent.data.metrics["drop_upper_pp"] == 1.63
     assert parent.data.metrics["compressed_params"] == parent.data.metrics["params"] == 400
@@ -44,7 +44,7 @@ def test_everything_on_disk_is_logged_and_a_second_time_nothing_twice(study):
     failed, beyond = found["trial 004 · failed"], found["trial 003 · 0.005"]
     assert failed.data.tags["reason"] == "it diverged"
     assert beyond.data.tags["reason"] == "drops 60.00 points on val, which is beyond the bound"
-    assert beyond.data.params["scheme"] == "StructPrune"
+    assert beyond.data.params["scheme"] == "StructPrune" and beyond.data.params["recovery.epochs"] == "30.0"
 
     assert replay(study) == run_id
     assert set(runs(study.parent)[1]) == set(found)

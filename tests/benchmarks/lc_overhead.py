@@ -3,7 +3,8 @@
     python tests/benchmarks/lc_overhead.py [STEPS]
 
 Recovery by L-C beside plain training of as many gradient steps, with C steps as often as in the default budget of
-30 epochs. Prints processor seconds of each and the overhead; exits with 1 where it exceeds 10%.
+30 epochs; the pass that calibrates BatchNorm afterwards is not counted. Prints processor seconds of each and the
+overhead; exits with 1 where it exceeds 10%.
 """
 
 import copy
@@ -41,7 +42,7 @@ def main() -> int:
         between = time.process_time()
         config.recover(copy.deepcopy(task.model), scheme, facts, 0.1, task, 0)
         ended = time.process_time()
-        # Both end with one pass that BatchNorm is calibrated in; only one of them has taken it.
+        # Whoever trains calibrates BatchNorm in the end; here only recovery has.
         forward = calibration(task)
         plain, lc = between - began, ended - between - forward
         worst = max(worst, lc / plain - 1)
