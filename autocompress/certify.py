@@ -15,6 +15,7 @@ from autocompress.task import Evaluation
 
 Outcome: TypeAlias = Literal["certified", "not certifiable", "not met"]
 
+CONFIDENCE = 0.95  # unless told otherwise
 RESAMPLES = 2000  # for the bounds of the verdict
 RESAMPLES_SE = 100  # for the standard error of one trial: 7% accurate, and there are many trials
 
@@ -85,7 +86,7 @@ def certify(
     max_drop: float,
     *,
     relative: bool = False,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Verdict:
     """Judges on held-out data whether compression cost at most ``max_drop``.
@@ -108,7 +109,8 @@ def certify(
     Raises:
         ValueError: If the two evaluations are not of the same samples, or ``confidence`` is out of range.
     """
-    _check(dense, compressed, confidence)
+    _check(dense, compressed)
+    check_confidence(confidence)
     drop = metric.drop(dense.score, compressed.score, relative=relative)
     if metric.correct is not None:
         lost, gained = _disagreements(metric, dense, compressed)
@@ -180,7 +182,7 @@ def drop_standard_error(
     Raises:
         ValueError: If the two evaluations are not of the same samples.
     """
-    _check(dense, compressed, confidence=0.95)
+    _check(dense, compressed)
     if metric.correct is None:
         drops = _bootstrap_drops(metric, dense, compressed, relative, RESAMPLES_SE, seed=0)
         return float(drops.std(ddof=1)) if len(drops) > 1 else 0.0
@@ -189,7 +191,7 @@ def drop_standard_error(
     return math.sqrt(lost + gained - (lost - gained) ** 2 / n) / n / unit
 
 
-def certifiable_drop(n: int, max_drop: float, disagreement: float, confidence: float = 0.95) -> float | None:
+def certifiable_drop(n: int, max_drop: float, disagreement: float, confidence: float = CONFIDENCE) -> float | None:
     """The largest observed drop that ``n`` test samples could certify, or None when not even a gain would do.
 
     Args:
@@ -210,14 +212,22 @@ def certifiable_drop(n: int, max_drop: float, disagreement: float, confidence: f
     return None
 
 
-def _check(dense: Evaluation, compressed: Evaluation, confidence: float) -> None:
+def check_confidence(confidence: float) -> None:
+    """Refuses what is no confidence.
+
+    Raises:
+        ValueError: If it does not lie between 0.5 and 1.
+    """
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0.5 and 1, such as 0.95")
+
+
+def _check(dense: Evaluation, compressed: Evaluation) -> None:
     if len(dense.targets) == 0 or not np.array_equal(dense.targets, compressed.targets):
         raise ValueError(
             f"the dense model was scored on {len(dense.targets)} samples and the compressed one on "
             f"{len(compressed.targets)}, not the same in the same order; score both on an unshuffled split"
         )
-    if not 0.5 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0.5 and 1, such as 0.95")
 
 
 def _disagreements(metric: Metric, dense: Evaluation, compressed: Evaluation) -> tuple[int, int]:

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autocompress.commands import COMMANDS
-from autocompress.options import OUT, TRACKING_URI, Duration, MaxDrop, Positive, checked, read_config, write_config
+from autocompress.options import (
+    OUT,
+    TRACKING_URI,
+    Duration,
+    MaxDrop,
+    Positive,
+    Share,
+    checked,
+    read_config,
+    write_config,
+)
 from autocompress.task_options import restore, take_options, task_options
 
 if TYPE_CHECKING:
@@ -20,7 +30,7 @@ if TYPE_CHECKING:
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 TRAINING = ("lr", "optimizer", "distill", "rounds")  # options of a trial's recovery, besides its epochs
-BUDGET = ("trials", "timeout", "device")  # options that may change when a study is resumed
+BUDGET = ("trials", "timeout", "tolerance", "device")  # options that may change when a study is resumed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,6 +63,20 @@ def cli() -> None:
 @click.option("--objective", default="density", show_default=True, help="What to optimize: NAME or FILE.py:NAME.")
 @click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
+@click.option(
+    "--tolerance",
+    type=Share(0, 1),
+    default="15%",
+    show_default=True,
+    help="Stop when the lowest density within the bound is known to within this share of it.",
+)
+@click.option(
+    "--confidence",
+    type=Share(0.5, 1),
+    default="95%",
+    show_default=True,
+    help="Of the verdict on test.",
+)
 @click.option(
     "--epochs",
     type=Positive(),
@@ -195,7 +219,18 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     restore(options, given, asked)
     recovery = asked["recovery"]
     asked |= {name: recovery.get(name) for name in ("epochs", *TRAINING)} | {"recovery": recovery["method"]}
-    same = ("scheme", "max_drop", "drop", "objective", "recovery", "epochs", *TRAINING, "sampler", "seed")
+    same = (
+        "scheme",
+        "max_drop",
+        "drop",
+        "objective",
+        "recovery",
+        "epochs",
+        *TRAINING,
+        "sampler",
+        "seed",
+        "confidence",
+    )
     for name in (*same, *BUDGET):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = asked[name]

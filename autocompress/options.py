@@ -36,6 +36,23 @@ class MaxDrop(click.ParamType[float]):
         return drop
 
 
+class Share(click.ParamType[float]):
+    """A share as ``15%`` or ``0.15``, above ``low`` and below ``high``."""
+
+    name = "share"
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a fraction: 0.15 for ``15%``."""
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", str(value))
+        share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+        if not self.low < share < self.high:
+            self.fail(f"{value!r} is not between {self.low:.0%} and {self.high:.0%}; write 90% or 0.9")
+        return share
+
+
 class Positive(click.FloatRange):
     """A finite number above 0; click's own range lets ``nan`` through."""
 

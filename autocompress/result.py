@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from torch import nn
 
-from autocompress.certify import Verdict
+from autocompress.certify import CONFIDENCE, Verdict, check_confidence
 from autocompress.constraint import Checked, Constraint, Judged
 from autocompress.export import Export
 from autocompress.goal import Objective
@@ -20,7 +20,7 @@ from autocompress.per_class import PerClass
 from autocompress.posterior import Posterior
 from autocompress.recovery import Recovery, settings_of
 from autocompress.scheme import Scheme, describe
-from autocompress.search import INTERRUPTED
+from autocompress.search import INTERRUPTED, TOLERANCE
 from autocompress.task import Task
 from autocompress.trial import Bound, TrialResult
 
@@ -46,6 +46,8 @@ class Settings:
         timeout_s: Seconds after which no further trial begins; None for no limit.
         device: Where trials run and measurements are taken, as torch names it.
         constraints: What else the compressed model must reach.
+        tolerance: The search ends when the lowest feasible density is known to within this share.
+        confidence: Of the bounds that the verdict states.
     """
 
     scheme: Scheme
@@ -58,6 +60,8 @@ class Settings:
     timeout_s: float | None = None
     device: str = "cpu"
     constraints: tuple[Constraint, ...] = ()
+    tolerance: float = TOLERANCE
+    confidence: float = CONFIDENCE
 
     @property
     def unit(self) -> str:
@@ -71,6 +75,9 @@ class Settings:
             raise ValueError(f"trials={self.trials}; it must be at least 1")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise ValueError(f"timeout={self.timeout_s}; it must be positive")
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance={self.tolerance}; it must be positive (0.1 is a tenth of the density)")
+        check_confidence(self.confidence)
 
     def identity(self, task: Task) -> dict[str, Any]:
         """What makes it the same study when it is resumed: JSON types only."""
@@ -86,11 +93,17 @@ class Settings:
             "sampler": self.sampler,
             "seed": self.seed,
             "recovery": settings_of(self.recovery),
+            "confidence": self.confidence,
         }
 
     def budget(self) -> dict[str, Any]:
         """What may change when the study is resumed: JSON types only."""
-        return {"trials": self.trials, "timeout": self.timeout_s, "device": self.device}
+        return {
+            "trials": self.trials,
+            "timeout": self.timeout_s,
+            "tolerance": self.tolerance,
+            "device": self.device,
+        }
 
 
 @dataclass(frozen=True)

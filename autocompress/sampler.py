@@ -133,7 +133,7 @@ class ThresholdSampler(_DensitySampler):
         low, high = posterior.interval()
         known = f"the threshold lies between densities {low:.3g} and {high:.3g} with 80% probability"
         if high / low <= 1 + tolerance:
-            return f"{known}, within the tolerance of {tolerance:.3g}"
+            return f"{known}, within the tolerance of {tolerance:.0%}"
         low, high = posterior.learnable_interval()
         if high / low <= 1 + tolerance:
             return f"{known}, and more trials on the same validation samples cannot tell it better"

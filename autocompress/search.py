@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
 ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
-TOLERANCE = 0.15  # the search ends when the threshold's density is known to within this share
+TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
 
@@ -65,6 +65,7 @@ class Plan:
         trials: Trials in all, those of an earlier run of the study included.
         timeout_s: Seconds after which no further trial begins; None for no limit.
         workers: Trials at a time.
+        tolerance: The search ends when the threshold's density is known to within this share.
     """
 
     low: float
@@ -72,6 +73,7 @@ class Plan:
     trials: int
     timeout_s: float | None = None
     workers: int = 1
+    tolerance: float = TOLERANCE
 
 
 def open_study(journal: Path, direction: Direction | None = None) -> optuna.Study:
@@ -184,7 +186,7 @@ def _reason_to_stop(study: optuna.Study, plan: Plan, deadline: float | None) -> 
         return "the grid is complete"
     if not isinstance(study.sampler, ThresholdSampler) or not finished(study):
         return None
-    known = study.sampler.done(study.get_trials(deepcopy=False), TOLERANCE)
+    known = study.sampler.done(study.get_trials(deepcopy=False), plan.tolerance)
     if known or left <= max(1, plan.trials // 4):
         density = _missing(study, plan)
         if density is not None:
@@ -199,7 +201,7 @@ def _missing(study: optuna.Study, plan: Plan) -> float | None:
     assert belief is not None
     density = belief.threshold(PROBABILITY)
     if best is not None and belief.p_feasible(best.user_attrs["density"]) >= PROBABILITY:
-        return density if best.user_attrs["density"] > (1 + TOLERANCE) * density else None
+        return density if best.user_attrs["density"] > (1 + plan.tolerance) * density else None
     return density
 
 

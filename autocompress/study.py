@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from autocompress.bundle import Provenance, rebuild
-from autocompress.certify import certifiable_drop, certify, conclude
+from autocompress.certify import CONFIDENCE, certifiable_drop, certify, conclude
 from autocompress.constraint import Constraint, parse_constraints
 from autocompress.data import digits
 from autocompress.environment import provenance
@@ -32,6 +32,7 @@ from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Sil
 from autocompress.sampler import make_sampler
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
 from autocompress.search import (
+    TOLERANCE,
     InProcess,
     Plan,
     add_dense,
@@ -70,6 +71,8 @@ def tune(
     objective: str | Objective | Callable[[Measurement], float] = "density",
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
+    tolerance: float = TOLERANCE,
+    confidence: float = CONFIDENCE,
     epochs: float | None = None,
     recovery: str | Recovery = "lc",
     sampler: str = "threshold",
@@ -94,6 +97,9 @@ def tune(
         objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`.
         trials: How many trials, at most.
         timeout: Seconds after which no further trial begins.
+        tolerance: The search ends when the lowest feasible density is known to within this share of it, with 80%
+            probability: 0.15 is 15%.
+        confidence: Of the verdict on test, between 0.5 and 1.
         epochs: Gradient steps of one trial's recovery, in passes over the training data.
         recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a
             `LearningCompression` with settings of your own; ``epochs`` replaces its budget.
@@ -122,6 +128,8 @@ def tune(
         trials=trials,
         timeout_s=timeout,
         device=usable_device(device),
+        tolerance=tolerance,
+        confidence=confidence,
     )
     watcher = watcher or Silent()
     if name is not None:
@@ -198,7 +206,7 @@ class Study:
         self.dense_cost, self.timing = self._measure_dense()
         lowest = settings.scheme.lowest_density(self.facts)
         low = max(lowest, LOWEST_DENSITY) if settings.scheme.takes_density else 1.0
-        self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s)
+        self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s, tolerance=settings.tolerance)
         dense_value = settings.objective(self.dense_cost)
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
         self.folder.update_settings({"dense_value": dense_value})
@@ -254,13 +262,14 @@ class Study:
         missed = tuple(one.warning for one in self.dense_checked if not one.met)
         if self.task.metric.correct is None or bound.relative:
             return missed
-        observed = certifiable_drop(n, bound.max_drop, DISAGREEMENT)
+        confidence = self.settings.confidence
+        observed = certifiable_drop(n, bound.max_drop, DISAGREEMENT, confidence)
         where = f"with {n} test samples, and models that disagree on {DISAGREEMENT:.0%} of them"
         if observed is None:
             return (*missed, f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp")
         amount = f"{100 * abs(observed):.2f} pp"
         must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
-        within = f"to be certified within {100 * bound.max_drop:g} pp"
+        within = f"to be certified within {100 * bound.max_drop:g} pp with {100 * confidence:g}% confidence"
         return (*missed, f"{where}, the answer must {must} on test {within}")
 
     def _spec(self, number: int, density: float) -> TrialSpec:
@@ -332,7 +341,9 @@ class Study:
         with span(0.5, 1):
             test = task.evaluate(model, task.test)
         bound = settings.bound
-        certificate = certify(task.metric, dense_test, test, bound.max_drop, relative=bound.relative)
+        certificate = certify(
+            task.metric, dense_test, test, bound.max_drop, relative=bound.relative, confidence=settings.confidence
+        )
         judged = tuple(constraint.judge(test) for constraint in settings.constraints)
         outcome, sentence = conclude(certificate, judged)
         self.watcher.doing("measuring the answer beside the dense model")
@@ -384,7 +395,8 @@ class Study:
         )
 
     def _nearest_miss(self) -> str:
-        unit = self.settings.unit
+        """What came nearest to the bound, and what would help, in words for the command line and Python alike."""
+        unit, recovery = self.settings.unit, self.settings.recovery
         bound = f"{100 * self.settings.bound.max_drop:g}{unit}"
         if not self.records:
             return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."
@@ -394,8 +406,9 @@ class Study:
         return (
             f"Not met: of {len(self.records)} trials none loses at most {bound}{meeting} on val; "
             f"the nearest loses "
-            f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. A larger --max-drop, more "
-            "--epochs or another --scheme may help."
+            f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
+            f"drop, more epochs of recovery than {recovery.epochs:g}, another scheme than "
+            f"{describe(self.settings.scheme)}, or more trials than {self.settings.trials}."
         )
 
     def _result(self, stopped: str, **found: Any) -> Result:

@@ -51,6 +51,15 @@ def test_underscores_will_do_and_a_number_is_a_fraction(tmp_path):
     assert parse("--config", config(tmp_path, "max_drop = 0.01\n")).params["max_drop"] == 0.01
 
 
+def test_shares_are_percent_or_fractions_and_keep_to_their_range():
+    params = parse("--tolerance", "5%", "--confidence", "0.99").params
+    assert (params["tolerance"], params["confidence"]) == (0.05, 0.99)
+    assert (parse().params["tolerance"], parse().params["confidence"]) == (0.15, 0.95)
+    for option, value in (("tolerance", "0"), ("confidence", "95"), ("confidence", "50%"), ("tolerance", "nan")):
+        with pytest.raises(click.BadParameter, match="is not between"):
+            parse(f"--{option}", value)
+
+
 def test_an_unknown_key_is_refused_with_the_nearest_option(tmp_path):
     with pytest.raises(click.BadParameter, match="'max-dorp', which is no option; did you mean 'max-drop'"):
         parse("--config", config(tmp_path, "max-dorp = 1\n"))
