@@ -26,7 +26,7 @@ from autocompress.layers import compare_layers
 from autocompress.measurement import Measurement, compare, count_macs, measure
 from autocompress.per_class import per_class
 from autocompress.progress import span
-from autocompress.recovery import Recovery, make_recovery, with_epochs
+from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
 from autocompress.report import write_report
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.sampler import make_sampler
@@ -396,19 +396,19 @@ class Study:
 
     def _nearest_miss(self) -> str:
         """What came nearest to the bound, and what would help, in words for the command line and Python alike."""
-        unit, recovery = self.settings.unit, self.settings.recovery
+        unit, epochs = self.settings.unit, settings_of(self.settings.recovery).get("epochs")
         bound = f"{100 * self.settings.bound.max_drop:g}{unit}"
         if not self.records:
             return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."
         nearest = min(self.records, key=lambda r: r.effective_drop(self.settings.bound.max_drop)[0])
         besides = "".join(f" and has {one.metric} {one.value:.4f}" for one in nearest.constraints)
         meeting = "".join(f" and meets {one.text}" for one in nearest.constraints)
+        longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
         return (
             f"Not met: of {len(self.records)} trials none loses at most {bound}{meeting} on val; "
             f"the nearest loses "
             f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
-            f"drop, more epochs of recovery than {recovery.epochs:g}, another scheme than "
-            f"{describe(self.settings.scheme)}, or more trials than {self.settings.trials}."
+            f"drop, {longer}, another scheme than {describe(self.settings.scheme)}, or more trials than {self.settings.trials}."
         )
 
     def _result(self, stopped: str, **found: Any) -> Result:
