@@ -408,7 +408,8 @@ class Study:
             f"Not met: of {len(self.records)} trials none loses at most {bound}{meeting} on val; "
             f"the nearest loses "
             f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
-            f"drop, {longer}, another scheme than {describe(self.settings.scheme)}, or more trials than {self.settings.trials}."
+            f"drop, {longer}, another scheme than {describe(self.settings.scheme)}, or more trials "
+            f"than {self.settings.trials}."
         )
 
     def _result(self, stopped: str, **found: Any) -> Result:
