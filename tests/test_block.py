@@ -10,6 +10,8 @@ from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import BlockPrune, Quantize16
 from autocompress.testing import Case, SchemeConformance, lived_in
 
+FEW = (0.7, 0.2, 0.05)  # densities, where the scheme itself is checked at more of them
+
 
 class Blockwise(SchemeConformance):
     __test__ = False
@@ -24,16 +26,22 @@ class TestBlockPrune(Blockwise):
 
 
 class TestBlockPruneOfUnequalSides(Blockwise):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return BlockPrune(block=(3, 5), criterion="l1", min_keep=2)
 
 
 class TestBlockPruneByGradients(Blockwise):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return BlockPrune(criterion="obd")
 
 
 class TestBlockPruneQuantize16(Blockwise):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return Compose(BlockPrune(), Quantize16(dtype="bf16"))
 

@@ -14,6 +14,8 @@ from autocompress.schemes import LowRank, Quantize16
 from autocompress.schemes.lowrank import Matrices
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
 
+FEW = (0.7, 0.2, 0.05)  # densities, where the scheme itself is checked at more of them
+
 
 def largest_rank_one(facts: Matrices) -> int:
     return max(sum(shape) for shape in facts.shapes.values())
@@ -28,11 +30,15 @@ class TestLowRank(SchemeConformance):
 
 
 class TestLowRankOfTwo(TestLowRank):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return LowRank(min_rank=2)
 
 
 class TestLowRankQuantize16(SchemeConformance):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return Compose(LowRank(), Quantize16(dtype="bf16"))
 

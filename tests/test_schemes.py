@@ -177,16 +177,22 @@ class TestFloat16(SchemeConformance):
 
 
 class TestPruneQuantize16(SchemeConformance):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return PruneQuantize16()
 
 
 class TestStructPruneQuantize16(Structured):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return StructPruneQuantize16()
 
 
 class TestFilterPruneQuantize16(Structured):
+    densities = FEW
+
     def make_scheme(self) -> Scheme:
         return FilterPruneQuantize16()
 
