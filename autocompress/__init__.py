@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from autocompress.bundle import load
     from autocompress.data import digits
     from autocompress.goal import Objective, objective
+    from autocompress.latency import Latency
     from autocompress.lc import LearningCompression
-    from autocompress.measurement import Latency, Measurement, compare, measure
+    from autocompress.measurement import Measurement, compare, measure
     from autocompress.metrics import Metric, accuracy, balanced_accuracy
     from autocompress.own_task import make_task
     from autocompress.result import Result, Watcher
@@ -26,7 +27,8 @@ _HOMES = {
     "data": ("digits",),
     "lc": ("LearningCompression",),
     "own_task": ("make_task",),
-    "measurement": ("Latency", "Measurement", "compare", "measure"),
+    "latency": ("Latency",),
+    "measurement": ("Measurement", "compare", "measure"),
     "metrics": ("Metric", "accuracy", "balanced_accuracy"),
     "goal": ("Objective", "objective"),
     "result": ("Result", "Watcher"),

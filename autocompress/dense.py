@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.measurement import count_macs
+from autocompress.macs import count_macs
 from autocompress.models import cached
 from autocompress.progress import heard_by
 from autocompress.task import Batch, Task, as_bytes, device_of, fingerprint

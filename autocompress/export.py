@@ -5,13 +5,9 @@ fresh process and is offered only if it answers as the model does. Beside them l
 itself back, see `autocompress.bundle`.
 """
 
-import contextlib
 import copy
-import io
-import logging
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +17,8 @@ from torch import Tensor, nn
 
 from autocompress import bundle, progress
 from autocompress.bundle import Provenance, dtype_name
-from autocompress.onnx_export import weight_dtype, write_onnx
+from autocompress.deployed import deployed
+from autocompress.onnx_export import quietly, weight_dtype, write_onnx
 from autocompress.parity import Arrays, FreshProcess, reason
 
 FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "safetensors": bundle.WEIGHTS}
@@ -63,6 +60,9 @@ def export(
     tolerance: float | None = None,
 ) -> Export:
     """Writes the model in every format, checks each, and keeps those that answer as the model does.
+
+    What is there to run, ``model.pt2`` and ``model.onnx``, has BatchNorm folded; ``model.safetensors`` has it as
+    it was trained.
 
     Files appear in ``directory`` one by one, each complete; those of an earlier export are replaced.
 
@@ -127,9 +127,11 @@ def _write_all(
     """Writes every format into ``folder``; for each its error against the model, or why there is none."""
     # Zeros: exporters may store the input that they trace with, and the data is not ours to ship.
     traced = torch.zeros_like(probes[-1])
+    # A copy, as the caller's is stored beside it, in the layout that exporters know best.
+    runs = copy.deepcopy(deployed(model, probes[0])).to(memory_format=torch.contiguous_format)
     writers: dict[str, Callable[[Path], None]] = {
-        "pt2": lambda path: _write_pt2(model, traced, path),
-        "onnx": lambda path: write_onnx(model, traced, path),
+        "pt2": lambda path: _write_pt2(runs, traced, path),
+        "onnx": lambda path: write_onnx(runs, traced, path),
         "safetensors": lambda path: bundle.save(model, probes[0], path.parent, provenance),
     }
     failed: dict[str, float | str] = {}
@@ -137,7 +139,7 @@ def _write_all(
         for done, (name, write) in enumerate(writers.items()):
             progress.report(done / len(writers))
             try:
-                with _quiet():
+                with quietly():
                     write(folder / FILES[name])
             except Exception as error:  # an exporter may raise anything; it costs this one format
                 failed[name] = reason(error)
@@ -175,25 +177,6 @@ def _refusal(error: float | str, tolerance: float) -> str | None:
         return error
     too_far = f"its logits differ by {error:.1e} of the largest, more than the {tolerance:.0e} allowed"
     return None if error <= tolerance else too_far
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporters' talk about their own insides off the terminal; errors come through.
-
-    They print graphs, log hints, and warn of deprecations between their own parts, which is for their
-    maintainers to act on.
-    """
-    logged = logging.root.manager.disable
-    said = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
-            warnings.simplefilter("ignore", category)
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logged)
 
 
 def _publish(staging: Path, directory: Path, refused: Mapping[str, str]) -> None:

@@ -4,10 +4,11 @@ Everything is optional. A driver, a container or a GPU may lack any of the numbe
 None and costs none of the others. Without a GPU the window is empty.
 """
 
+import functools
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from statistics import fmean
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -15,67 +16,136 @@ from typing import Any, TypeVar
 import torch
 
 SAMPLE_EVERY_S = 0.1
+MAX_SAMPLES = 512  # of a window; a longer one is sampled half as often, again and again
 # The energy counter moves every 20 to 100 ms: over less than this its steps would show.
 MIN_ENERGY_WINDOW_S = 1.0
+# Bits of the driver's answer to why clocks are below what they could be; an idle GPU is not throttled, nor is one
+# whose clocks somebody has set.
+THROTTLING = {
+    "SwPowerCap": "power cap",
+    "HwSlowdown": "hardware slowdown",
+    "HwThermalSlowdown": "temperature (hardware)",
+    "SwThermalSlowdown": "temperature (driver)",
+    "HwPowerBrakeSlowdown": "power brake",
+}
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One reading of a GPU.
+    """One reading of a GPU; None for what the driver does not tell.
 
     Attributes:
         seconds: Since the window began.
-        free_bytes: Memory that nobody uses on the whole GPU.
-        utilization_pct: Share of the driver's last sampling period in which a kernel was resident.
+        used_bytes: Memory in use on the whole GPU.
+        free_bytes: What is free of it.
+        process_bytes: What this process held.
+        utilization_pct: Share of the last moments, a sixth of a second to one, in which a kernel was resident.
+        power_w: Power draw.
+        clock_mhz: Clock of the multiprocessors.
+        throttled: Why clocks are held back, by the names of `THROTTLING`.
     """
 
     seconds: float
-    free_bytes: int | None
-    utilization_pct: float | None
+    used_bytes: int | None = None
+    free_bytes: int | None = None
+    process_bytes: int | None = None
+    utilization_pct: float | None = None
+    power_w: float | None = None
+    clock_mhz: float | None = None
+    throttled: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class GpuUsage:
-    """What a window saw; None for what the driver does not tell.
+    """What a window saw; empty without a GPU.
 
     Attributes:
-        memory_bytes: The most memory in use on the whole GPU.
-        process_memory_bytes: The most memory that this process held on it.
-        utilization_pct: Mean share of the time in which a kernel was resident.
-        power_w: Mean power draw.
-        energy_j: Energy drawn by the whole GPU during the window, if it lasted a second or more.
-        samples: Readings behind the maxima and means.
-        timeline: Memory and utilization, reading by reading.
+        timeline: The readings, evenly spaced in time.
+        began_at_s: When the window began, in seconds since 1970.
+        energy_j: Energy drawn by the whole GPU during the window, if it lasted a second or more; None where the
+            driver does not count it.
     """
 
-    memory_bytes: int | None = None
-    process_memory_bytes: int | None = None
-    utilization_pct: float | None = None
-    power_w: float | None = None
-    energy_j: float | None = None
-    samples: int | None = None
     timeline: tuple[Moment, ...] = ()
+    energy_j: float | None = None
+    began_at_s: float = 0.0
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "GpuUsage":
+        """What was seen, from its fields as they were written to disk."""
+        moments = [dict(moment) for moment in record["timeline"]]
+        for moment in moments:
+            if moment.get("throttled") is not None:
+                moment["throttled"] = tuple(moment["throttled"])
+        return cls(tuple(Moment(**moment) for moment in moments), record["energy_j"], record["began_at_s"])
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most memory in use on the whole GPU."""
+        return max(self._known("used_bytes"), default=None)
+
+    @property
+    def process_memory_bytes(self) -> int | None:
+        """The most memory that this process held on it."""
+        return max(self._known("process_bytes"), default=None)
+
+    @property
+    def utilization_pct(self) -> float | None:
+        """Mean share of the time in which a kernel was resident."""
+        return _mean(self._known("utilization_pct"))
+
+    @property
+    def power_w(self) -> float | None:
+        """Mean power draw."""
+        return _mean(self._known("power_w"))
+
+    @property
+    def clock_mhz(self) -> float | None:
+        """Mean clock of the multiprocessors."""
+        return _mean(self._known("clock_mhz"))
+
+    @property
+    def throttled(self) -> tuple[str, ...] | None:
+        """Why clocks were held back at any moment of the window; empty when they were not."""
+        known = list(self._known("throttled"))
+        return tuple(sorted({reason for reasons in known for reason in reasons})) if known else None
+
+    def over_time(self) -> dict[str, list[tuple[float, float]]]:
+        """Utilization, memory used and free, and power: pairs of a time in seconds since 1970 and a value."""
+        names = {
+            "utilization_pct": "utilization_pct",
+            "memory_used_bytes": "used_bytes",
+            "memory_free_bytes": "free_bytes",
+            "power_w": "power_w",
+        }
+        return {
+            said: [(self.began_at_s + moment.seconds, float(value)) for moment, value in self._known_at(name)]
+            for said, name in names.items()
+            if any(self._known_at(name))
+        }
+
+    def _known_at(self, name: str) -> Iterable[tuple[Moment, Any]]:
+        pairs = ((moment, getattr(moment, name)) for moment in self.timeline)
+        return ((moment, value) for moment, value in pairs if value is not None)
+
+    def _known(self, name: str) -> Iterable[Any]:
+        return (value for _, value in self._known_at(name))
 
 
-@dataclass
-class _Readings:
-    memory_bytes: list[int] = field(default_factory=list)
-    process_memory_bytes: list[int] = field(default_factory=list)
-    utilization_pct: list[float] = field(default_factory=list)
-    power_w: list[float] = field(default_factory=list)
-    samples: int = 0
-    timeline: list[Moment] = field(default_factory=list)
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return fmean(values) if values else None
 
 
 class GpuWindow:
     """Watches a GPU during a ``with`` block; `usage` holds what was seen once the block is over.
 
     Args:
-        device: The device the block computes on. For other than CUDA devices all of `usage` is None.
+        device: The device the block computes on. For other than CUDA devices `usage` is empty.
         nvml: The NVML binding; the module ``pynvml`` by default.
-        every_s: Seconds from one reading to the next.
+        every_s: Seconds from one reading to the next; more in a long window, see `MAX_SAMPLES`.
     """
 
     def __init__(self, device: torch.device, nvml: Any = None, every_s: float = SAMPLE_EVERY_S) -> None:
@@ -97,16 +167,15 @@ class GpuWindow:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError:  # no driver
             return self
-        # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's.
-        self._gpu = self._read(lambda: self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+        self._gpu = self._handle(uuid)
         if self._gpu is None:
             self._nvml.nvmlShutdown()
             return self
-        self._readings = _Readings()
+        self._timeline: list[Moment] = []
         self._over = Event()
         self._thread = Thread(target=self._sample_until_over, name="autocompress-gpu", daemon=True)
         self._energy_at_start_mj = self._energy_mj()
-        self._start_s = time.monotonic()
+        self._start_s, self._began_at_s = time.monotonic(), time.time()
         self._thread.start()
         return self
 
@@ -121,47 +190,56 @@ class GpuWindow:
         energy_j = None
         if energy_mj is not None and self._energy_at_start_mj is not None and seconds >= MIN_ENERGY_WINDOW_S:
             energy_j = (energy_mj - self._energy_at_start_mj) / 1e3
-        seen = self._readings
-        self.usage = GpuUsage(
-            memory_bytes=max(seen.memory_bytes, default=None),
-            process_memory_bytes=max(seen.process_memory_bytes, default=None),
-            utilization_pct=fmean(seen.utilization_pct) if seen.utilization_pct else None,
-            power_w=fmean(seen.power_w) if seen.power_w else None,
-            energy_j=energy_j,
-            samples=seen.samples,
-            timeline=tuple(seen.timeline),
-        )
+        self.usage = GpuUsage(tuple(self._timeline), energy_j, self._began_at_s)
+
+    def _handle(self, uuid: str) -> Any:
+        """By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's.
+
+        A slice of a GPU (MIG) has a UUID and memory of its own; NVML does not tell its utilization or power.
+        """
+        names = [uuid] if uuid.startswith(("GPU-", "MIG-")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
+        found = (self._read(functools.partial(self._nvml.nvmlDeviceGetHandleByUUID, name)) for name in names)
+        return next((handle for handle in found if handle is not None), None)
 
     def _sample_until_over(self) -> None:
-        over = False
+        over, every_s = False, self._every_s
         while not over:  # the last sample is taken as the block ends, so that a short one has one too
-            over = self._over.wait(self._every_s)
-            self._sample()
+            over = self._over.wait(every_s)
+            self._timeline.append(self._sample())
+            if len(self._timeline) == MAX_SAMPLES:
+                self._timeline, every_s = self._timeline[1::2], 2 * every_s
 
-    def _sample(self) -> None:
-        nvml, gpu, seen = self._nvml, self._gpu, self._readings
-        seen.samples += 1
-        if (memory := self._read(lambda: nvml.nvmlDeviceGetMemoryInfo(gpu))) is not None:
-            seen.memory_bytes.append(memory.used)
-        if (percent := self._read(lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)) is not None:
-            seen.utilization_pct.append(percent)
-        seconds = time.monotonic() - self._start_s
-        seen.timeline.append(Moment(seconds, None if memory is None else memory.free, percent))
-        if (milliwatts := self._read(lambda: nvml.nvmlDeviceGetPowerUsage(gpu))) is not None:
-            seen.power_w.append(milliwatts / 1e3)
+    def _sample(self) -> Moment:
+        nvml, gpu = self._nvml, self._gpu
+        memory = self._read(lambda: nvml.nvmlDeviceGetMemoryInfo(gpu))
+        percent = self._read(lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+        milliwatts = self._read(lambda: nvml.nvmlDeviceGetPowerUsage(gpu))
         processes = self._read(lambda: nvml.nvmlDeviceGetComputeRunningProcesses(gpu)) or ()
-        seen.process_memory_bytes += [
-            p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory is not None
-        ]
+        ours = [p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory is not None]
+        return Moment(
+            seconds=time.monotonic() - self._start_s,
+            used_bytes=memory.used if memory is not None else None,
+            free_bytes=memory.free if memory is not None else None,
+            process_bytes=sum(ours) if ours else None,
+            utilization_pct=percent,
+            power_w=milliwatts / 1e3 if milliwatts is not None else None,
+            clock_mhz=self._read(lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
+            throttled=self._read(self._throttling),
+        )
+
+    def _throttling(self) -> tuple[str, ...]:
+        bits = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._gpu)
+        masks = {said: getattr(self._nvml, f"nvmlClocksThrottleReason{name}") for name, said in THROTTLING.items()}
+        return tuple(said for said, mask in masks.items() if bits & mask)
 
     def _energy_mj(self) -> int | None:
         return self._read(lambda: int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu)))
 
     def _read(self, call: Callable[[], T]) -> T | None:
-        """What one NVML call returns; None where it is not supported."""
+        """What one NVML call returns; None where the GPU, the driver or the binding does not support it."""
         try:
             return call()
-        except self._nvml.NVMLError:
+        except (self._nvml.NVMLError, AttributeError):
             return None
 
 

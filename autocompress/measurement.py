@@ -1,53 +1,37 @@
 """Measurement: what a model costs. Every number is measured here or absent."""
 
 import copy
-import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from autocompress import progress
+from autocompress.cpu_energy import CpuEnergy
+from autocompress.deployed import deployed, is_channels_last
 from autocompress.gpu import GpuWindow
+from autocompress.latency import Latency, time_in_turns
+from autocompress.macs import count_macs, count_params
+from autocompress.memory import peak_bytes
+from autocompress.onnx_export import weight_dtype
+from autocompress.runtimes import CannotRun, Run, Runtime, check_runtime, prepare
 from autocompress.task import device_of, evaluating
 from autocompress.weights import to_bytes
 
-MIN_REPEATS = 20
-# Timing ends when the median is known to this share of itself, with about 95% confidence.
-MEDIAN_PRECISION = 0.03
 # Long against the 20 to 100 ms between two steps of a GPU's energy counter.
 ENERGY_WINDOW_S = 2.0
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Time of one forward pass.
-
-    Attributes:
-        batch: Samples in the pass.
-        p50_ms: Median, in milliseconds.
-        p95_ms: 95th percentile, in milliseconds.
-        repeats: Timed passes behind the two.
-    """
-
-    batch: int
-    p50_ms: float
-    p95_ms: float
-    repeats: int
-
-
-@dataclass(frozen=True)
 class Measurement:
     """What a model costs; a field that was not or cannot be measured is None.
+
+    Counted on the model as it is: density, parameters, bytes and MACs. Measured on the form in which it is
+    deployed, BatchNorm folded and channels last, see `autocompress.deployed.deployed`: everything else.
 
     Attributes:
         density: Parameters kept over parameters of the dense model.
@@ -55,13 +39,24 @@ class Measurement:
         size_bytes: The saved weights on disk.
         macs: Multiply-accumulate operations of one sample's forward pass.
         device: Where it was measured, e.g. ``"cpu"`` or ``"cuda:0 NVIDIA H200"``.
-        latency: Per batch size, smallest first; empty when no time was taken.
-        peak_memory_bytes: Weights plus the most that one forward pass at the largest batch allocated at once
-            (its input left out).
+        latency: Per runtime and batch size: those of ``runtime`` first, smallest batch first; empty when no time
+            was taken.
+        peak_memory_bytes: Weights plus ``activation_memory_bytes``.
         gpu_memory_bytes: Memory in use on the whole GPU (NVML).
         gpu_utilization_pct: Share of the time in which a kernel ran (NVML).
         gpu_power_w: Mean power while it ran (NVML).
-        energy_j: Energy of one sample's inference at the largest batch (NVML's energy counter).
+        energy_j: Energy of one sample's inference at the largest batch: NVML's energy counter on a GPU, RAPL's of
+            the processor packages on a CPU that has it and lets it be read.
+        activation_memory_bytes: The most that one forward pass at the largest batch allocated at once, its input
+            left out.
+        gpu_process_memory_bytes: What this process held of the GPU's memory (NVML).
+        gpu_clock_mhz: Mean clock of the multiprocessors while it ran (NVML).
+        gpu_throttled: Why the GPU held its clocks back while it ran; empty when it did not (NVML).
+        runtime: What ran it for the numbers that objectives see, see `autocompress.runtimes.RUNTIMES`.
+        dtype: Type of its weights, such as ``"float32"``; None when no time was taken, as the next two.
+        memory_format: ``"channels_last"`` or ``"contiguous"``.
+        threads: Of the CPU.
+        not_run: For each runtime that was asked for and could not run the model, why.
     """
 
     density: float
@@ -75,23 +70,44 @@ class Measurement:
     gpu_utilization_pct: float | None = None
     gpu_power_w: float | None = None
     energy_j: float | None = None
+    activation_memory_bytes: int | None = None
+    gpu_process_memory_bytes: int | None = None
+    gpu_clock_mhz: float | None = None
+    gpu_throttled: tuple[str, ...] | None = None
+    runtime: Runtime = "eager"
+    dtype: str | None = None
+    memory_format: str | None = None
+    threads: int | None = None
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Measurement":
         """A measurement from its fields as they were written to disk; unknown ones are left out."""
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in record.items() if name in known}
-        return cls(**given | {"latency": tuple(Latency(**one) for one in record.get("latency", ()))})
+        given["latency"] = tuple(Latency(**one) for one in record.get("latency", ()))
+        if given.get("gpu_throttled") is not None:
+            given["gpu_throttled"] = tuple(given["gpu_throttled"])
+        return cls(**given)
+
+    @property
+    def _own_latency(self) -> tuple[Latency, ...]:
+        return tuple(one for one in self.latency if one.runtime == self.runtime)
 
     @property
     def latency_ms(self) -> float | None:
-        """Median time of one forward pass at the smallest batch measured (1 by default)."""
-        return self.latency[0].p50_ms if self.latency else None
+        """Median time of one forward pass in ``runtime`` at the smallest batch measured (1 by default)."""
+        return self._own_latency[0].p50_ms if self._own_latency else None
 
     @property
     def throughput_per_s(self) -> float | None:
-        """Samples a second at the largest batch measured (32 by default)."""
-        return 1e3 * self.latency[-1].batch / self.latency[-1].p50_ms if self.latency else None
+        """Samples a second in ``runtime`` at the largest batch measured (32 by default)."""
+        return self._own_latency[-1].throughput_per_s if self._own_latency else None
+
+    @property
+    def noise(self) -> float:
+        """The widest of the intervals of its latencies in ``runtime``; 0 when no time was taken."""
+        return max((one.interval or 0.0 for one in self._own_latency), default=0.0)
 
 
 def measure(
@@ -104,6 +120,7 @@ def measure(
     batch_sizes: Sequence[int] = (1, 32),
     timing: bool = True,
     budget_s: float = 0.6,
+    runtimes: Sequence[str] = ("eager",),
 ) -> Measurement:
     """What one model costs, see `compare`."""
     return compare(
@@ -115,6 +132,7 @@ def measure(
         batch_sizes=batch_sizes,
         timing=timing,
         budget_s=budget_s,
+        runtimes=runtimes,
     )[0]
 
 
@@ -128,6 +146,7 @@ def compare(
     batch_sizes: Sequence[int] = (1, 32),
     timing: bool = True,
     budget_s: float = 0.6,
+    runtimes: Sequence[str] = ("eager",),
 ) -> list[Measurement]:
     """What several models cost. Their forward passes take turns, so that drift meets all of them alike.
 
@@ -139,34 +158,72 @@ def compare(
         params: Parameters kept, per model, where they are fewer than the model holds (zeros do not count).
         batch_sizes: Samples a forward pass, for latency; memory and energy are taken at the largest.
         timing: Whether to run the models at all beyond counting: latency, memory, power and energy.
-        budget_s: Seconds of timing per model and batch size after which a median is taken as it is, if it has
-            20 repeats behind it.
+        budget_s: Seconds of timing per model, runtime and batch size after which a median is taken as it is, if it
+            has 20 repeats behind it.
+        runtimes: Where latency is measured, see `autocompress.runtimes.RUNTIMES`; the first is the one that
+            objectives see. A runtime that does not take a model is named in `Measurement.not_run`.
 
     Raises:
-        ValueError: If the device is not there or a batch size is not positive.
+        ValueError: If the device or a runtime is not there or a batch size is not positive.
     """
     device = _checked(device)
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes={tuple(batch_sizes)}; give one or more positive numbers of samples")
+    if not runtimes:
+        raise ValueError("runtimes=(); give one or more runtimes")
+    named = [check_runtime(name) for name in dict.fromkeys(runtimes)]
     sample = example_input[:1].detach()
     given = params or [None] * len(models)
     results = [_count(m, sample, dense_params, n, device) for m, n in zip(models, given, strict=True)]
     if not timing:
-        return results
+        return [replace(result, runtime=named[0]) for result in results]
     on_device = [m if device_of(m) == device else copy.deepcopy(m).to(device) for m in models]
-    with ExitStack() as modes, torch.inference_mode():
-        for model in on_device:
+    ships = [deployed(model, sample) for model in on_device]
+    batches = [_batch(sample, n, device) for n in sorted(set(batch_sizes))]
+    with ExitStack() as modes:
+        for model in ships:
             modes.enter_context(evaluating(model))
-        batches = [_batch(sample, n, device) for n in sorted(set(batch_sizes))]
-        timed = []
-        for done, x in enumerate(batches):
-            with progress.span(done / len(batches), (done + 1) / len(batches)):
-                timed.append(_latencies(on_device, x, budget_s))
-        latencies = zip(*timed, strict=True)
-        return [
-            _with_resources(replace(result, latency=latency), model, batches[-1])
-            for result, latency, model in zip(results, latencies, on_device, strict=True)
-        ]
+        latencies, reasons = _latencies(ships, batches, named, budget_s)
+        with torch.inference_mode():
+            return [
+                _with_resources(
+                    replace(
+                        result,
+                        latency=tuple(latency),
+                        runtime=named[0],
+                        dtype=str(weight_dtype(model)).removeprefix("torch."),
+                        memory_format="channels_last" if is_channels_last(model) else "contiguous",
+                        threads=torch.get_num_threads(),
+                        not_run=reason,
+                    ),
+                    model,
+                    batches[-1],
+                )
+                for result, latency, reason, model in zip(results, latencies, reasons, ships, strict=True)
+            ]
+
+
+def _latencies(
+    models: Sequence[nn.Module], batches: Sequence[Tensor], runtimes: Sequence[Runtime], budget_s: float
+) -> tuple[list[list[Latency]], list[dict[str, str]]]:
+    """For each model its latencies in every runtime that takes it, and why others do not."""
+    latencies: list[list[Latency]] = [[] for _ in models]
+    reasons: list[dict[str, str]] = [{} for _ in models]
+    parts = len(runtimes) * len(batches)
+    for nth, runtime in enumerate(runtimes):
+        runs: dict[int, Run] = {}
+        for i, model in enumerate(models):
+            try:
+                runs[i] = prepare(runtime, model, batches[0])
+            except CannotRun as error:
+                reasons[i][runtime] = str(error)
+        with torch.inference_mode():
+            for done, x in enumerate(batches if runs else (), start=nth * len(batches)):
+                with progress.span(done / parts, (done + 1) / parts):
+                    found = time_in_turns(list(runs.values()), x, budget_s, runtime)
+                for i, latency in zip(runs, found, strict=True):
+                    latencies[i].append(latency)
+    return latencies, reasons
 
 
 def _count(
@@ -182,44 +239,6 @@ def _count(
         macs=count_macs(model, sample),
         device="cpu" if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
     )
-
-
-def count_params(model: nn.Module) -> int:
-    """Parameters of a model, zeros included; one that is used twice counts once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_macs(model: nn.Module, example_input: Tensor) -> int:
-    """Multiply-accumulate operations of one sample's forward pass in eval mode.
-
-    Counted are convolutions, matrix products, attention and recurrent layers, as modules or functions. Not
-    counted is what does not multiply and add in pairs: normalization, pooling, activations.
-
-    Args:
-        model: Any model; its mode is left as it was.
-        example_input: A batch of shape ``(n, ...)``; its first sample is used.
-    """
-    counter = FlopCounterMode(display=False)
-    with evaluating(model), torch.no_grad(), _op_by_op(), counter:
-        model(example_input[:1].to(device_of(model)))
-    return counter.get_total_flops() // 2
-
-
-@contextmanager
-def _op_by_op() -> Iterator[None]:
-    """Turns fused kernels off: those of attention and LSTMs hide their matrix products from the counter."""
-    mha = torch.backends.mha
-    libraries: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
-    fast_attention, enabled = mha.get_fastpath_enabled(), [library.enabled for library in libraries]
-    mha.set_fastpath_enabled(False)
-    for library in libraries:  # not their flags(), which set precisions as well and warn about it
-        library.enabled = False
-    try:
-        yield
-    finally:
-        mha.set_fastpath_enabled(fast_attention)
-        for library, was in zip(libraries, enabled, strict=True):
-            library.enabled = was
 
 
 def _checked(device: str | torch.device) -> torch.device:
@@ -241,106 +260,39 @@ def _batch(sample: Tensor, n: int, device: torch.device) -> Tensor:
     return sample.to(device).repeat(n, *[1] * (sample.dim() - 1))
 
 
-def _latencies(models: Sequence[nn.Module], x: Tensor, budget_s: float) -> list[Latency]:
-    """Times one batch through each model in turn, A B A B ..., until every median is known."""
-    for model in models:
-        for _ in range(3):
-            _timed_ms(model, x)
-    times_ms: list[list[float]] = [[] for _ in models]
-    start, budget_s = time.perf_counter(), budget_s * len(models)
-    spent_s = 0.0
-    while len(times_ms[0]) < MIN_REPEATS or spent_s < budget_s:
-        for model, times in zip(models, times_ms, strict=True):
-            times.append(_timed_ms(model, x))
-        spent_s = time.perf_counter() - start
-        progress.report(min(1.0, len(times_ms[0]) / MIN_REPEATS, spent_s / budget_s))
-        # A few passes in a row agree with each other more than with the next second's: not before a quarter.
-        enough = spent_s > budget_s / 4 and len(times_ms[0]) >= MIN_REPEATS
-        if enough and all(map(_median_is_known, times_ms)):
-            break
-    return [
-        Latency(len(x), float(np.median(times)), float(np.percentile(times, 95)), len(times)) for times in times_ms
-    ]
-
-
-def _timed_ms(model: nn.Module, x: Tensor) -> float:
-    """Milliseconds of one forward pass: by the wall clock on a CPU, by the device's own events on a GPU."""
-    if x.device.type == "cpu":
-        start = time.perf_counter()
-        model(x)
-        return 1e3 * (time.perf_counter() - start)
-    stream = torch.cuda.current_stream(x.device)
-    timer: Callable[..., torch.cuda.Event] = torch.cuda.Event  # whose constructor has no types
-    begin, end = timer(enable_timing=True), timer(enable_timing=True)
-    stream.record_event(begin)
-    model(x)
-    stream.record_event(end)
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
-def _median_is_known(times: Sequence[float]) -> bool:
-    """Whether the median's 95% confidence interval, from order statistics, is narrow enough.
-
-    Of n sorted times, those of rank n/2 ± 0.98 √n enclose the median with that confidence.
-    """
-    n, half = len(times), 0.98 * math.sqrt(len(times))
-    ranked = np.sort(times)
-    low, high = ranked[max(math.floor(n / 2 - half), 0)], ranked[min(math.ceil(n / 2 + half), n - 1)]
-    return bool(high - low <= 2 * MEDIAN_PRECISION * np.median(ranked))
-
-
 def _with_resources(measurement: Measurement, model: nn.Module, x: Tensor) -> Measurement:
-    """Adds memory and, on a GPU, what NVML saw while the model ran for some seconds."""
+    """Adds memory, energy where there is a counter and, on a GPU, what NVML saw while the model ran."""
+    activations = peak_bytes(model, x)
     weights_bytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    measurement = replace(
+        measurement, peak_memory_bytes=weights_bytes + activations, activation_memory_bytes=activations
+    )
     if x.device.type == "cpu":
-        return replace(measurement, peak_memory_bytes=weights_bytes + _peak_bytes_cpu(model, x))
-    peak_bytes = _peak_bytes_cuda(model, x)
-    passes = 0
+        with CpuEnergy() as counter:
+            passes = _run_for(model, x, ENERGY_WINDOW_S) if counter.is_there else 0
+        energy_j = counter.energy_j
+        return replace(measurement, energy_j=None if energy_j is None else energy_j / (passes * len(x)))
     with GpuWindow(x.device) as window:
-        end = time.perf_counter() + ENERGY_WINDOW_S
-        while time.perf_counter() < end:
-            model(x)
-            torch.cuda.synchronize(x.device)
-            passes += 1
+        passes = _run_for(model, x, ENERGY_WINDOW_S)
     usage = window.usage
     return replace(
         measurement,
-        peak_memory_bytes=weights_bytes + peak_bytes,
         gpu_memory_bytes=usage.memory_bytes,
+        gpu_process_memory_bytes=usage.process_memory_bytes,
         gpu_utilization_pct=usage.utilization_pct,
         gpu_power_w=usage.power_w,
+        gpu_clock_mhz=usage.clock_mhz,
+        gpu_throttled=usage.throttled,
         energy_j=None if usage.energy_j is None else usage.energy_j / (passes * len(x)),
     )
 
 
-def _peak_bytes_cuda(model: nn.Module, x: Tensor) -> int:
-    """The most that one forward pass allocated at once, beside what was there before."""
-    torch.cuda.synchronize(x.device)
-    before = torch.cuda.memory_allocated(x.device)
-    torch.cuda.reset_peak_memory_stats(x.device)
-    model(x)
-    torch.cuda.synchronize(x.device)
-    return torch.cuda.max_memory_allocated(x.device) - before
-
-
-def _peak_bytes_cpu(model: nn.Module, x: Tensor) -> int:
-    """The same on the CPU: the peak of the running sum of the allocator's events."""
-    with _quiet_kineto(), profile(profile_memory=True) as record:
-        model(x)
-    assert record.kineto_results is not None, "the profiler has ended"
-    events = [e for e in record.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(accumulate(e.nbytes() for e in events), default=0)
-
-
-@contextmanager
-def _quiet_kineto() -> Iterator[None]:
-    """Keeps the profiler's library from writing its own log to stderr; it reads the level at first use."""
-    before = os.environ.get("KINETO_LOG_LEVEL")
-    os.environ["KINETO_LOG_LEVEL"] = before or "6"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["KINETO_LOG_LEVEL"]
+def _run_for(run: Callable[[Tensor], object], x: Tensor, seconds: float) -> int:
+    """Runs the model over and over; how many passes it made."""
+    passes, end = 0, time.perf_counter() + seconds
+    while passes == 0 or time.perf_counter() < end:
+        run(x)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        passes += 1
+    return passes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from autocompress import weights
-from autocompress.measurement import count_macs
+from autocompress.macs import count_macs
 from autocompress.task import Loss, Split
 from autocompress.training import fit, threads_for
 

@@ -1,6 +1,11 @@
 """The ONNX file: one file, weights in as many bits as the model has; float32 arithmetic, or 8-bit integers."""
 
+import contextlib
 import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +74,25 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
         _store_in_16_bits(proto.graph, dtype)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save_model(proto, path)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps the exporters' talk about their own insides off the terminal; errors come through.
+
+    They print graphs, log hints, and warn of deprecations between their own parts, which is for their
+    maintainers to act on.
+    """
+    logged = logging.root.manager.disable
+    said = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logged)
 
 
 def _strip(proto: Any) -> None:

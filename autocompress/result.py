@@ -115,7 +115,8 @@ class Result:
         verdict: ``"certified"``, ``"not certifiable"`` or ``"not met"``, see `autocompress.certify`.
         sentence: The verdict in one sentence.
         certificate: The numbers behind it, on test; None when no trial was feasible on val.
-        model: The compressed model, in eval mode on the CPU; the dense one when nothing met the bound.
+        model: The compressed model as it is deployed, BatchNorm folded, in eval mode on the CPU; the dense one
+            when nothing met the bound. `autocompress.load` gives it as it was trained.
         density: Its density.
         drop_val: What it loses on val, as a fraction.
         measurements: ``"dense"`` and ``"compressed"`` side by side.

@@ -17,13 +17,15 @@ from autocompress.bundle import Provenance, rebuild
 from autocompress.certify import CONFIDENCE, certifiable_drop, certify, conclude
 from autocompress.constraint import Constraint, parse_constraints
 from autocompress.data import digits
+from autocompress.deployed import deployed
 from autocompress.environment import provenance
 from autocompress.export import Export, export
 from autocompress.files import read_json, write_json
 from autocompress.goal import Objective, as_objective
 from autocompress.interrupt import gentle_interrupt
 from autocompress.layers import compare_layers
-from autocompress.measurement import Measurement, compare, count_macs, measure
+from autocompress.macs import count_macs
+from autocompress.measurement import Measurement, compare, measure
 from autocompress.per_class import per_class
 from autocompress.progress import span
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
@@ -52,7 +54,7 @@ from autocompress.storage import (
     prepare_out,
     resume_folder,
 )
-from autocompress.task import Task, channels_last
+from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker, final_metrics
 from autocompress.training import threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec
@@ -335,7 +337,7 @@ class Study:
         task, settings = self.task, self.settings
         state = self.folder.load_weights(best.number)
         rebuilt = rebuild(settings.scheme, task.model, self.facts, best.plan, best.density, state)
-        model = channels_last(rebuilt)
+        model = deployed(rebuilt, task.example_input)
         with span(0, 0.5):
             dense_test = task.evaluate(task.model, task.test)
         with span(0.5, 1):
@@ -348,7 +350,7 @@ class Study:
         outcome, sentence = conclude(certificate, judged)
         self.watcher.doing("measuring the answer beside the dense model")
         costs = compare(
-            [task.model, model],
+            [task.model, rebuilt],
             task.example_input,
             settings.device,
             dense_params=self.dense_cost.params,
@@ -358,10 +360,10 @@ class Study:
             "dense": {"val": self.dense.score, "test": dense_test.score},
             "compressed": {"val": best.score, "test": test.score},
         }
-        layers = compare_layers(task.model, model)
+        layers = compare_layers(task.model, rebuilt)
         model = model.cpu()
         self.watcher.doing("exporting the answer")
-        exported = self._export(model, best, scores, sentence)
+        exported = self._export(rebuilt, best, scores, sentence)
         return self._result(
             stopped,
             verdict=outcome,

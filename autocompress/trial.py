@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autocompress.certify import drop_standard_error
 from autocompress.constraint import Checked, Constraint
+from autocompress.deployed import deployed
 from autocompress.goal import Objective
 from autocompress.measurement import Measurement, measure
 from autocompress.progress import span
@@ -137,7 +138,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         recovered = spec.recovery.recover(model, scheme, spec.facts, spec.density, task, spec.seed)
     realized = realize(scheme, model.eval(), recovered.theta, spec.facts, next(task.val.batches())[0])
     with span(TRAINING_SHARE, 1):
-        evaluation = task.evaluate(realized, task.val)
+        evaluation = task.evaluate(deployed(realized, task.example_input), task.val)
     dense_params = sum(p.numel() for p in task.model.parameters())
     measurement = measure(
         realized,

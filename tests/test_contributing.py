@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from autocompress.goal import OBJECTIVES
-from autocompress.measurement import Latency, Measurement
+from autocompress.latency import Latency
+from autocompress.measurement import Measurement
 from autocompress.scheme import SCHEMES, Evidence, observe
 from autocompress.task import Task
 

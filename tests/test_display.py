@@ -13,7 +13,8 @@ import autocompress as ac
 from autocompress import progress
 from autocompress.display import Display, Footer
 from autocompress.goal import Objective
-from autocompress.measurement import Latency, Measurement
+from autocompress.latency import Latency
+from autocompress.measurement import Measurement
 from autocompress.result import Beginning, Settings
 from autocompress.sampler import ThresholdSampler
 from autocompress.trial import Bound, TrialResult

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from autocompress.goal import OBJECTIVES, Objective, as_objective, objective
-from autocompress.measurement import Latency, Measurement
+from autocompress.latency import Latency
+from autocompress.measurement import Measurement
 
 COUNTED = Measurement(density=0.25, params=100, size_bytes=480, macs=9000, device="cpu")
 MEASURED = replace(COUNTED, latency=(Latency(1, 2.0, 3.0, 20), Latency(32, 16.0, 20.0, 20)))

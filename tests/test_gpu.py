@@ -9,6 +9,15 @@ import torch
 from autocompress import gpu
 from autocompress.gpu import GpuUsage, GpuWindow
 
+FIELDS = [
+    "memory_bytes",
+    "process_memory_bytes",
+    "utilization_pct",
+    "power_w",
+    "clock_mhz",
+    "throttled",
+    "energy_j",
+]
 CUDA = torch.device("cuda", 0)
 UUID = "1b2c3d4e-0000-1111-2222-333344445555"
 
@@ -54,7 +63,7 @@ class FakeNvml:
         self.threads.add(threading.current_thread().name)
         self._call("nvmlDeviceGetMemoryInfo")
         self.memory += 10**9
-        return SimpleNamespace(used=self.memory, free=80 * 10**9 - self.memory)
+        return SimpleNamespace(used=self.memory, free=80 * 10**9 - self.memory, total=80 * 10**9)
 
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
         self._call("nvmlDeviceGetUtilizationRates")
@@ -63,6 +72,22 @@ class FakeNvml:
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         self._call("nvmlDeviceGetPowerUsage")
         return 200_000
+
+    NVML_CLOCK_SM = 1
+    nvmlClocksThrottleReasonSwPowerCap = 0x4
+    nvmlClocksThrottleReasonHwSlowdown = 0x8
+    nvmlClocksThrottleReasonSwThermalSlowdown = 0x20
+    nvmlClocksThrottleReasonHwThermalSlowdown = 0x40
+    nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 0x80
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
+        self._call("nvmlDeviceGetClockInfo")
+        assert kind == self.NVML_CLOCK_SM
+        return 1980
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
+        self._call("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return 0x1 | 0x4  # an idle moment, and the power cap
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         self._call("nvmlDeviceGetTotalEnergyConsumption")
@@ -95,17 +120,18 @@ def test_a_window_reads_everything_in_si_units() -> None:
         time.sleep(1.1)
         slept = time.monotonic() - begin
     usage = window.usage
-    assert usage.samples is not None
-    assert 2 <= usage.samples <= 10 * slept + 2  # every 100 ms; a busy machine may miss some
-    assert usage.memory_bytes == usage.samples * 10**9  # the maximum, not the mean
+    samples = len(usage.timeline)
+    assert 2 <= samples <= 10 * slept + 2  # every 100 ms; a busy machine may miss some
+    assert usage.memory_bytes == samples * 10**9  # the maximum, not the mean
     assert usage.process_memory_bytes == 3 * 10**9
     assert usage.utilization_pct == 80
+    assert usage.power_w == 200
     free = [moment.free_bytes for moment in usage.timeline]
-    assert free == [(79 - i) * 10**9 for i in range(usage.samples)]
-    assert {moment.utilization_pct for moment in usage.timeline} == {80}
+    assert free == [(79 - i) * 10**9 for i in range(samples)]
     seconds = [moment.seconds for moment in usage.timeline]
     assert seconds == sorted(seconds) and seconds[0] >= 0 and seconds[-1] <= slept + 0.5
-    assert usage.power_w == 200
+    assert usage.clock_mhz == 1980
+    assert usage.throttled == ("power cap",)
     assert usage.energy_j is not None
     assert usage.energy_j >= 200 * slept - 1
     assert nvml.handles == [f"GPU-{UUID}"]
@@ -118,7 +144,7 @@ def test_a_window_reads_everything_in_si_units() -> None:
 def test_a_short_window_has_a_sample_but_no_energy() -> None:
     with GpuWindow(CUDA, FakeNvml()) as window:
         pass
-    assert window.usage.samples == 1
+    assert len(window.usage.timeline) == 1
     assert window.usage.power_w == 200
     assert window.usage.energy_j is None
 
@@ -131,6 +157,8 @@ def test_a_short_window_has_a_sample_but_no_energy() -> None:
         ("nvmlDeviceGetComputeRunningProcesses", "process_memory_bytes"),
         ("nvmlDeviceGetUtilizationRates", "utilization_pct"),
         ("nvmlDeviceGetPowerUsage", "power_w"),
+        ("nvmlDeviceGetClockInfo", "clock_mhz"),
+        ("nvmlDeviceGetCurrentClocksThrottleReasons", "throttled"),
         ("nvmlDeviceGetTotalEnergyConsumption", "energy_j"),
     ],
 )
@@ -140,7 +168,7 @@ def test_a_call_that_is_not_supported_costs_only_its_own_field(
     monkeypatch.setattr(gpu, "MIN_ENERGY_WINDOW_S", 0.0)
     with GpuWindow(CUDA, FakeNvml(call)) as window:
         pass
-    assert [name for name, value in vars(window.usage).items() if value is None] == [field]
+    assert [name for name in FIELDS if getattr(window.usage, name) is None] == [field]
 
 
 @pytest.mark.usefixtures("one_gpu")
@@ -199,6 +227,6 @@ def test_on_a_gpu_the_window_sees_it() -> None:
             x @ x
             torch.cuda.synchronize()
     usage = window.usage
-    assert usage.samples is not None
+    assert usage.timeline
     for value in (usage.memory_bytes, usage.utilization_pct, usage.power_w, usage.energy_j):
         assert value is None or value > 0

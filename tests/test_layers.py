@@ -10,12 +10,13 @@ ROOT = Path(__file__).parents[1]
 
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
-    ("plugins", "weights", "parity", "gpu", "progress", "testing_models", "onnx_integers", "task_options"),
-    ("files", "comparison", "layers", "interrupt", "metrics", "drawing"),
-    ("task",),
+    ("plugins", "weights", "parity", "gpu", "cpu_energy", "progress", "memory", "onnx_integers", "task_options"),
+    ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency"),
+    ("task", "onnx_export"),
+    ("deployed", "macs", "runtimes"),
     ("measurement", "constraint", "per_class", "transforms", "environment"),
     ("scheme", "goal", "training", "images", "samples"),
-    ("models", "learner", "certify", "onnx_export", "array_readers", "file_readers"),
+    ("models", "learner", "certify", "array_readers", "file_readers"),
     ("lc",),
     ("recovery",),
     ("data", "bundle", "dense", "own_model", "readers"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autocompress import schemes
 from autocompress.lc import LearningCompression, Recovered, State, c_step, free_entries, freeze, frozen, residual
 from autocompress.learner import Learner, Penalty
-from autocompress.measurement import count_params
+from autocompress.macs import count_params
 from autocompress.scheme import Compose, Facts, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize8, Quantize16
 from autocompress.task import Batch, Task, TensorSplit

@@ -1,6 +1,7 @@
 import copy
 import os
 import time
+from itertools import groupby
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autocompress import weights
-from autocompress.measurement import _median_is_known, compare, count_macs, count_params, measure
+from autocompress.latency import PRECISION, interval, time_in_turns
+from autocompress.macs import count_macs, count_params
+from autocompress.measurement import compare, measure
 
 
 class Function(nn.Module):
@@ -188,11 +191,18 @@ def test_latency_is_the_time_the_forward_pass_takes() -> None:
 def test_models_take_turns() -> None:
     log: list[float] = []
     x = torch.zeros(1, 2)
-    compare([Sleep(0.001, log), Sleep(0.0015, log)], x, batch_sizes=(1,), budget_s=0.01)
+    compare([Sleep(0.003, log), Sleep(0.0025, log)], x, batch_sizes=(1,), budget_s=0.01)
     counting, warm_up, memory = 2, 6, 2
     timed = log[counting + warm_up : -memory]
     assert len(timed) >= 40
-    assert timed == [0.001, 0.0015] * (len(timed) // 2)
+    assert timed == [0.003, 0.0025] * (len(timed) // 2)
+
+
+def test_a_turn_lasts_long_enough_for_the_caches() -> None:
+    log: list[float] = []
+    time_in_turns([Sleep(0.0005, log), Sleep(0.003, log)], torch.zeros(1, 2), budget_s=0.01)
+    turns = [len(list(passes)) for seconds, passes in groupby(log[6:]) if seconds == 0.0005]
+    assert min(turns) >= 1 and max(turns) <= 4 and sum(turns) / len(turns) > 1.5
 
 
 def test_timing_stops_at_its_budget() -> None:
@@ -203,6 +213,10 @@ def test_timing_stops_at_its_budget() -> None:
 
     found = measure(Jitter(0.002), torch.zeros(1, 2), batch_sizes=(1,), budget_s=0.3)
     assert 20 <= found.latency[0].repeats <= 0.3 / 0.006 + 2
+
+
+def _median_is_known(times: list[float]) -> bool:
+    return interval(times) <= PRECISION
 
 
 def test_the_median_is_known_when_its_interval_is_narrow() -> None:

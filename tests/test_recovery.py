@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autocompress import schemes
 from autocompress.lc import LearningCompression
 from autocompress.learner import Learner, Penalty
-from autocompress.measurement import count_params
+from autocompress.macs import count_params
 from autocompress.recovery import (
     RECOVERIES,
     Iterative,

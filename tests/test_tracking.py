@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.measurement import Latency, Measurement
+from autocompress.latency import Latency
+from autocompress.measurement import Measurement
 from autocompress.mlflow_store import check_uri, without_secrets
 from autocompress.tracking import Tracker, metrics_of
 from autocompress.trial import TrialResult

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_architectures import ARCHITECTURES, alive, assert_usable, prune
 
-from autocompress.measurement import count_macs
+from autocompress.macs import count_macs
 from autocompress.schemes import StructPrune
 
 

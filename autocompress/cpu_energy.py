@@ -1,0 +1,55 @@
+"""The energy that a CPU draws while a block of code runs, where it is counted (RAPL) and can be read."""
+
+from pathlib import Path
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+class CpuEnergy:
+    """Reads the processor packages' energy counters around a ``with`` block.
+
+    Linux counts for each package and lets, by default, only its administrator read it. Other processes count
+    as well: it is the energy of the machine's processors, as NVML's is that of the whole GPU.
+
+    Args:
+        powercap: Where Linux shows the counters.
+
+    Attributes:
+        is_there: Whether there are counters that can be read.
+        energy_j: Energy drawn during the block, in joules; None before its end and without counters.
+    """
+
+    def __init__(self, powercap: Path = POWERCAP) -> None:
+        # Packages are intel-rapl:0, intel-rapl:1 ... (AMD's, too); parts of them, intel-rapl:0:0, are in them.
+        self._zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
+        self.energy_j: float | None = None
+        self._before = self._read()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there are counters that can be read."""
+        return self._before is not None
+
+    def __enter__(self) -> "CpuEnergy":
+        self._before = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after = self._read()
+        if self._before is None or after is None:
+            return
+        drawn_uj = 0
+        for zone, start, end in zip(self._zones, self._before, after, strict=True):
+            # The counter begins again at 0 when it has reached its range.
+            drawn_uj += end - start if end >= start else end - start + _number(zone / "max_energy_range_uj")
+        self.energy_j = drawn_uj / 1e6
+
+    def _read(self) -> list[int] | None:
+        try:
+            return [_number(zone / "energy_uj") for zone in self._zones] or None
+        except (OSError, ValueError):  # not ours to read, or a virtual machine's that shows no number
+            return None
+
+
+def _number(file: Path) -> int:
+    return int(file.read_text(encoding="ascii"))
