@@ -125,7 +125,7 @@ def cli() -> None:
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
 @click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
 @TRACKING_URI
-@click.option("--register", metavar="NAME", help="Log the answer as an MLflow model, registered under this name.")
+@click.option("--register", metavar="NAME", help="Register the answer as a model in MLflow under this name.")
 @click.option(
     "--config",
     type=click.Path(dir_okay=False, path_type=Path),

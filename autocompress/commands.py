@@ -113,17 +113,19 @@ def report(run: str, out: Path) -> None:
 @OUT
 @TRACKING_URI
 def replay(run: str, out: Path, tracking_uri: str | None) -> None:
-    """Log a finished study to MLflow again: when that failed, or to a server.
+    """Log a finished study to MLflow again: when that failed, or to another server.
 
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """
     from autocompress.mlflow_store import check_uri, without_secrets
     from autocompress.record import find_study
     from autocompress.replay import replay as log_again
+    from autocompress.storage import study_settings
 
     folder = checked("RUN", find_study, out, run).absolute()
     if tracking_uri is not None:
         checked("--tracking-uri", check_uri, tracking_uri)
+    tracking_uri = tracking_uri or study_settings(out, folder.name).get("tracking_uri")
     run_id = log_again(folder, tracking_uri)
     where = without_secrets(tracking_uri) if tracking_uri else f"{out / 'mlflow.db'}"
     click.echo(f"{folder.name} is run {run_id} of {where}")

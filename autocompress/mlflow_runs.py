@@ -1,13 +1,12 @@
 """How a study is written into MLflow: runs, their children, data sets and the model. Everything here may raise."""
 
 import getpass
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from torch import Tensor, nn
 
 from autocompress.mlflow_store import save_model
 
@@ -34,6 +33,8 @@ class Runs:
         self._inherited: dict[str, object] = {}
         self.run_id: str | None = None
         self.model_id: str | None = None
+        self._dense_model_id: str | None = None
+        self.began = math.inf  # seconds since the epoch
 
     @property
     def parent(self) -> str:
@@ -46,9 +47,9 @@ class Runs:
         self, name: str, params: Mapping[str, object], tags: Mapping[str, str], inherited: Mapping[str, object]
     ) -> None:
         """Begins the parent run; the children have the ``inherited`` parameters, too."""
-        run_id = self._create(name, tags).info.run_id
-        self.log(run_id, params=params)
-        self.run_id, self._inherited = run_id, dict(inherited)
+        run = self._create(name, tags)
+        self.log(run.info.run_id, params=params)
+        self.run_id, self.began, self._inherited = run.info.run_id, run.info.start_time / 1000, dict(inherited)
 
     def resume(self, run_id: str, inherited: Mapping[str, object]) -> bool:
         """Goes on with the study's run if it is there; remembers which trials it has."""
@@ -61,10 +62,12 @@ class Runs:
         if run.info.lifecycle_stage != "active" or run.info.experiment_id != self._experiment_id:
             return False
         self._client.update_run(run_id, status="RUNNING")
-        self.run_id, self._inherited = run_id, dict(inherited)
+        self.run_id, self.began, self._inherited = run_id, run.info.start_time / 1000, dict(inherited)
         for child in self._search_children():
             key = child.data.params.get("number", child.data.tags["role"])
             self._children[key] = (child.info.run_id, child.info.status)
+            if key == "dense" and child.outputs and child.outputs.model_outputs:
+                self._dense_model_id = child.outputs.model_outputs[0].model_id
         return True
 
     def _search_children(self) -> Iterator["Run"]:
@@ -95,18 +98,44 @@ class Runs:
         curves: Mapping[str, Iterable[float]] | None = None,
         status: Status = "FINISHED",
     ) -> None:
-        """Logs one whole child run. One that failed or was cut short under the same key is replaced."""
+        """Logs one whole child run. One that failed or was cut short under the same key is replaced.
+
+        The dense model is what the run called ``"dense"`` gives, and what the study and its trials begin with.
+        """
         old_run_id, old_status = self._children.get(key, ("", ""))
         if old_status == "FINISHED":
             return
         params = self._inherited | dict(params or {})
         tags = {"mlflow.parentRunId": self.parent, "scheme": str(params.get("scheme", "")), **tags}
         run_id = self._create(name, tags, time.time() - metrics.get("seconds", 0.0)).info.run_id
-        self.log(run_id, metrics=metrics, params=params, curves=curves or {})
+        model_id = self._add_dense_model(run_id) if key == "dense" else None
+        self.log(run_id, metrics=metrics, params=params, curves=curves or {}, model_id=model_id)
+        if key != "dense":
+            self._begin_with_dense(run_id)
         self._client.set_terminated(run_id, status)
         if old_run_id:
             self._client.delete_run(old_run_id)
         self._children[key] = (run_id, status)
+
+    def _add_dense_model(self, run_id: str) -> str:
+        """Makes the dense model known to MLflow, as one that is kept elsewhere."""
+        from mlflow.entities import LoggedModelOutput
+
+        kept_elsewhere = {"mlflow.model.isExternal": "true"}
+        logged = self._client.create_logged_model(
+            self._experiment_id, "dense", source_run_id=run_id, tags=kept_elsewhere
+        )
+        self._client.finalize_logged_model(logged.model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        self._dense_model_id = str(logged.model_id)
+        self._begin_with_dense(self.parent)
+        return self._dense_model_id
+
+    def _begin_with_dense(self, run_id: str) -> None:
+        from mlflow.entities import LoggedModelInput
+
+        if self._dense_model_id is not None:
+            self._client.log_inputs(run_id, models=[LoggedModelInput(self._dense_model_id)])
 
     def log(
         self,
@@ -116,12 +145,23 @@ class Runs:
         params: Mapping[str, object] | None = None,
         curves: Mapping[str, Iterable[float]] | None = None,
         step: int = 0,
+        at: float | None = None,
         model_id: str | None = None,
     ) -> None:
-        """Writes in one batch, which is one commit, unless the curves are very long."""
+        """Writes in one batch, which is one commit, unless the curves are very long.
+
+        Args:
+            run_id: The run.
+            metrics: Numbers by name.
+            params: Parameters by name.
+            curves: Numbers by name, each list from step 0 on.
+            step: Of the metrics.
+            at: When they were measured, in seconds since the epoch; by default now.
+            model_id: The model that the metrics are of.
+        """
         from mlflow.entities import Metric, Param
 
-        now = _milliseconds()
+        now = _milliseconds(at)
         points = [
             Metric(key, _rounded(value), now, step, model_id=model_id, run_id=run_id)
             for key, value in (metrics or {}).items()
@@ -148,12 +188,11 @@ class Runs:
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
         self._client.log_inputs(self.parent, inputs)
 
-    def log_model(self, model: nn.Module, example_input: Tensor, scratch: Path, register: str | None) -> None:
+    def log_model(self, file: Path, scratch: Path, register: str | None) -> None:
         """Logs the winner through the client, as ``mlflow.pytorch.log_model`` would by global state.
 
         Args:
-            model: In eval mode on the CPU.
-            example_input: A batch for it.
+            file: The exported program.
             scratch: A folder in which the files are written before they are sent.
             register: The name to register it under.
         """
@@ -167,7 +206,7 @@ class Runs:
         try:
             with tempfile.TemporaryDirectory(dir=scratch, prefix=".mlflow-") as folder:
                 directory = Path(folder) / "model"
-                save_model(model, example_input, directory, run_id=self.parent, model_id=logged.model_id)
+                save_model(file, directory, run_id=self.parent, model_id=logged.model_id)
                 self._client.log_model_artifacts(logged.model_id, str(directory))
             status = "READY"
         finally:

@@ -1,24 +1,25 @@
 """How MLflow keeps its records: one SQLite database and one artifact directory per output directory."""
 
 import contextlib
-import copy
 import json
 import logging
 import os
+import platform
 import re
+import shutil
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 if TYPE_CHECKING:  # torch and MLflow take seconds to import
     from mlflow import MlflowClient
-    from mlflow.types import Schema
-    from torch import Tensor, nn
+    from mlflow.models import ModelSignature
+    from torch import Tensor
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlflow-artifacts"
@@ -146,48 +147,66 @@ def artifact_root(out: Path) -> str:
     return (out / ARTIFACTS).absolute().as_uri()
 
 
-def save_model(
-    model: "nn.Module", example_input: "Tensor", directory: Path, *, run_id: str, model_id: str
-) -> None:
-    """Saves an MLflow model without pickle, for any batch size, loadable as ``pytorch`` and ``pyfunc``.
+def save_model(file: Path, directory: Path, *, run_id: str, model_id: str) -> None:
+    """Makes an MLflow model of a torch.export file: without pickle, loadable as ``pytorch`` and ``pyfunc``.
 
-    What is passed explicitly here (signature, requirements, no stored example) is what MLflow would otherwise
-    find out by loading the model again in another process.
+    Not `mlflow.pytorch.save_model`, which would export the module a second time: what is logged is the very file
+    that was checked.
 
     Args:
-        model: The model, in eval mode on the CPU.
-        example_input: A batch of shape ``(n, ...)``.
+        file: The exported program, of one input and one output with a dynamic batch.
         directory: Made by this function.
         run_id: The run that the model comes from.
         model_id: The logged model that the files are for.
     """
-    import mlflow.pytorch
     import torch
     from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
+    from mlflow.models import Model
 
-    pair = torch.cat([example_input[:1]] * 2)  # torch.export fixes a dimension of size 1
-    described = Model(run_id=run_id, model_uuid=model_id, model_id=model_id)
-    pyfunc.add_to_model(  # MLflow itself adds it only when a numpy example is stored, as 15 MB of JSON
+    (directory / "data").mkdir(parents=True)
+    shutil.copy(file, directory / "data" / "model.pt2")
+    described = Model(run_id=run_id, model_uuid=model_id, model_id=model_id, signature=_signature(file))
+    described.add_flavor("pytorch", model_data="data", pytorch_version=str(torch.__version__), code=None)
+    pyfunc.add_to_model(
         described,
         loader_module="mlflow.pytorch",
         data="data",
-        conda_env="conda.yaml",
         python_env="python_env.yaml",
         model_config={"device": None},
     )
-    with torch.no_grad():
-        outputs = model(pair)
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # torch warns of any other layout
-    mlflow.pytorch.save_model(
-        plain,
-        directory,
-        mlflow_model=described,
-        signature=ModelSignature(_schema(pair), _schema(outputs)),
-        input_example=pair,
-        serialization_format="pt2",
-        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("mlflow", "torch")],
-    )
+    described.model_size_bytes = file.stat().st_size
+    described.save(directory / "MLmodel")
+    needed = "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in ("mlflow", "torch"))
+    (directory / "requirements.txt").write_text(needed)
+    environment = f"python: {platform.python_version()}\ndependencies:\n- -r requirements.txt\n"
+    (directory / "python_env.yaml").write_text(environment)
+
+
+def _signature(file: Path) -> "ModelSignature":
+    """What the program takes and gives, as it says itself; -1 where any size will do."""
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    program = torch.export.load(file)
+    signature = program.graph_signature
+    nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+
+    def schema(names: Sequence[str]) -> Schema:
+        return Schema([TensorSpec(_numpy_dtype(nodes[name]), _sizes(nodes[name])) for name in names])
+
+    return ModelSignature(schema(signature.user_inputs), schema(signature.user_outputs))
+
+
+def _sizes(tensor: "Tensor") -> tuple[int, ...]:
+    return tuple(n if isinstance(n, int) else -1 for n in tensor.shape)
+
+
+def _numpy_dtype(tensor: "Tensor") -> Any:
+    import torch
+
+    known = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype  # numpy has no bfloat16
+    return torch.empty(0, dtype=known).numpy().dtype
 
 
 @contextlib.contextmanager
@@ -231,11 +250,3 @@ def _experiment_id(client: "MlflowClient", out: Path | None, name: str) -> str:
     if found.lifecycle_stage == "deleted":  # someone removed it in the UI; its name stays taken
         client.restore_experiment(found.experiment_id)
     return found.experiment_id
-
-
-def _schema(batch: "Tensor") -> "Schema":
-    import torch
-    from mlflow.types import Schema, TensorSpec
-
-    known = torch.float32 if batch.dtype == torch.bfloat16 else batch.dtype  # numpy has no bfloat16
-    return Schema([TensorSpec(torch.empty(0, dtype=known).numpy().dtype, (-1, *batch.shape[1:]))])

@@ -107,7 +107,7 @@ RUN = click.argument("run", type=Run(), default="last")
 TRACKING_URI = click.option(
     "--tracking-uri",
     metavar="URI",
-    help="Log to this MLflow server, such as http://host:5000.  [default: the database in --out]",
+    help="Log to this MLflow server, such as http://host:5000.  [default: the study's, or the database in --out]",
 )
 
 

@@ -12,13 +12,13 @@ from autocompress.search import INTERRUPTED
 from autocompress.storage import StudyFolder
 from autocompress.tracking import Tracker, final_metrics
 
-_NOT_PARAMS = ("provenance", "recovery", "mlflow_run", "autocompress", "timeout", "dense_value")
+_NOT_PARAMS = ("provenance", "recovery", "mlflow_run", "tracking_uri", "autocompress", "timeout", "dense_value")
 
 
 def replay(path: Path, uri: str | None = None) -> str:
     """Logs a study with all its trials; into the run that it has already, where there is one.
 
-    What is not on disk is left out: what the search believed after each trial, and the MLflow model.
+    What is not on disk is left out: what the search believed after each trial, and the load of the machine.
 
     Args:
         path: The study's folder.
@@ -56,7 +56,9 @@ def _replay(folder: StudyFolder, uri: str | None) -> str:
     names = ("result.json", "report.html", "report.md", FIGURES)
     files = [folder.path / name for name in names if (folder.path / name).exists()]
     status: Status = "KILLED" if found["stopped"] == INTERRUPTED else "FINISHED"
-    tracker.finish(status, found["sentence"], final_metrics(found), files)
+    winner = folder.best / "model.pt2"
+    has_winner = "pt2" in found["artifacts"] and winner.is_file()
+    tracker.finish(status, found["sentence"], final_metrics(found), files, winner if has_winner else None)
     run_id = tracker.run_id
     if warned or run_id is None:
         raise ValueError(warned[0] if warned else "MLflow did not open a run")

@@ -26,6 +26,7 @@ from autocompress.interrupt import gentle_interrupt
 from autocompress.layers import compare_layers
 from autocompress.macs import count_macs
 from autocompress.measurement import Measurement, compare, measure
+from autocompress.mlflow_store import without_secrets
 from autocompress.per_class import per_class
 from autocompress.progress import span
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
@@ -112,8 +113,9 @@ def tune(
         name: The study's name; by default made of the task, the scheme and the time.
         resume: The name of a study to go on with, in place of ``name``.
         watcher: Is told how it goes.
-        tracking_uri: An MLflow server to log to in place of the database in ``out``.
-        register: Logs the answer as an MLflow model and registers it under this name.
+        tracking_uri: An MLflow server to log to in place of the database in ``out``. A study that is resumed
+            goes on with its own.
+        register: Registers the answer, which is logged as an MLflow model, under this name.
         command: What was typed, for the report.
 
     Raises:
@@ -147,10 +149,18 @@ def tune(
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
     made_with = {} if resume else {"provenance": provenance(task, command)}
     folder.update_settings({**settings.budget(), **made_with, "task_options": task.options})
+    tracking_uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
+    folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
     elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
     meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
     tracker = functools.partial(
-        Tracker, home, task.name, uri=tracking_uri, meanwhile=meanwhile, on_warning=watcher.warned
+        Tracker,
+        home,
+        task.name,
+        uri=tracking_uri,
+        device=settings.device,
+        meanwhile=meanwhile,
+        on_warning=watcher.warned,
     )
     try:
         return Study(settings, task.on(settings.device), folder, watcher, tracker, register).run()
@@ -447,13 +457,15 @@ class Study:
 
     def _log_result(self, result: Result, best: TrialResult | None, reported: Sequence[Path]) -> None:
         self.watcher.doing("logging to MLflow")
+        winner = next((one.path for one in result.exported.artifacts if one.format == "pt2"), None)
+        if self.register and winner is None:
+            self.watcher.warned(f"nothing is registered as {self.register!r}: there is no model.pt2 to register")
         self.tracker.finish(
             "KILLED" if result.interrupted else "FINISHED",
             result.sentence,
             final_metrics(result.to_json()),
             [self.folder.result_file, *reported],
-            result.model if best is not None and self.register else None,
-            self.task.example_input,
+            winner,
             register=self.register,
         )
 

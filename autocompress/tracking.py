@@ -7,17 +7,17 @@ left out.
 
 import contextlib
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-from torch import Tensor, nn
-
 from autocompress.measurement import Measurement
 from autocompress.mlflow_runs import Runs, Status
 from autocompress.mlflow_store import open_server, open_store, quiet_mlflow, without_secrets
+from autocompress.system_metrics import SystemMonitor
 from autocompress.trial import TrialResult
 
 P = ParamSpec("P")
@@ -62,6 +62,7 @@ class Tracker:
         out: The output directory; the database and the artifacts live in it and nothing is written elsewhere.
         experiment: The MLflow experiment, one per task.
         uri: A server to log to in place of the database in ``out``.
+        device: Where the study computes: its load and this machine's are logged as they go. None logs no load.
         meanwhile: What the warning says of the study.
         on_warning: Gets one sentence the first time that MLflow fails; ``warnings.warn`` by default.
     """
@@ -72,6 +73,7 @@ class Tracker:
         experiment: str,
         *,
         uri: str | None = None,
+        device: str | None = None,
         meanwhile: str = MEANWHILE,
         on_warning: Callable[[str], None] = warnings.warn,
     ) -> None:
@@ -84,6 +86,9 @@ class Tracker:
         self._runs: Runs | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._connect()
+        self._monitor = SystemMonitor(device, self._load) if device is not None else None
+        if self._monitor is not None:
+            self._monitor.start()
 
     @property
     def run_id(self) -> str | None:
@@ -123,7 +128,12 @@ class Tracker:
         inherited = {key: params[key] for key in _INHERITED if key in params}
         if run_id is not None and runs.resume(run_id, inherited):
             return
-        runs.open(study_name, params, {"role": "study", **(tags or {})}, inherited)
+        runs.open(
+            study_name,
+            params,
+            {"role": "study", "scheme": str(params.get("scheme", "")), **(tags or {})},
+            inherited,
+        )
         if data:
             runs.log_data(self._experiment, data)
 
@@ -173,7 +183,7 @@ class Tracker:
         }
         tags = {"role": "trial", "state": "complete", "feasible": str(result.feasible).lower()}
         if not result.feasible:
-            tags["reason"] = f"drops {100 * result.drop:.2f} points on val, which is beyond the bound"
+            tags["reason"] = _reason(result)
         self._open_runs.child(
             str(result.number),
             f"trial {result.number:03d} · {result.density:.3g}",
@@ -200,14 +210,17 @@ class Tracker:
         name = f"trial {number:03d} · failed"
         self._open_runs.child(str(number), name, {}, tags, {"number": number, **(params or {})}, status="FAILED")
 
+    def _load(self, metrics: Mapping[str, float]) -> None:
+        with contextlib.suppress(RuntimeError):  # after `finish`
+            self._worker.submit(self._log_load, metrics, time.time())
+
     def finish(
         self,
         status: Status = "FINISHED",
         verdict: str = "",
         metrics: Mapping[str, float] | None = None,
         artifacts: Iterable[Path] = (),
-        model: nn.Module | None = None,
-        example_input: Tensor | None = None,
+        model: Path | None = None,
         register: str | None = None,
     ) -> None:
         """Closes the parent run and waits until everything is written.
@@ -217,12 +230,13 @@ class Tracker:
             verdict: One sentence, shown as the run's description.
             metrics: Final metrics; those named ``compressed_...`` are attached to the model too.
             artifacts: Small files and directories.
-            model: The winner, in eval mode on the CPU; logged as an MLflow model.
-            example_input: A batch for it, at least one sample. Needed with ``model``.
+            model: The winner as a torch.export file; logged as an MLflow model.
             register: The name to register the model under.
         """
-        if model is not None and example_input is not None:
-            self._log_model(model, example_input, register)
+        if self._monitor is not None:
+            self._monitor.stop()
+        if model is not None:
+            self._log_model(model, register)
         self._conclude(verdict, metrics or {}, tuple(artifacts))
         self._close(status)
         self._worker.shutdown()
@@ -255,6 +269,18 @@ class Tracker:
             meanwhile = f" ({self._meanwhile})" if self._meanwhile else ""
             self._on_warning(f"MLflow: {without_secrets(reason)}{meanwhile}")
 
+    def _log_load(self, metrics: Mapping[str, float], at: float) -> None:
+        """Writes one reading of the machine; where writing has just failed it is not worth another wait."""
+        runs = self._runs
+        if runs is None or runs.run_id is None or self._failures or at < runs.began:
+            return
+        try:
+            with quiet_mlflow():
+                runs.log(runs.run_id, metrics=metrics, step=int(at - runs.began), at=at)
+        except Exception as error:
+            self._failures += 1
+            self._warn(error)
+
     @_queued
     def _connect(self) -> None:
         self._failures = _FAILURES_IN_A_ROW - 1  # without a database there is nothing to try again
@@ -269,8 +295,9 @@ class Tracker:
         return self._runs
 
     @_queued
-    def _log_model(self, model: nn.Module, example_input: Tensor, register: str | None) -> None:
-        self._open_runs.log_model(model, example_input, self._out, register)
+    def _log_model(self, model: Path, register: str | None) -> None:
+        if self._open_runs.run_id is not None:  # otherwise it has been warned of
+            self._open_runs.log_model(model, self._out, register)
 
     @_queued
     def _conclude(self, verdict: str, metrics: Mapping[str, float], artifacts: tuple[Path, ...]) -> None:
@@ -278,9 +305,10 @@ class Tracker:
         if runs.run_id is None:  # the study ended before it began, or it has been warned of
             return
         of_model = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
-        # Under the names that trials use as well, so that a study has a row in the same table. Not the score:
-        # a study's is from test, a trial's from val.
-        row = {key: metrics[f"compressed_{key}"] for key in _COSTS if f"compressed_{key}" in metrics}
+        # Under the names that trials use as well, so that a study has a row in the same table: its answer's.
+        row = {key: metrics[f"compressed_{key}"] for key in ("score", *_COSTS) if f"compressed_{key}" in metrics}
+        if "drop_val_pp" in metrics:
+            row |= {"drop_pp": metrics["drop_val_pp"], "feasible": 1.0}
         runs.log(runs.parent, metrics=of_model, model_id=runs.model_id)
         runs.log(runs.parent, metrics={k: v for k, v in metrics.items() if k not in of_model} | row)
         runs.conclude(verdict, artifacts)
@@ -289,6 +317,12 @@ class Tracker:
     def _close(self, status: Status) -> None:
         if self._open_runs.run_id is not None:
             self._open_runs.close(status)
+
+
+def _reason(result: TrialResult) -> str:
+    """Why a trial is not feasible."""
+    missed = [f"{one.metric} {one.value:.4f} violates {one.text}" for one in result.constraints if not one.met]
+    return "; ".join(missed) or f"loses {100 * result.drop:.2f} on val, which is beyond the bound"
 
 
 def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict[str, float]:

@@ -66,6 +66,14 @@ def test_report_writes_the_files_it_names(home):
     assert {path.name for path in home.iterdir()} - {"cache"} == {"digits-a", "killed"}  # fonts are in the cache
 
 
+def test_a_study_is_replayed_where_it_was_to_be_logged(recorded, tmp_path):
+    trials = recorded.three_trials()
+    settings = recorded.asked() | {"tracking_uri": "http://127.0.0.1:9"}
+    recorded.write_study(tmp_path, "far", settings=settings, trials=trials, result=recorded.found(trials))
+    done = call("replay", "far", "--out", tmp_path)
+    assert str(done.exception) == "MLflow: http://127.0.0.1:9 does not answer"
+
+
 def test_doctor_names_versions_devices_and_what_is_missing(home):
     import torch
 

@@ -43,7 +43,7 @@ def test_everything_on_disk_is_logged_and_a_second_time_nothing_twice(study):
     assert {file.path for file in client.list_artifacts(run_id)} == {"result.json"}
     failed, beyond = found["trial 004 · failed"], found["trial 003 · 0.005"]
     assert failed.data.tags["reason"] == "it diverged"
-    assert beyond.data.tags["reason"] == "drops 60.00 points on val, which is beyond the bound"
+    assert beyond.data.tags["reason"] == "loses 60.00 on val, which is beyond the bound"
     assert beyond.data.params["scheme"] == "StructPrune" and beyond.data.params["recovery.epochs"] == "30.0"
 
     assert replay(study) == run_id

@@ -245,7 +245,11 @@ def test_a_resumed_study_keeps_its_trials_and_its_terms(strict, out):
         go_on(resume=None, name="long")
 
     watcher = Recorder()
+    settings = json.loads((out / "long" / "study.json").read_text())
+    assert settings["tracking_uri"] is None
+    (out / "long" / "study.json").write_text(json.dumps(settings | {"tracking_uri": "http://127.0.0.1:9"}))
     resumed = go_on(watcher=watcher)
+    assert [line for line in watcher.warnings if line.startswith("MLflow: http://127.0.0.1:9 does not answer")]
     pd.testing.assert_frame_equal(resumed.trials.head(2), first.trials)
     assert list(resumed.trials.number) == [1, 2, 3]
     assert [event for event in watcher.events if event.startswith("trial")] == ["trial 1", "trial 2", "trial 3"]

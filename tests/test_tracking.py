@@ -58,6 +58,17 @@ def held_up(tracker):
     assert was_in_time.result()
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """`network` as a torch.export file."""
+    file = tmp_path_factory.mktemp("best") / "model.pt2"
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(network(), (torch.zeros(5, 1, 8, 8),), dynamic_shapes=({0: batch},))
+    program.example_inputs = None  # as in what a study ships
+    torch.export.save(program, file)
+    return file
+
+
 SPLITS = {"train": {"n": 8, "sha256": None}, "test": {"n": 8, "sha256": "ab" * 32}}
 
 
@@ -144,6 +155,10 @@ def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     assert found[second].data.metrics["feasible"] == 0.0
     assert set(found["dense"].data.metrics) == set(child.data.metrics) - {"curves/loss"}
     assert found["dense"].data.tags["role"] == "dense"
+    (dense,) = found["dense"].outputs.model_outputs
+    for run in (parent, child, found[second], found["trial 002 · failed"]):
+        assert [m.model_id for m in client(out).get_run(run.info.run_id).inputs.model_inputs] == [dense.model_id]
+    assert {m.key: m.value for m in client(out).get_logged_model(dense.model_id).metrics}["params"] == 1000
     assert found["trial 002 · failed"].info.status == "FAILED"
 
 
@@ -156,7 +171,7 @@ def test_the_data_are_logged_by_name_and_count(out, tracker):
     }
 
 
-def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tracker, tmp_path):
+def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tracker, tmp_path, exported):
     report = tmp_path / "result.json"
     report.write_text("{}")
     figures = tmp_path / "figures"
@@ -167,8 +182,7 @@ def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tr
     tracker.finish(
         metrics=metrics_of(0.95, DENSE, "compressed_"),
         artifacts=[report, figures],
-        model=model,
-        example_input=x[:1],
+        model=exported,
     )
     assert time.perf_counter() - start < 30
 
@@ -188,6 +202,9 @@ def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tr
         loaded = mlflow.pytorch.load_model(logged.artifact_location)
         torch.testing.assert_close(loaded(x), expected)
     served = mlflow.pyfunc.load_model(logged.artifact_location)
+    signature = served.metadata.signature
+    assert [(spec.type.name, spec.shape) for spec in signature.inputs] == [("float32", (-1, 1, 8, 8))]
+    assert [(spec.type.name, spec.shape) for spec in signature.outputs] == [("float32", (-1, 10))]
     np.testing.assert_allclose(served.predict(x.numpy()), expected.numpy(), rtol=1e-5, atol=1e-6)
     files = {path.name for path in Path(logged.artifact_location.removeprefix("file://")).rglob("*")}
     assert "MLmodel" in files
@@ -195,15 +212,12 @@ def test_artifacts_and_the_winner_are_kept_without_pickle_and_load_again(out, tr
     assert not list(out.glob(".mlflow-*"))
 
 
-def test_a_model_that_cannot_be_exported_costs_one_warning_and_nothing_else(out):
-    class Branches(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
-
+def test_a_model_that_cannot_be_read_costs_one_warning_and_nothing_else(out, tmp_path):
+    (tmp_path / "model.pt2").write_bytes(b"no program")
     warned = []
     tracker = Tracker(out, "digits", on_warning=warned.append)
     tracker.start("study", {})
-    tracker.finish(verdict="done", model=Branches().eval(), example_input=torch.ones(1, 3))
+    tracker.finish(verdict="done", model=tmp_path / "model.pt2")
     assert len(warned) == 1
     assert runs(out)["study"].info.status == "FINISHED"
     assert runs(out)["study"].data.tags["mlflow.note.content"] == "done"
@@ -216,7 +230,7 @@ def test_a_resumed_study_goes_on_in_its_run_without_duplicates(out, tracker, ref
     run_id = tracker.run_id
     tracker.finish("KILLED")
 
-    resumed = Tracker(out, "digits", on_warning=refuse)
+    resumed = Tracker(out, "digits", device="cpu", on_warning=refuse)
     resumed.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.02}, run_id=run_id)
     assert resumed.run_id == run_id
     assert runs(out)["study"].info.status == "RUNNING"
@@ -290,7 +304,7 @@ def test_a_broken_store_costs_one_warning_and_no_time(tmp_path, break_it):
     tracker.dense(0.96, DENSE, value=1.0)
     tracker.trial(trial_result(0))
     assert tracker.run_id is None
-    tracker.finish(model=network(), example_input=torch.ones(1, 1, 8, 8))
+    tracker.finish(model=Path(__file__))
     assert time.perf_counter() - start < 5
     assert len(warned) == 1
     assert warned[0].startswith("MLflow: ")
@@ -393,9 +407,8 @@ def test_a_path_that_mlflow_cannot_use_is_refused_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_winner_is_registered_under_a_name(out, tracker):
-    model, x = network(), torch.randn(2, 1, 8, 8)
-    tracker.finish(model=model, example_input=x, register="small")
+def test_the_winner_is_registered_under_a_name(out, tracker, exported):
+    tracker.finish(model=exported, register="small")
     (version,) = client(out).search_model_versions("name='small'")
     assert version.run_id == tracker.run_id
     (output,) = client(out).get_run(tracker.run_id).outputs.model_outputs
