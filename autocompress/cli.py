@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 TRAINING = ("lr", "optimizer", "distill", "rounds")  # options of a trial's recovery, besides its epochs
-BUDGET = ("trials", "timeout", "tolerance", "device")  # options that may change when a study is resumed
+BUDGET = ("trials", "timeout", "tolerance", "device", "workers")  # options that may change when a study is resumed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,6 +120,13 @@ def cli() -> None:
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds search and trials.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Trials at a time, each in a process with a GPU or a share of the CPU of its own.",
+)
 @task_options
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
@@ -233,7 +240,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     )
     for name in (*same, *BUDGET):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
-            options[name] = asked[name]
+            options[name] = asked.get(name, options[name])  # a study of an earlier version may lack one
         elif name not in BUDGET and not _is_same(name, options[name], asked[name]):
             was = f"the study {options['resume']!r} was made with {asked[name]!r}, not {options[name]!r}"
             hint = f"'--{name.replace('_', '-')}'"

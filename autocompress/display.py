@@ -131,7 +131,7 @@ class Display:
     def _seconds_left(self) -> float:
         assert self._beginning is not None
         settings, done = self._beginning.settings, len(self._rows)
-        left = max(0, settings.trials - done) * sum(self._seconds) / max(1, len(self._seconds))
+        left = max(0, settings.trials - done) * sum(self._seconds) / max(1, len(self._seconds)) / settings.workers
         if settings.timeout_s:
             left = min(left, max(0.0, settings.timeout_s - (time.monotonic() - self._began_at)))
         return left

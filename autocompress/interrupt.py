@@ -26,7 +26,7 @@ def gentle_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]
         if asked:
             signal.default_int_handler(number, frame)
         asked = True
-        say("interrupted: the search ends with the trial that runs now; Ctrl-C again stops it at once")
+        say("interrupted: the search ends with what runs now; Ctrl-C again stops it at once")
 
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:

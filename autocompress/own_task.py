@@ -144,7 +144,7 @@ def _of_images(options: TaskOptions, progress: Progress) -> _Parts:
     if "jitter" in augmentations and not 0 <= float(floats.min()) <= float(floats.max()) <= 1:
         raise ValueError("jitter needs bytes or values from 0 to 1; the data has others: leave it out")
     batch = options.batch_size or BATCH_SIZE
-    plain = Sampling(batch, workers=options.workers)
+    plain = Sampling(batch, workers=options.data_workers)
     training = replace(plain, augmentations=augmentations, weights=_sample_weights(options, train.y))
     parts = {
         part: _split(samples, preprocessing, training if part == "train" else plain)
@@ -264,7 +264,7 @@ def _of_factory(options: TaskOptions) -> _Parts | Task:
     if not isinstance(given, list | tuple) or len(given) != 3:
         raise ValueError(f"{spec!r} gives a {type(given).__name__}; it must give a Task, or (train, val, test)")
     batch = options.batch_size or BATCH_SIZE
-    loaders = [_loader(data, part, batch, options.workers) for part, data in zip(PARTS, given, strict=True)]
+    loaders = [_loader(data, part, batch, options.data_workers) for part, data in zip(PARTS, given, strict=True)]
     parts = {part: as_split(data, part) for part, data in zip(PARTS, loaders, strict=True)}
     x, _ = next(parts["train"].batches())
     classes = _classes(given[0], parts["train"])

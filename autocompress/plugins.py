@@ -22,6 +22,8 @@ ENTRY_POINT_GROUP = "autocompress.plugins"
 
 T = TypeVar("T")
 
+_FROM_FILES: dict[str, ModuleType] = {}
+
 
 @cache
 def load_plugins() -> None:
@@ -120,6 +122,11 @@ def load_from_file(spec: str) -> Any:
         raise ValueError(f"{spec!r}: {file!r} has no {name!r}; it has {has}") from None
 
 
+def modules_from_files() -> list[ModuleType]:
+    """The modules that `load_from_file` has made: other processes cannot import them by their names."""
+    return list(_FROM_FILES.values())
+
+
 def _run(path: Path) -> ModuleType:
     """Runs a file as a module under a name of its own: two files called model.py are two modules."""
     digest = zlib.crc32(str(path.resolve()).encode())
@@ -133,4 +140,5 @@ def _run(path: Path) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
+    _FROM_FILES[name] = module
     return module

@@ -48,6 +48,7 @@ class Settings:
         constraints: What else the compressed model must reach.
         tolerance: The search ends when the lowest feasible density is known to within this share.
         confidence: Of the bounds that the verdict states.
+        workers: Trials at a time.
     """
 
     scheme: Scheme
@@ -62,6 +63,7 @@ class Settings:
     constraints: tuple[Constraint, ...] = ()
     tolerance: float = TOLERANCE
     confidence: float = CONFIDENCE
+    workers: int = 1
 
     @property
     def unit(self) -> str:
@@ -78,6 +80,13 @@ class Settings:
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance={self.tolerance}; it must be positive (0.1 is a tenth of the density)")
         check_confidence(self.confidence)
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}; it must be at least 1")
+        if self.workers > 1 and ":" in self.device:
+            raise ValueError(
+                f"device={self.device!r} is one GPU, and workers={self.workers} take one each; name the GPUs in "
+                "CUDA_VISIBLE_DEVICES and give device='cuda'"
+            )
 
     def identity(self, task: Task) -> dict[str, Any]:
         """What makes it the same study when it is resumed: JSON types only."""
@@ -103,6 +112,7 @@ class Settings:
             "timeout": self.timeout_s,
             "tolerance": self.tolerance,
             "device": self.device,
+            "workers": self.workers,
         }
 
 

@@ -7,7 +7,7 @@ which the true drop reaches the bound. `make_sampler` gives it, or a baseline it
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,34 @@ class _Grid(optuna.samplers.GridSampler):
         """Leaves the end to whoever asks."""
 
 
+class _Stateless(optuna.samplers.BaseSampler):
+    """One of Optuna's samplers, made anew with a seed of its own for each trial and parameter.
+
+    Its proposals depend on the seed and the study's trials alone, and not on how often the search was cut short
+    and resumed; several searches of one study, which have different trials to propose for, differ.
+    """
+
+    def __init__(self, make: Callable[[int], optuna.samplers.BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+
+    def _of(self, trial: FrozenTrial, parameter: str = "") -> optuna.samplers.BaseSampler:
+        seeds = np.random.SeedSequence([self._seed, trial.number, *parameter.encode()])
+        return self._make(int(seeds.generate_state(1)[0]))
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
+
+
 def make_sampler(name: str, *, low: float, max_drop: float, seed: int) -> optuna.samplers.BaseSampler:
     """The sampler of that name, see `SAMPLERS`.
 
@@ -212,16 +240,17 @@ def make_sampler(name: str, *, low: float, max_drop: float, seed: int) -> optuna
         case "gp":
             # The default of 10 random trials to start with would be most of a study here. The objective is
             # told to be noisy because Optuna shares the setting between objective and constraints.
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=4, warn_independent_sampling=False)
+            gp = optuna.samplers.GPSampler
+            return _Stateless(lambda s: gp(seed=s, n_startup_trials=4, warn_independent_sampling=False), seed)
         case "tpe":
-            return optuna.samplers.TPESampler(seed=seed)
+            return _Stateless(lambda s: optuna.samplers.TPESampler(seed=s), seed)
         case "bisection":
             return BisectionSampler(low, max_drop)
         case "grid":
             # Without density 1: the dense model is in the study already.
             return _Grid({"density": np.geomspace(low, 1, GRID_SIZE + 1)[:-1].tolist()}, seed=seed)
         case "random":
-            return optuna.samplers.RandomSampler(seed=seed)
+            return _Stateless(lambda s: optuna.samplers.RandomSampler(seed=s), seed)
     near = difflib.get_close_matches(name.lower(), SAMPLERS, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"unknown sampler {name!r}{hint} (available: {', '.join(SAMPLERS)})")

@@ -1,18 +1,18 @@
 """Search: ask for a density, submit a trial, tell the study what came of it."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
-import numpy as np
 import optuna
 import torch
 from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.constraint import Checked
@@ -22,27 +22,11 @@ from autocompress.sampler import ThresholdSampler, make_sampler
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
 ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
 TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
-
-
-class InProcess(Executor):
-    """An executor that runs each call at once, in this process."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        """Runs the call; Ctrl-C is not caught."""
-        future: Future[T] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 class Events(Protocol):
@@ -76,24 +60,35 @@ class Plan:
     tolerance: float = TOLERANCE
 
 
+class _Held(JournalFileSymlinkLock):
+    """No lock: the study's folder has one, and Optuna's own would outlive a killed process for half a minute."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
 def open_study(journal: Path, direction: Direction | None = None) -> optuna.Study:
-    """The study kept in ``journal``: as it was left, or new where a direction is given."""
+    """The study kept in ``journal``: as it was left, to be read; or to go on with, where a direction is given."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(journal)))
     if direction is None:
-        return optuna.load_study(study_name="study", storage=storage)
+        return optuna.load_study(study_name="study", storage=JournalStorage(JournalFileBackend(str(journal))))
+    _drop_half_line(journal)
+    storage = JournalStorage(JournalFileBackend(str(journal), _Held(str(journal))))
     return optuna.create_study(storage=storage, direction=direction, study_name="study", load_if_exists=True)
 
 
-def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
-    """Gives the study its sampler, which goes on where the study's trials end.
+def _drop_half_line(journal: Path) -> None:
+    """Takes back a last line that a killed process did not write to its end: another would be appended to it."""
+    if journal.is_file() and not (written := journal.read_bytes()).endswith(b"\n"):
+        with journal.open("r+b") as file:
+            file.truncate(written.rfind(b"\n") + 1)
 
-    Those that draw random numbers are seeded by how many trials there are, too: begun again with the same
-    seed they would propose what they have proposed before.
-    """
-    begun = len(study.get_trials(deepcopy=False))
-    if begun and name in ("gp", "tpe", "random"):
-        seed = int(np.random.SeedSequence([seed, begun]).generate_state(1)[0])
+
+def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
+    """Gives the study its sampler, which goes on where the study's trials end."""
     study.sampler = make_sampler(name, low=min(plan.low, 0.99), max_drop=plan.bound.max_drop, seed=seed)
 
 
@@ -123,6 +118,9 @@ def search(
 ) -> str:
     """Runs trials until the answer is known well enough or the budget is spent; returns which, in words.
 
+    Trials that run when a search is cut short are left as they are: the next search of the study runs them again,
+    at their densities and with their seeds, and so comes to the same answer.
+
     Args:
         study: An Optuna study with the dense model as trial 0.
         plan: What is searched and for how long.
@@ -133,12 +131,21 @@ def search(
         asked_to_stop: Whether no further trial shall begin; those that run are waited for.
     """
     deadline = time.monotonic() + plan.timeout_s if plan.timeout_s else None
+    cut_short = _running(study)
     pending: dict[Future[TrialResult], optuna.Trial] = {}
+
+    def reason_to_stop() -> str | None:
+        if asked_to_stop():
+            return INTERRUPTED
+        if deadline is not None and time.monotonic() > deadline:
+            return "the time is up"
+        return None if cut_short else _reason_to_stop(study, plan)
+
     try:
         while True:
-            stop = INTERRUPTED if asked_to_stop() else _reason_to_stop(study, plan, deadline)
-            while stop is None and len(pending) < plan.workers and _begun(study) < plan.trials:
-                trial = study.ask()
+            stop = None
+            while len(pending) < plan.workers and (stop := reason_to_stop()) is None:
+                trial = cut_short.pop(0) if cut_short else study.ask()
                 density = trial.suggest_float("density", plan.low, 1.0, log=True) if plan.low < 1 else 1.0
                 pending[executor.submit(run_trial, make_spec(trial.number, density))] = trial
             if not pending:
@@ -147,25 +154,17 @@ def search(
                 _tell(study, pending.pop(future), future, plan.bound, folder, events)
     except KeyboardInterrupt:
         return INTERRUPTED
-    finally:
-        for trial in _running(study):
-            study.tell(trial, state=TrialState.FAIL)
 
 
 def adopt(study: optuna.Study, bound: Bound, folder: StudyFolder) -> None:
-    """Settles the trials that a killed run left open: those that were saved count, the others failed."""
+    """Counts the trials that a killed run had saved but not told the study of."""
     for trial in _running(study):
-        try:
-            result = folder.load_trial(trial.number)
-        except ValueError:
-            study.tell(trial, state=TrialState.FAIL)
-        else:
-            _record(study, trial, result, bound)
+        with contextlib.suppress(ValueError):  # not saved, or not whole: it will run again
+            _record(study, trial, folder.load_trial(trial.number), bound)
 
 
 def _running(study: optuna.Study) -> list[optuna.Trial]:
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [optuna.Trial(study, trial._trial_id) for trial in running]
+    return [optuna.Trial(study, trial._trial_id) for trial in _states(study, TrialState.RUNNING)]
 
 
 def _begun(study: optuna.Study) -> int:
@@ -173,11 +172,9 @@ def _begun(study: optuna.Study) -> int:
     return len(states) - states.count(TrialState.WAITING) - 1  # one is the dense model
 
 
-def _reason_to_stop(study: optuna.Study, plan: Plan, deadline: float | None) -> str | None:
+def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
     """Why no further trial shall begin, in words. Sees to it that the last ones settle the answer."""
     left = plan.trials - _begun(study)
-    if deadline is not None and time.monotonic() > deadline:
-        return "the time is up"
     if left <= 0:
         return BUDGET_SPENT
     if plan.low == 1:
@@ -189,10 +186,20 @@ def _reason_to_stop(study: optuna.Study, plan: Plan, deadline: float | None) -> 
     known = study.sampler.done(study.get_trials(deepcopy=False), plan.tolerance)
     if known or left <= max(1, plan.trials // 4):
         density = _missing(study, plan)
-        if density is not None:
+        if density is not None and not _is_running(study, density):
             study.enqueue_trial({"density": density}, skip_if_exists=True)
             return None
     return known
+
+
+def _is_running(study: optuna.Study, density: float) -> bool:
+    """Whether a trial runs at about that density."""
+    running = [trial.params.get("density", 1.0) for trial in _states(study, TrialState.RUNNING)]
+    return any(abs(one / density - 1) <= TOLERANCE for one in running)
+
+
+def _states(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=states)
 
 
 def _missing(study: optuna.Study, plan: Plan) -> float | None:
@@ -216,7 +223,7 @@ def _tell(
     """Enters a finished trial into the study. What failed for a reason of its own is recorded as failed."""
     try:
         result = future.result()
-    except (RealizationError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (RealizationError, FloatingPointError, torch.OutOfMemoryError, BrokenExecutor) as error:
         trial.set_user_attr("reason", str(error))
         study.tell(trial, state=TrialState.FAIL)
         events.failed(trial.number, str(error))
@@ -240,14 +247,13 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
 
 def failures(study: optuna.Study) -> list[tuple[int, str]]:
     """The number and the reason of each trial that ended without a result."""
-    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    failed = _states(study, TrialState.FAIL)
     return [(trial.number, trial.user_attrs.get("reason", "cut short")) for trial in failed]
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
     """The study's finished trials without the dense model."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [trial for trial in trials if not trial.user_attrs.get("dense")]
+    return [trial for trial in _states(study, TrialState.COMPLETE) if not trial.user_attrs.get("dense")]
 
 
 def posterior(study: optuna.Study, plan: Plan) -> Posterior | None:

@@ -1,11 +1,13 @@
 """The home on disk: one folder a study, written so that a kill at any moment leaves whole files."""
 
 import contextlib
+import os
 import re
+import socket
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -19,6 +21,7 @@ from autocompress.files import NAME, read_json, write_json
 from autocompress.measurement import Measurement
 from autocompress.trial import TrialResult
 
+_LEFT_BEHIND = ("lock", "holder.json", ".holder.json.tmp", ".study.json.tmp")  # by who was killed as it began
 RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
 
 
@@ -46,7 +49,7 @@ class StudyFolder:
         path: The folder; made if it is not there.
 
     Raises:
-        ValueError: If another process holds it.
+        ValueError: If another process holds it; the message says which.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,17 +59,36 @@ class StudyFolder:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise ValueError(f"the study {path.name!r} is being run by another process") from None
+            raise ValueError(
+                f"the study {path.name!r} is being run by {self._holder()}; wait for its end, or begin one of "
+                "another name"
+            ) from None
+        began = datetime.now(UTC).isoformat(" ", "minutes")
+        write_json(self._holder_file, {"pid": os.getpid(), "host": socket.gethostname(), "since": began})
+
+    @property
+    def _holder_file(self) -> Path:
+        return self.path / "holder.json"
+
+    def _holder(self) -> str:
+        """The process that holds the study, in words."""
+        try:
+            held = read_json(self._holder_file)
+            return f"process {held['pid']} on {held['host']}, since {held['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # not written yet
+            return "another process"
 
     def close(self) -> None:
         """Lets other processes have the study."""
+        if self._lock.is_locked:
+            self._holder_file.unlink(missing_ok=True)
         self._lock.release()
 
     def discard(self) -> None:
         """Takes back what made the folder a study, and the folder itself if nothing else is in it."""
         self.close()
-        for file in (self.settings_file, self.path / "lock"):
-            file.unlink(missing_ok=True)
+        for name in ("study.json", *_LEFT_BEHIND):
+            (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # somebody else's files are in it
             self.path.rmdir()
 
@@ -135,29 +157,29 @@ def _trial_result(record: dict[str, Any]) -> TrialResult:
     return TrialResult(measurement=measurement, curves=curves, constraints=constraints, **record)
 
 
-def new_folder(home: Path, name: str | None, identity: Mapping[str, Any]) -> StudyFolder:
+def new_folder(home: Path, name: str | None, asked: Mapping[str, Any]) -> StudyFolder:
     """The folder of a new study.
 
     Args:
         home: The folder of all studies.
         name: The study's name; None for one made of the task, the scheme and the time.
-        identity: What is asked of the study: JSON types only.
+        asked: What is asked of the study: JSON types only.
 
     Raises:
         ValueError: If the name cannot be used or is taken.
     """
-    path = home / (_default_name(home, identity) if name is None else check_name(name))
+    path = home / (_default_name(home, asked) if name is None else check_name(name))
     if (path / "study.json").exists():
         raise ValueError(f"a study named {name!r} is in {home} already; choose another name, or resume it")
-    if path.exists() and any(file.name != "lock" for file in path.iterdir()):
+    if path.exists() and any(file.name not in _LEFT_BEHIND for file in path.iterdir()):
         raise ValueError(f"{path} holds something other than a study; choose another name")
     folder = StudyFolder(path)
-    write_json(folder.settings_file, {**identity, "autocompress": version("autocompress")})
+    write_json(folder.settings_file, {**asked, "autocompress": version("autocompress")})
     return folder
 
 
-def _default_name(home: Path, identity: Mapping[str, Any]) -> str:
-    task, scheme = (re.sub(r"[^A-Za-z0-9]+", "-", identity[key]).strip("-") or key for key in ("task", "scheme"))
+def _default_name(home: Path, asked: Mapping[str, Any]) -> str:
+    task, scheme = (re.sub(r"[^A-Za-z0-9]+", "-", asked[key]).strip("-") or key for key in ("task", "scheme"))
     name = f"{task}-{scheme}-{datetime.now():%Y%m%d-%H%M%S}"
     others = (f"{name}-{i}" for i in count(2))
     return name if not (home / name).exists() else next(other for other in others if not (home / other).exists())

@@ -5,6 +5,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from autocompress.layers import compare_layers
 from autocompress.macs import count_macs
 from autocompress.measurement import Measurement, compare, measure
 from autocompress.mlflow_store import without_secrets
+from autocompress.parcel import pack_shared
 from autocompress.per_class import per_class
 from autocompress.progress import span
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
@@ -36,7 +38,6 @@ from autocompress.sampler import make_sampler
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
 from autocompress.search import (
     TOLERANCE,
-    InProcess,
     Plan,
     add_dense,
     adopt,
@@ -59,6 +60,7 @@ from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker, final_metrics
 from autocompress.training import threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec
+from autocompress.workers import InProcess, LocalWorkers, Remote, visible_gpus
 
 DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree
 LOWEST_DENSITY = 0.002  # of the search, where the scheme itself could go lower
@@ -81,6 +83,7 @@ def tune(
     sampler: str = "threshold",
     seed: int = 0,
     device: str = "auto",
+    workers: int = 1,
     out: str | Path = "autocompress-runs",
     name: str | None = None,
     resume: str | None = None,
@@ -109,6 +112,8 @@ def tune(
         sampler: Which densities to try: threshold, gp, tpe, bisection, grid or random.
         seed: Seeds the search and the trials.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        workers: Trials at a time, each in a process of its own with a GPU or a share of the CPU's threads; 1 runs
+            them in this process.
         out: The folder for all studies; nothing is written outside it.
         name: The study's name; by default made of the task, the scheme and the time.
         resume: The name of a study to go on with, in place of ``name``.
@@ -134,6 +139,7 @@ def tune(
         device=usable_device(device),
         tolerance=tolerance,
         confidence=confidence,
+        workers=workers,
     )
     watcher = watcher or Silent()
     if name is not None:
@@ -146,9 +152,12 @@ def tune(
     task.check()
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
     identity = settings.identity(task)
-    folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
-    made_with = {} if resume else {"provenance": provenance(task, command)}
-    folder.update_settings({**settings.budget(), **made_with, "task_options": task.options})
+    asked = {**settings.budget(), "task_options": task.options}
+    if resume:
+        folder = resume_folder(home, resume, identity)
+        folder.update_settings(asked)
+    else:
+        folder = new_folder(home, name, {**identity, "provenance": provenance(task, command), **asked})
     tracking_uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
     folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
     elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
@@ -193,6 +202,7 @@ class Study:
         register: str | None = None,
     ) -> None:
         self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
+        self.sent = task  # to the trials
         self.register = register
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
@@ -218,7 +228,14 @@ class Study:
         self.dense_cost, self.timing = self._measure_dense()
         lowest = settings.scheme.lowest_density(self.facts)
         low = max(lowest, LOWEST_DENSITY) if settings.scheme.takes_density else 1.0
-        self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s, tolerance=settings.tolerance)
+        self.plan = Plan(
+            low,
+            settings.bound,
+            settings.trials,
+            settings.timeout_s,
+            workers=settings.workers,
+            tolerance=settings.tolerance,
+        )
         dense_value = settings.objective(self.dense_cost)
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
         self.folder.update_settings({"dense_value": dense_value})
@@ -229,9 +246,20 @@ class Study:
         adopt(self.study, settings.bound, self.folder)
         for trial in finished(self.study):
             self.trial(self.folder.load_trial(trial.number))
-        with gentle_interrupt(self.watcher.warned) as asked_to_stop:
-            stopped = search(self.study, self.plan, self._spec, InProcess(), self.folder, self, asked_to_stop)
+        with self._executor() as executor, gentle_interrupt(self.watcher.warned) as asked_to_stop:
+            stopped = search(self.study, self.plan, self._spec, executor, self.folder, self, asked_to_stop)
         return self._conclude(stopped)
+
+    def _executor(self) -> Executor:
+        """Where the trials run."""
+        workers = self.settings.workers
+        if workers == 1:
+            return InProcess()
+        self.sent = self.task.on("cpu")
+        shared, payload = pack_shared(vars(self._spec(0, 1.0)))
+        gpus = visible_gpus() if self.settings.device != "cpu" else []
+        threads = max(1, torch.get_num_threads() // workers)
+        return Remote(LocalWorkers(workers, payload, threads=threads, gpus=gpus), shared)
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
         """What the dense model costs, and whether the objective needs more than can be counted."""
@@ -289,7 +317,7 @@ class Study:
         return TrialSpec(
             number=number,
             density=density,
-            task=self.task,
+            task=self.sent,
             scheme=settings.scheme,
             facts=self.facts,
             recovery=settings.recovery,

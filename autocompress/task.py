@@ -95,6 +95,28 @@ class LoaderSplit:
         yield from (batch for batch in cast(Iterable[Batch], self.loader) if len(batch[0]) >= smallest)
 
 
+@dataclass(frozen=True)
+class HalfBatches:
+    """A split with each of its batches cut in two, for a device that has no room for a whole one."""
+
+    split: Split
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples the split holds."""
+        return self.split.n_samples
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a full batch."""
+        return (min(self.split.batch_size, self.n_samples) + 1) // 2
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """One pass, see `Split.batches`."""
+        for x, y in self.split.batches(generator):
+            yield from zip(*(torch.split(one, self.batch_size) for one in (x, y)), strict=True)
+
+
 Data: TypeAlias = Split | DataLoader[Batch] | tuple[Tensor, Tensor]
 
 
@@ -264,6 +286,12 @@ class Task:
         moved = copy.copy(self)
         moved.model = channels_last(copy.deepcopy(self.model).to(device).eval())
         return moved
+
+    def in_half_batches(self) -> "Task":
+        """The same task, served in batches of half the size."""
+        halved = copy.copy(self)
+        halved.train, halved.val, halved.test = map(HalfBatches, (self.train, self.val, self.test))
+        return halved
 
     @property
     def example_input(self) -> Tensor:

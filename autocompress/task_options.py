@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-MOVABLE = ("data", "weights", "workers")  # may differ when a study is resumed: what they lead to is compared
+MOVABLE = ("data", "weights", "data_workers")  # may differ when a study is resumed: what they lead to is compared
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TaskOptions:
         augment: Names of augmentations and sets.
         balance: ``none``, ``weights`` of the classes in the loss, or a ``sampler``.
         batch_size: Samples in a batch.
-        workers: Processes that read images which are not held in memory.
+        data_workers: Processes that read images which are not held in memory.
         strict: Whether an image that cannot be read is an error.
         label_smoothing: Share of the target that is spread over all classes.
         train_epochs: Of the dense model; 0 to take it as it is; None for 30 if its weights are not trained.
@@ -58,7 +58,7 @@ class TaskOptions:
     augment: tuple[str, ...] = ()
     balance: str = "none"
     batch_size: int | None = None
-    workers: int = 2
+    data_workers: int = 2
     strict: bool = False
     label_smoothing: float = 0.0
     train_epochs: int | None = None
@@ -184,7 +184,7 @@ _OPTIONS = (
     ),
     click.option("--batch-size", type=click.IntRange(min=1), help="[default: 64]"),
     click.option(
-        "--workers",
+        "--data-workers",
         type=click.IntRange(min=0),
         default=2,
         show_default=True,

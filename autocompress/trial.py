@@ -1,9 +1,10 @@
 """One trial: compress at one density, recover, realize, score on val, measure. A pure function."""
 
 import copy
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,10 +127,40 @@ class TrialResult:
 def run_trial(spec: TrialSpec) -> TrialResult:
     """Runs one trial in whatever process it is called.
 
+    Where the device runs out of memory, it runs a second time in batches of half the size; the result's curves
+    then hold a ``batch_size``.
+
     Raises:
         RealizationError: If the realized model does not compute what the masked model computes.
-        FloatingPointError: If the training diverged.
+        FloatingPointError: If the training diverged, or the metric is no finite number.
+        torch.OutOfMemoryError: If half of a batch was too much, too.
     """
+    try:
+        return _run(spec)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Out here, where the traceback no longer holds what filled the memory.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    halved = replace(spec, task=spec.task.in_half_batches())
+    size = halved.task.train.batch_size
+    try:
+        result = _run(halved)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise torch.OutOfMemoryError(f"out of memory, in batches of {size} as well: {reason}") from error
+    return replace(result, curves={**result.curves, "batch_size": (float(size),)})
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has run out of memory, or the CPU, for which torch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _run(spec: TrialSpec) -> TrialResult:
     began = time.perf_counter()
     task, scheme = spec.task.on(spec.device), spec.scheme
     torch.manual_seed(spec.seed)
@@ -139,6 +170,8 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     realized = realize(scheme, model.eval(), recovered.theta, spec.facts, next(task.val.batches())[0])
     with span(TRAINING_SHARE, 1):
         evaluation = task.evaluate(deployed(realized, task.example_input), task.val)
+    if not math.isfinite(evaluation.score):
+        raise FloatingPointError(f"the {task.metric.name} of the compressed model is {evaluation.score}")
     dense_params = sum(p.numel() for p in task.model.parameters())
     measurement = measure(
         realized,

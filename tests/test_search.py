@@ -18,7 +18,6 @@ from autocompress.search import (
     BUDGET_SPENT,
     INTERRUPTED,
     TOLERANCE,
-    InProcess,
     Plan,
     add_dense,
     adopt,
@@ -30,6 +29,7 @@ from autocompress.search import (
 )
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
+from autocompress.workers import InProcess
 
 MakeSpec = Callable[..., TrialSpec]
 BOUND = Bound(0.05)
@@ -203,7 +203,9 @@ def test_an_error_that_is_no_trials_own_ends_the_search(home: Home) -> None:
 
     with pytest.raises(ValueError, match="the objective 'fails' raised"):
         home.search(3, spec={"objective": as_objective(fails)})
-    assert home.states == [TrialState.COMPLETE, TrialState.FAIL]  # nothing is left running
+    assert home.states == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert home.search(1) == BUDGET_SPENT  # what was running runs again
+    assert [result.number for result in home.log.results] == [1]
 
 
 class InterruptedAt(InProcess):
@@ -222,10 +224,12 @@ class InterruptedAt(InProcess):
 def test_an_interrupted_search_keeps_what_it_has_and_can_go_on(home: Home) -> None:
     assert home.search(4, InterruptedAt(3)) == INTERRUPTED
     assert [result.number for result in home.log.results] == [1, 2]
-    assert home.states == [TrialState.COMPLETE] * 3 + [TrialState.FAIL]
+    assert home.states == [TrialState.COMPLETE] * 3 + [TrialState.RUNNING]
+    proposed = home.study.trials[3].params
     home.study = home.opened()
     assert home.search(4) == BUDGET_SPENT
-    assert [result.number for result in home.log.results] == [1, 2, 4]
+    assert [result.number for result in home.log.results] == [1, 2, 3, 4]
+    assert home.study.trials[3].params == proposed
 
 
 class Together(Executor):
@@ -260,7 +264,7 @@ def test_trials_at_a_time_are_never_more_than_the_workers(home: Home) -> None:
 # What a killed run leaves
 
 
-def test_trials_that_were_running_are_adopted_or_failed(home: Home) -> None:
+def test_trials_that_were_running_are_adopted_or_run_again(home: Home) -> None:
     saved, unsaved, damaged = (home.study.ask() for _ in range(3))
     densities = [trial.suggest_float("density", LOW, 1.0, log=True) for trial in (saved, unsaved, damaged)]
     result = run_trial(home.spec(1, densities[0]))
@@ -270,13 +274,14 @@ def test_trials_that_were_running_are_adopted_or_failed(home: Home) -> None:
     record.write_text(record.read_text()[:50])
     home.study = home.opened()
     adopt(home.study, BOUND, home.folder)
-    assert home.states == [TrialState.COMPLETE] * 2 + [TrialState.FAIL] * 2
+    assert home.states == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING] * 2
     (adopted,) = finished(home.study)
     assert (adopted.number, adopted.value) == (1, result.density)
     assert adopted.user_attrs["drop"] == result.drop
     assert adopted.constraints["drop"] == pytest.approx(result.drop - 0.05)
-    adopt(home.study, BOUND, home.folder)  # nothing is left to settle
-    assert len(home.states) == 4
+    assert home.search(3) == BUDGET_SPENT
+    assert [result.density_asked for result in home.log.results] == densities[1:]
+    assert home.states == [TrialState.COMPLETE] * 4
 
 
 # The answer

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -199,9 +200,10 @@ def test_resuming_what_is_not_there_lists_what_is(tmp_path: Path) -> None:
 
 def test_a_study_has_one_holder(tmp_path: Path) -> None:
     folder = new_folder(tmp_path, "mine", IDENTITY)
-    with pytest.raises(ValueError, match="the study 'mine' is being run by another process"):
+    with pytest.raises(ValueError, match=f"'mine' is being run by process {os.getpid()} on .*, since 20"):
         resume_folder(tmp_path, "mine", IDENTITY)
     folder.close()
+    assert not (folder.path / "holder.json").exists()
     resume_folder(tmp_path, "mine", IDENTITY).close()
 
 

@@ -156,3 +156,45 @@ def test_a_trial_in_another_process_is_the_same(make_spec: MakeSpec) -> None:
     with ProcessPoolExecutor(2, spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         elsewhere = list(pool.map(run_trial, specs))
     assert all(same(result, run_trial(spec)) for result, spec in zip(elsewhere, specs, strict=True))
+
+
+# What runs out
+
+
+class Hungry:
+    """A loss that takes more memory than there is for batches beyond a size."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.sizes = most, set[int]()
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.sizes.add(len(targets))
+        if len(targets) > self.most:
+            torch.empty(2**60, dtype=torch.uint8)
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+
+def test_out_of_memory_halves_the_batch_once(make_spec, tiny_task) -> None:
+    tiny_task.loss = Hungry(30)
+    result = run_trial(make_spec(task=tiny_task))
+    assert tiny_task.loss.sizes == {60, 30}
+    assert result.curves["batch_size"] == (30.0,)
+    tiny_task.loss = Hungry(29)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory, in batches of 30 as well: .*allocate"):
+        run_trial(make_spec(task=tiny_task))
+    assert tiny_task.loss.sizes == {60, 30}
+
+
+def test_half_batches_hold_the_same_samples(tiny_task) -> None:
+    halved, model = tiny_task.in_half_batches(), tiny_task.model
+    assert [len(y) for _, y in halved.val.batches()] == [30, 30]
+    assert halved.evaluate(model, halved.val).score == tiny_task.evaluate(model, tiny_task.val).score
+    shuffled = torch.cat([x for x, _ in halved.train.batches(torch.Generator().manual_seed(0))])
+    assert torch.equal(shuffled, next(tiny_task.train.batches(torch.Generator().manual_seed(0)))[0])
+
+
+def test_a_metric_that_is_no_number_fails_the_trial(make_spec, tiny_task) -> None:
+    spec = make_spec()
+    tiny_task.metric = replace(tiny_task.metric, score=lambda targets, outputs: float("nan"))
+    with pytest.raises(FloatingPointError, match="the accuracy of the compressed model is nan"):
+        run_trial(spec)
