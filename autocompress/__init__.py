@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from autocompress.result import Result, Watcher
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
     from autocompress.study import tune
+    from autocompress.sweep_result import Sweep
+    from autocompress.sweeping import sweep
     from autocompress.task import Task, TensorSplit
 
 # Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
@@ -34,6 +36,8 @@ _HOMES = {
     "result": ("Result", "Watcher"),
     "scheme": ("Compose", "Scheme", "Theta", "parse_scheme", "register_scheme"),
     "study": ("tune",),
+    "sweep_result": ("Sweep",),
+    "sweeping": ("sweep",),
     "task": ("Task", "TensorSplit"),
 }
 
@@ -46,6 +50,7 @@ __all__ = [
     "Objective",
     "Result",
     "Scheme",
+    "Sweep",
     "Task",
     "TensorSplit",
     "Theta",
@@ -60,6 +65,7 @@ __all__ = [
     "objective",
     "parse_scheme",
     "register_scheme",
+    "sweep",
     "tune",
 ]
 

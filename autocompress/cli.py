@@ -23,6 +23,7 @@ from autocompress.options import (
     read_config,
     write_config,
 )
+from autocompress.sweep_command import OF_A_TRIAL, sweep
 from autocompress.task_options import restore, take_options, task_options
 
 if TYPE_CHECKING:
@@ -259,7 +260,8 @@ def _is_same(name: str, given: Any, asked: Any) -> bool:
     return bool(given == asked)
 
 
-for command in COMMANDS:
+sweep.params[3:3] = [option for option in tune.params if option.name in OF_A_TRIAL]
+for command in (sweep, *COMMANDS):
     cli.add_command(command)
 
 

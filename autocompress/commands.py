@@ -75,36 +75,50 @@ def show(run: str, out: Path, as_json: bool) -> None:
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """
     from autocompress.record import find_study, read_record
-    from autocompress.show import make_console, show_result
+    from autocompress.show import make_console, show_result, show_sweep
+    from autocompress.sweep_result import Sweep
 
     record = read_record(checked("RUN", find_study, out, run), journal=False)
     if record.found is None:
-        raise click.BadParameter(_without_result(record.name, record.state), param_hint="'RUN'")
+        raise click.BadParameter(_without_result(record.name, record.kind, record.state), param_hint="'RUN'")
     if as_json:
         click.echo(json.dumps(record.found))
+    elif record.kind == "sweep":
+        show_sweep(make_console(stderr=False), Sweep.from_json(record.found, record.folder.absolute()))
     else:
         show_result(make_console(stderr=False), record.found, record.folder.absolute())
 
 
-def _without_result(name: str, state: str) -> str:
+def _without_result(name: str, kind: str, state: str) -> str:
     if state == "running":
-        return f"the study {name!r} is still running"
-    return f"the study {name!r} has no result; autocompress tune --resume {name} goes on with it"
+        return f"the {kind} {name!r} is still running"
+    command = "sweep" if kind == "sweep" else "tune"
+    return f"the {kind} {name!r} has no result; autocompress {command} --resume {name} goes on with it"
 
 
 @click.command()
 @RUN
 @OUT
 def report(run: str, out: Path) -> None:
-    """Write a study's report again, from what lies on disk.
+    """Write a study's report, or a sweep's table and figure, again, from what lies on disk.
 
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """
-    from autocompress.record import find_study
+    from autocompress.record import find_study, read_record
     from autocompress.report import write_report
     from autocompress.show import short
+    from autocompress.sweep_result import Sweep
+    from autocompress.sweeping import write_sweep
 
-    for path in write_report(checked("RUN", find_study, out, run).absolute()):
+    folder = checked("RUN", find_study, out, run).absolute()
+    record = read_record(folder, journal=False)
+    if record.kind != "sweep":
+        written = write_report(folder)
+    elif record.found is not None:
+        written = write_sweep(Sweep.from_json(record.found, folder))
+    else:
+        raise click.BadParameter(_without_result(record.name, record.kind, record.state), param_hint="'RUN'")
+    for path in written:
         click.echo(short(path))
 
 

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autocompress.learner import Learner, Penalty, Precision, Snapshot
+from autocompress.progress import heard_by
 from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, observe
 from autocompress.task import Split, Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
@@ -73,7 +74,8 @@ def score_compressed(task: Task, model: nn.Module, hard: Penalty) -> float:
     weights: Weights = dict(model.named_parameters())
     before = {name: weights[name].clone() for name in hard.bound}
     hard.apply(weights, lr=1.0)
-    score = task.evaluate(model, task.val).score
+    with heard_by(None):  # of the training's progress it is no part
+        score = task.evaluate(model, task.val).score
     for name, value in before.items():
         weights[name].copy_(value)
     return score

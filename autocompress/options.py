@@ -83,6 +83,24 @@ class Duration(click.ParamType[float]):
         return seconds
 
 
+class Densities(click.ParamType[tuple[float, ...]]):
+    """Densities as ``0.5,0.1`` or ``50%,10%``."""
+
+    name = "densities"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The densities as fractions."""
+        if isinstance(value, tuple):
+            return value
+        found = [re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", one) for one in value.split(",")]
+        densities = tuple(float(one[1]) / (100 if one[2] else 1) for one in found if one)
+        if len(densities) < len(found) or not all(0 < one <= 1 for one in densities):
+            self.fail(f"{value!r} is not a list of densities above 0 and at most 1; write 0.5,0.1 or 50%,10%")
+        if len(set(densities)) < len(densities):
+            self.fail(f"{value!r} has a density twice")
+        return densities
+
+
 class Run(click.ParamType[str]):
     """A study by its name, a beginning that only it has, or ``last``; a shell completes the name."""
 

@@ -41,6 +41,11 @@ class Record:
         return self.folder.name
 
     @property
+    def kind(self) -> str:
+        """``study``, or ``sweep``."""
+        return str(self.asked.get("kind", "study"))
+
+    @property
     def unit(self) -> str:
         """What drops are counted in."""
         return "%" if self.asked.get("drop") == "relative" else " pp"

@@ -40,6 +40,8 @@ def replay(path: Path, uri: str | None = None) -> str:
 def _replay(folder: StudyFolder, uri: str | None) -> str:
     record = read_record(folder.path, ours=True)
     asked, found = record.asked, record.found
+    if record.kind == "sweep":
+        raise ValueError(f"{record.name!r} is a sweep; autocompress sweep --resume {record.name} logs it")
     if found is None:
         remedy = f"finish it with autocompress tune --resume {record.name}"
         raise ValueError(f"the study {record.name!r} has no result yet; {remedy}")

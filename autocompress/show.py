@@ -10,6 +10,7 @@ from rich.table import Table
 
 from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison
 from autocompress.record import Record
+from autocompress.sweep_result import Sweep
 
 LIST_WIDTH = 400  # of the list of studies where there is no terminal
 PLAIN_WIDTH = 110  # of a console that is not a terminal and so has no width of its own
@@ -64,6 +65,32 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     say(f"Everything is in {short(folder)}")
     for step in _next(found, folder):
         say(f"Next: {step}")
+
+
+def show_sweep(console: Console, found: Sweep) -> None:
+    """Prints a sweep's table, what failed, and where everything is."""
+    header, rows = found.to_rows()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in header:
+        table.add_column(column, justify="left" if column == "scheme" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print()
+    if not console.is_terminal:
+        console.width = LIST_WIDTH
+    console.print(table)
+    console.print()
+    n = len(found.cells) - 1
+    home = short(found.folder)
+    lines = [
+        *(f"failed: {found.failure(one)}" for one in found.failed),
+        f"{n} model{'' if n == 1 else 's'} in {found.seconds:.0f} s, scored on {found.n_test} test samples, "
+        f"measured on {found.device}; {found.stopped}.",
+        found.note,
+        f"Everything is in {home}: sweep.csv, sweep.md, figures/sweep.svg",
+    ]
+    for line in lines:
+        console.print(escape(line), soft_wrap=True)
 
 
 def _next(found: Found, folder: Path) -> list[str]:

@@ -202,7 +202,7 @@ def resume_folder(home: Path, name: str, identity: Mapping[str, Any]) -> StudyFo
     Raises:
         ValueError: If there is none of that name, or something else was asked of it.
     """
-    asked = study_settings(home, name)
+    asked = study_settings(home, name, identity.get("kind", "study"))
     for key, value in identity.items():
         if asked.get(key) != value:
             raise ValueError(
@@ -212,14 +212,20 @@ def resume_folder(home: Path, name: str, identity: Mapping[str, Any]) -> StudyFo
     return StudyFolder(home / name)
 
 
-def study_settings(home: Path, name: str) -> dict[str, Any]:
-    """What was asked of a study that exists.
+def study_settings(home: Path, name: str, kind: str = "study") -> dict[str, Any]:
+    """What was asked of a study, or of a sweep, that exists.
 
     Raises:
-        ValueError: If there is none of that name; the message lists those there are.
+        ValueError: If there is none of that name; the message lists those there are. If it is of the other kind.
     """
     file = home / name / "study.json"
     if not re.fullmatch(NAME, name) or not file.is_file():
         known = sorted(path.parent.name for path in home.glob("*/study.json"))
         raise ValueError(f"there is no study {name!r} in {home} (there: {', '.join(known) or 'none'})")
-    return read_json(file)
+    asked = read_json(file)
+    if (found := asked.get("kind", "study")) != kind:
+        command = {"study": "tune", "sweep": "sweep"}[found]
+        raise ValueError(
+            f"{name!r} is a {found}, not a {kind}; autocompress {command} --resume {name} goes on with it"
+        )
+    return asked

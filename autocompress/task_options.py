@@ -252,7 +252,12 @@ CONSTRAINT = click.option(
 
 def task_options(command: F) -> F:
     """Adds the options of `TaskOptions`, and ``--constraint``, to a command."""
-    for option in reversed((*_OPTIONS, CONSTRAINT)):
+    return without_constraint(CONSTRAINT(command))
+
+
+def without_constraint(command: F) -> F:
+    """Adds the options of `TaskOptions` to a command that has no bound to meet."""
+    for option in reversed(_OPTIONS):
         command = option(command)
     return command
 

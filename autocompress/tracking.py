@@ -27,7 +27,7 @@ MEANWHILE = "the study goes on; its own directory has everything"
 _FAILURES_IN_A_ROW = 3
 _NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # in what an HTTP client says at length
 _INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "recovery.epochs")  # by each trial
-_COSTS = (
+COSTS = (
     "density",
     "params",
     "size_bytes",
@@ -164,6 +164,7 @@ class Tracker:
         best_density: float | None = None,
         posterior: Mapping[str, float] | None = None,
         params: Mapping[str, object] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> None:
         """Logs a finished trial as a child run, and what the search now believes as a step on the parent.
 
@@ -172,6 +173,7 @@ class Tracker:
             best_density: The lowest feasible density so far.
             posterior: Quantiles of the density at the bound, and other beliefs, by name.
             params: What else the trial was run with; by default what it has of the study.
+            scores: Further scores, by name.
         """
         metrics = metrics_of(result.score, result.measurement) | {
             "density": result.density,
@@ -180,6 +182,7 @@ class Tracker:
             "feasible": float(result.feasible),
             "value": result.value,
             "seconds": result.seconds,
+            **(scores or {}),
         }
         tags = {"role": "trial", "state": "complete", "feasible": str(result.feasible).lower()}
         if not result.feasible:
@@ -306,7 +309,7 @@ class Tracker:
             return
         of_model = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
         # Under the names that trials use as well, so that a study has a row in the same table: its answer's.
-        row = {key: metrics[f"compressed_{key}"] for key in ("score", *_COSTS) if f"compressed_{key}" in metrics}
+        row = {key: metrics[f"compressed_{key}"] for key in ("score", *COSTS) if f"compressed_{key}" in metrics}
         if "drop_val_pp" in metrics:
             row |= {"drop_pp": metrics["drop_val_pp"], "feasible": 1.0}
         runs.log(runs.parent, metrics=of_model, model_id=runs.model_id)
@@ -333,7 +336,7 @@ def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict
         measurement: What the model costs.
         prefix: Put before every name: ``"dense_"`` or ``"compressed_"`` for `Tracker.finish`.
     """
-    measured = {key: getattr(measurement, key) for key in _COSTS}
+    measured = {key: getattr(measurement, key) for key in COSTS}
     known = {"score": score} | {key: float(value) for key, value in measured.items() if value is not None}
     return {f"{prefix}{key}": value for key, value in known.items()}
 

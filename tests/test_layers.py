@@ -26,12 +26,13 @@ ENGINE = (
     ("storage", "sampler", "mlflow_store", "parcel"),
     ("mlflow_runs", "workers"),
     ("search", "tracking", "ui"),
-    ("result", "record"),
+    ("result", "record", "sweep_result"),
     ("figures", "words", "show"),
     ("report", "doctor"),
-    ("study", "display", "replay"),
+    ("study", "display", "replay", "sweep_figure"),
+    ("sweeping",),
     ("options", "testing_tools"),
-    ("commands",),
+    ("commands", "sweep_command"),
     ("cli", "testing", "__init__"),  # what others call; nothing else imports it
 )
 # All that a plugin may import of the engine, ours as a third party's; siblings come relatively.

@@ -1,0 +1,415 @@
+"""A sweep: schemes × densities × repeats, each a trial of its own, as a table and a figure. Nothing is sought."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.bundle import rebuild
+from autocompress.data import digits
+from autocompress.environment import provenance
+from autocompress.files import read_json, write_json
+from autocompress.goal import as_objective
+from autocompress.gpu import GpuWindow
+from autocompress.interrupt import gentle_interrupt
+from autocompress.measurement import Measurement, count_macs, measure
+from autocompress.metrics import Metric, as_metric
+from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
+from autocompress.scheme import Facts, Scheme, describe, parse_scheme
+from autocompress.search import INTERRUPTED
+from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
+from autocompress.study import analyze, usable_device
+from autocompress.sweep_figure import draw_sweep
+from autocompress.sweep_result import DENSE, Sweep
+from autocompress.task import Evaluation, Task
+from autocompress.tracking import COSTS, Tracker
+from autocompress.training import threads_for
+from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
+
+DENSITIES = (0.5, 0.25, 0.1, 0.05)
+COMPLETE = "the sweep is complete"
+GPU_EVERY_S = 0.5
+ANY_DROP = Bound(0.999)  # a sweep refuses no model
+
+
+def sweep(
+    task: Task | None = None,
+    schemes: str | Scheme | Sequence[str | Scheme] = "StructPrune",
+    densities: Sequence[float] = DENSITIES,
+    *,
+    repeats: int = 1,
+    also: Sequence[str | Metric] = (),
+    recovery: str | Recovery = "lc",
+    epochs: float | None = None,
+    timing: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path = "autocompress-runs",
+    name: str | None = None,
+    resume: str | None = None,
+    progress: Callable[[str], None] = lambda said: None,
+    tracking_uri: str | None = None,
+    command: str | None = None,
+) -> Sweep:
+    """Compresses with every scheme to every density, and scores each model on val and test.
+
+    Example:
+        ``ac.sweep(task, ["Prune", "StructPrune"], [0.5, 0.1], repeats=3).table``
+
+    Args:
+        task: What to compress; by default the digits, see `autocompress.digits`.
+        schemes: How to compress: names, sums of names, or schemes. One that takes no density is run once a repeat.
+        densities: Parameters to keep over those of the dense model, each above 0 and at most 1.
+        repeats: Runs of each scheme and density, that differ in the seed. Run 1 of all of them shares one seed, so
+            do all run 2: what is compared had the same luck with the order of the data.
+        also: Further metrics to score, such as ``"sensitivity"``.
+        recovery: How a trial compresses and trains, see `autocompress.tune`. One with ``score_steps=True`` also
+            logs the score on val by L-C step.
+        epochs: Gradient steps of one recovery, in passes over the training data.
+        timing: Whether latency, memory and energy are measured, too.
+        seed: Seeds the trials.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        out: The folder for all studies and sweeps; nothing is written outside it.
+        name: The sweep's name; by default made of the task and the time.
+        resume: The name of a sweep to go on with, in place of ``name``.
+        progress: Is told how it goes, a line at a time.
+        tracking_uri: An MLflow server to log to in place of the database in ``out``.
+        command: What was typed, for the record.
+
+    Raises:
+        ValueError: If an argument is not usable; the message says what is allowed.
+    """
+    parsed = distinct_schemes(schemes)
+    densities = _checked_densities(densities)
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}; it must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed}; it must be at least 0")
+    recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
+    recovery = with_epochs(recovery, epochs) if epochs is not None else recovery
+    device = usable_device(device)
+    if name is not None:
+        check_name(name)
+    home = prepare_out(Path(out))
+    if task is None:
+        progress("training the dense model, or taking it from the cache")
+        task = digits(cache=home / "cache")
+    task.check()
+    metrics = tuple(as_metric(one, task.classes) for one in also)
+    asked = {
+        "kind": "sweep",
+        "task": task.name,
+        "scheme": "sweep",
+        "fingerprint": task.fingerprint(),
+        "metric": task.metric.source or task.metric.name,
+        "schemes": list(parsed),
+        "densities": list(densities),
+        "repeats": repeats,
+        "also": [metric.source or metric.name for metric in metrics],
+        "timing": timing,
+        "seed": seed,
+        "recovery": settings_of(recovery),
+    }
+    folder = resume_folder(home, resume, asked) if resume else new_folder(home, name, asked)
+    if not resume:
+        folder.update_settings({"provenance": provenance(task, command), "task_options": task.options})
+    tracker = functools.partial(Tracker, home, task.name, uri=tracking_uri, on_warning=progress)
+    running = Sweeping(task.on(device), parsed, metrics, recovery, timing, seed, device, folder, progress)
+    try:
+        return running.run(list(grid(parsed, densities, repeats)), tracker)
+    finally:
+        folder.close()
+
+
+def distinct_schemes(given: str | Scheme | Sequence[str | Scheme]) -> dict[str, Scheme]:
+    """Schemes by what describes them."""
+    several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
+    if not several:
+        raise ValueError("there is no scheme to sweep over; give one or more, such as StructPrune")
+    schemes = [parse_scheme(one) if isinstance(one, str) else one for one in several]
+    by_name = {describe(scheme): scheme for scheme in schemes}
+    if len(by_name) < len(schemes):
+        raise ValueError(f"a scheme is given twice: {', '.join(describe(scheme) for scheme in schemes)}")
+    return by_name
+
+
+def _checked_densities(given: Sequence[float]) -> tuple[float, ...]:
+    densities = tuple(float(one) for one in given)
+    if not densities or not all(0 < one <= 1 for one in densities):
+        raise ValueError(f"densities={list(given)}; give one or more numbers above 0 and at most 1")
+    if len(set(densities)) < len(densities):
+        raise ValueError(f"densities={list(given)}; one is given twice")
+    return densities
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trial of a sweep.
+
+    Attributes:
+        number: From 1.
+        scheme: What describes its scheme.
+        density: What it shall have.
+        repeat: Which run of the scheme and the density it is, from 1.
+    """
+
+    number: int
+    scheme: str
+    density: float
+    repeat: int
+
+
+def grid(schemes: Mapping[str, Scheme], densities: Sequence[float], repeats: int) -> Iterator[Cell]:
+    """All cells, the first run of each before the second of any: a sweep cut short has something of all."""
+    wanted = [
+        (repeat, name, density)
+        for repeat, (name, scheme) in product(range(1, repeats + 1), schemes.items())
+        for density in (densities if scheme.takes_density else (1.0,))
+    ]
+    for number, (repeat, name, density) in enumerate(wanted, start=1):
+        yield Cell(number, name, density, repeat)
+
+
+class Sweeping:
+    """A sweep in its folder: each trial is on disk before the next begins.
+
+    Args: see `sweep`; ``task`` has its model on the device.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        schemes: Mapping[str, Scheme],
+        metrics: Sequence[Metric],
+        recovery: Recovery,
+        timing: bool,
+        seed: int,
+        device: str,
+        folder: StudyFolder,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.task, self.schemes, self.metrics, self.recovery = task, schemes, metrics, recovery
+        self.timing, self.seed, self.device, self.folder, self.progress = timing, seed, device, folder, progress
+
+    def run(self, cells: Sequence[Cell], make_tracker: Callable[[], Tracker]) -> Sweep:
+        """Runs what is not on disk yet, and writes the table and the figure of what there is."""
+        macs = count_macs(self.task.model, self.task.example_input) * self.task.train.batch_size
+        with threads_for(macs, self.device):
+            facts = {}
+            for name, scheme in self.schemes.items():
+                facts[name], notes = analyze(scheme, self.task)
+                for note in (*self.task.notes, *notes):
+                    self.progress(f"note: {note}")
+            self.tracker = make_tracker()
+            try:
+                return self._run(cells, facts)
+            except BaseException as error:
+                self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+
+    def _run(self, cells: Sequence[Cell], facts: Mapping[str, Facts]) -> Sweep:
+        self._start_tracking()
+        found, (cells, failed) = [self._dense()], self._reachable(cells, facts)
+        stopped, seconds = COMPLETE, list[float]()
+        with gentle_interrupt(self.progress) as asked_to_stop:
+            try:
+                for done, cell in enumerate(cells, start=1):
+                    if asked_to_stop():
+                        raise KeyboardInterrupt
+                    began = time.perf_counter()
+                    try:
+                        found.append(self._trial(cell, facts[cell.scheme]))
+                    except (RealizationError, FloatingPointError, torch.OutOfMemoryError) as error:
+                        failed.append(self._failed(cell, str(error)))
+                        continue
+                    seconds.append(time.perf_counter() - began)
+                    left = np.mean(seconds) * (len(cells) - done)
+                    self.progress(f"trial {cell.number:>3}  {self._line(found[-1])}  about {left:.0f} s left")
+            except KeyboardInterrupt:
+                stopped = INTERRUPTED
+        return self._conclude(found, failed, stopped)
+
+    def _reachable(
+        self, cells: Sequence[Cell], facts: Mapping[str, Facts]
+    ) -> tuple[list[Cell], list[dict[str, Any]]]:
+        """The cells whose scheme can be so sparse, and of the others the first run as failed."""
+        lowest = {name: scheme.lowest_density(facts[name]) for name, scheme in self.schemes.items()}
+        can = [c for c in cells if not self.schemes[c.scheme].takes_density or c.density >= lowest[c.scheme]]
+        cannot = [cell for cell in cells if cell not in can and cell.repeat == 1]
+        return can, [
+            self._failed(cell, f"it cannot be reached; the lowest possible here is {lowest[cell.scheme]:.4g}")
+            for cell in cannot
+        ]
+
+    def _failed(self, cell: Cell, reason: str) -> dict[str, Any]:
+        one = {**_key(cell), "reason": reason}
+        self.progress(f"trial {cell.number:>3}  {Sweep.failure(one)}")
+        self.tracker.failed(cell.number, reason, {"scheme": cell.scheme, "repeat": cell.repeat})
+        return one
+
+    def _line(self, cell: Mapping[str, Any]) -> str:
+        row, name = cell["row"], self.task.metric.name
+        scores = f"{name} {row[f'{name}_val']:.4f} on val, {row[f'{name}_test']:.4f} on test"
+        return f"{row['scheme']}  density {row['density']:.4g}  {scores}  {row['seconds']:.1f} s"
+
+    def _start_tracking(self) -> None:
+        asked = read_json(self.folder.settings_file)
+        params = {k: v for k, v in asked.items() if k not in ("provenance", "recovery", "mlflow_run", "kind")}
+        params |= {f"recovery.{name}": value for name, value in asked["recovery"].items()}
+        data, run = asked.get("provenance", {}).get("data"), asked.get("mlflow_run")
+        self.tracker.start(self.folder.path.name, params, {"role": "sweep"}, data=data, run_id=run)
+
+    def _dense(self) -> dict[str, Any]:
+        """The dense model's cell; its number is 0."""
+        self.progress("measuring the dense model")
+        task = self.task
+        self.dense = task.evaluate(task.model, task.val)
+        test = task.evaluate(task.model, task.test)
+        cost = measure(task.model, task.example_input, self.device, timing=self.timing)
+        self.tracker.dense(self.dense.score, cost, cost.density)
+        row = self._row(Cell(0, DENSE, 1.0, 1), cost, self.dense, test, seconds=0.0)
+        return self._load(0) or self._save(0, {"row": row, "curves": {}, "timeline": []})
+
+    def _trial(self, cell: Cell, facts: Facts) -> dict[str, Any]:
+        """A cell's trial: from disk, if it is there."""
+        if kept := self._load(cell.number):
+            self._log(cell, self.folder.load_trial(cell.number), kept["row"])
+            return kept
+        with GpuWindow(torch.device(self.device), every_s=GPU_EVERY_S) as window:
+            result = run_trial(self._spec(cell, facts))
+        model = result.model
+        assert model is not None, "a trial that has just run has its model"
+        on_device = model.to(self.device)
+        val, test = (self.task.evaluate(on_device, split) for split in (self.task.val, self.task.test))
+        row = self._row(cell, result.measurement, val, test, result.seconds)
+        self.folder.save_trial(replace(result, model=on_device.cpu()))
+        self._log(cell, result, row)
+        timeline = [[at.seconds, at.free_bytes, at.utilization_pct] for at in window.usage.timeline]
+        curves = {name: list(values) for name, values in result.curves.items()}
+        return self._save(cell.number, {"row": row, "curves": curves, "timeline": timeline})
+
+    def _spec(self, cell: Cell, facts: Facts) -> TrialSpec:
+        return TrialSpec(
+            number=cell.number,
+            density=cell.density,
+            task=self.task,
+            scheme=self.schemes[cell.scheme],
+            facts=facts,
+            recovery=self.recovery,
+            objective=as_objective("density"),
+            bound=ANY_DROP,
+            dense=self.dense,
+            seed=int(np.random.SeedSequence([self.seed, cell.repeat]).generate_state(1)[0]),
+            device=self.device,
+            timing=self.timing,
+        )
+
+    def _row(
+        self, cell: Cell, cost: Measurement, val: Evaluation, test: Evaluation, seconds: float
+    ) -> dict[str, Any]:
+        scores = {}
+        for metric in (self.task.metric, *self.metrics):
+            for split, seen in (("val", val), ("test", test)):
+                scores[f"{metric.name}_{split}"] = _finite(metric.score(seen.targets, seen.outputs))
+        costs = {name: getattr(cost, name) for name in COSTS}
+        return {**_key(cell), **scores, **costs, "device": cost.device, "seconds": seconds}
+
+    def _log(self, cell: Cell, result: TrialResult, row: Mapping[str, Any]) -> None:
+        scores = {name: row[name] for name in row if name.endswith(("_val", "_test")) and row[name] is not None}
+        params = {"scheme": cell.scheme, "repeat": cell.repeat}
+        self.tracker.trial(replace(result, model=None), params=params, scores=scores)
+        if cell.number == 1:
+            self.folder.update_settings({"mlflow_run": self.tracker.run_id})
+
+    def _file(self, number: int) -> Path:
+        return self.folder.trial(number) / "cell.json"
+
+    def _load(self, number: int) -> dict[str, Any] | None:
+        file = self._file(number)
+        return read_json(file) if file.is_file() else None
+
+    def _save(self, number: int, cell: dict[str, Any]) -> dict[str, Any]:
+        """Writes a cell, after all else of its trial: where it is the trial is whole."""
+        self.folder.trial(number).mkdir(parents=True, exist_ok=True)
+        write_json(self._file(number), cell)
+        return cell
+
+    def _conclude(
+        self, found: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]], stopped: str
+    ) -> Sweep:
+        task = self.task
+        result = Sweep(
+            name=self.folder.path.name,
+            task=task.name,
+            metric=task.metric.name,
+            higher_is_better=task.metric.higher_is_better,
+            also=tuple(metric.name for metric in self.metrics),
+            n_test=task.test.n_samples,
+            cells=tuple(found),
+            failed=tuple(failed),
+            stopped=stopped,
+            seconds=sum(cell["row"]["seconds"] for cell in found),
+            device=found[0]["row"]["device"],
+            folder=self.folder.path,
+        )
+        write_json(self.folder.result_file, result.to_json())
+        files = write_sweep(result)
+        self.tracker.finish(
+            "KILLED" if result.interrupted else "FINISHED",
+            f"{len(found) - 1} models; {stopped}",
+            artifacts=[self.folder.result_file, *files],
+        )
+        return result
+
+
+def _key(cell: Cell) -> dict[str, Any]:
+    return {
+        "number": cell.number,
+        "scheme": cell.scheme,
+        "density_asked": cell.density,
+        "repeat": cell.repeat,
+    }
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
+
+
+def write_sweep(found: Sweep) -> tuple[Path, ...]:
+    """Writes ``sweep.csv``, ``sweep.md`` and ``figures/`` into the sweep's folder."""
+    table, text = found.folder / "sweep.csv", found.folder / "sweep.md"
+    found.trials.to_csv(table, index=False)
+    text.write_text(found.to_markdown(), encoding="utf-8")
+    return table, text, draw_sweep(found)
+
+
+def load_model(found: Sweep, number: int, task: Task) -> nn.Module:
+    """The compressed model of a sweep's trial, in eval mode on the CPU.
+
+    Args:
+        found: The sweep.
+        number: Of the trial, as in `Sweep.trials`; 0 is the dense model.
+        task: What was compressed.
+
+    Raises:
+        ValueError: If the trial is not on disk.
+    """
+    on_cpu = task.on("cpu")
+    if number == 0:
+        return on_cpu.model
+    folder = StudyFolder(found.folder)
+    try:
+        trial, state = folder.load_trial(number), folder.load_weights(number)
+    finally:
+        folder.close()
+    scheme = parse_scheme(next(cell["row"]["scheme"] for cell in found.cells if cell["row"]["number"] == number))
+    facts, _ = analyze(scheme, on_cpu)
+    return rebuild(scheme, on_cpu.model, facts, trial.plan, trial.density, state)
