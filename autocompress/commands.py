@@ -107,8 +107,8 @@ def report(run: str, out: Path) -> None:
     from autocompress.record import find_study, read_record
     from autocompress.report import write_report
     from autocompress.show import short
+    from autocompress.sweep_files import write_sweep
     from autocompress.sweep_result import Sweep
-    from autocompress.sweeping import write_sweep
 
     folder = checked("RUN", find_study, out, run).absolute()
     record = read_record(folder, journal=False)

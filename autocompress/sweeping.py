@@ -27,7 +27,7 @@ from autocompress.scheme import Facts, Scheme, describe, parse_scheme
 from autocompress.search import INTERRUPTED
 from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
 from autocompress.study import analyze, usable_device
-from autocompress.sweep_figure import draw_sweep
+from autocompress.sweep_files import write_sweep
 from autocompress.sweep_result import DENSE, Sweep
 from autocompress.task import Evaluation, Task
 from autocompress.tracking import COSTS, Tracker
@@ -381,14 +381,6 @@ def _key(cell: Cell) -> dict[str, Any]:
 
 def _finite(score: float) -> float | None:
     return score if math.isfinite(score) else None
-
-
-def write_sweep(found: Sweep) -> tuple[Path, ...]:
-    """Writes ``sweep.csv``, ``sweep.md`` and ``figures/`` into the sweep's folder."""
-    table, text = found.folder / "sweep.csv", found.folder / "sweep.md"
-    found.trials.to_csv(table, index=False)
-    text.write_text(found.to_markdown(), encoding="utf-8")
-    return table, text, draw_sweep(found)
 
 
 def load_model(found: Sweep, number: int, task: Task) -> nn.Module:

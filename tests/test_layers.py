@@ -29,7 +29,7 @@ ENGINE = (
     ("result", "record", "sweep_result"),
     ("figures", "words", "show"),
     ("report", "doctor"),
-    ("study", "display", "replay", "sweep_figure"),
+    ("study", "display", "replay", "sweep_files"),
     ("sweeping",),
     ("options", "testing_tools"),
     ("commands", "sweep_command"),

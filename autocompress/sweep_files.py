@@ -1,4 +1,4 @@
-"""The figure of a sweep: scores by density, by arithmetic and by L-C step, and the GPU over time, all in one."""
+"""The files of a sweep: its tables, and one figure of scores by density, arithmetic and L-C step."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +20,14 @@ COLOURS = ("#148f86", "#d55e00", "#56789f", "#cc79a7", "#b58900", "#5e4fa2", "#7
 MARKERS = "osD^vPX*"
 PANEL_IN = 2.9
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
+
+
+def write_sweep(found: Sweep) -> tuple[Path, ...]:
+    """Writes ``sweep.csv``, ``sweep.md`` and ``figures/`` into the sweep's folder."""
+    table, text = found.folder / "sweep.csv", found.folder / "sweep.md"
+    found.trials.to_csv(table, index=False)
+    text.write_text(found.to_markdown(), encoding="utf-8")
+    return table, text, draw_sweep(found)
 
 
 def draw_sweep(found: Sweep) -> Path:
