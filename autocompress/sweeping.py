@@ -20,7 +20,8 @@ from autocompress.files import read_json, write_json
 from autocompress.goal import as_objective
 from autocompress.gpu import GpuWindow
 from autocompress.interrupt import gentle_interrupt
-from autocompress.measurement import Measurement, count_macs, measure
+from autocompress.macs import count_macs
+from autocompress.measurement import Measurement, measure
 from autocompress.metrics import Metric, as_metric
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
