@@ -122,7 +122,7 @@ def sweep(
     folder = resume_folder(home, resume, asked) if resume else new_folder(home, name, asked)
     if not resume:
         folder.update_settings({"provenance": provenance(task, command), "task_options": task.options})
-    tracker = functools.partial(Tracker, home, task.name, uri=tracking_uri, on_warning=progress)
+    tracker = functools.partial(Tracker, home, task.name, uri=tracking_uri, device=device, on_warning=progress)
     running = Sweeping(task.on(device), parsed, metrics, recovery, timing, seed, device, folder, progress)
     try:
         return running.run(list(grid(parsed, densities, repeats)), tracker)

@@ -177,6 +177,6 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "sweep.md" in typed("report s")
     again = json.loads(typed("sweep --resume s --json --quiet"))
     assert [cell["row"]["density_asked"] for cell in again["cells"]] == [1.0, 0.5, 0.2]
-    assert "is a sweep; autocompress sweep --resume s" in typed("replay s")
+    assert "autocompress sweep --resume s" in typed("replay s")
     assert "is a sweep" in typed("tune --resume s", 2)
     assert "write 0.5,0.1" in typed("sweep --densities 1.5", 2)
