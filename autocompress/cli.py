@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 TRAINING = ("lr", "optimizer", "distill", "rounds")  # options of a trial's recovery, besides its epochs
-BUDGET = ("trials", "timeout", "tolerance", "device", "workers")  # options that may change when a study is resumed
+BUDGET = ("trials", "timeout", "tolerance", "device", "workers", "formats")  # may change when a study is resumed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -133,6 +133,13 @@ def cli() -> None:
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
 @click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
 @TRACKING_URI
+@click.option(
+    "--export",
+    "formats",
+    type=click.Choice(["executorch"]),
+    multiple=True,
+    help="Write the answer in this format, too; may be given several times.",
+)
 @click.option("--register", metavar="NAME", help="Register the answer as a model in MLflow under this name.")
 @click.option(
     "--config",
@@ -162,6 +169,7 @@ def tune(
     """
     from autocompress import study
     from autocompress.display import Display
+    from autocompress.export import check_formats
     from autocompress.goal import ObjectiveError, as_objective
     from autocompress.mlflow_store import check_uri, without_secrets
     from autocompress.own_task import make_task
@@ -183,6 +191,7 @@ def tune(
     training = {name: options.pop(name) for name in TRAINING}
     given = {name: value for name, value in training.items() if value is not None}
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
+    options["formats"] = checked("--export", check_formats, options["formats"])
     options["device"] = checked("--device", study.usable_device, options["device"])
     if save_config is not None:
         write_config(ctx, save_config)

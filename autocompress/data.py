@@ -30,4 +30,5 @@ def digits(cache: Path | str | None = None, seed: int = 0) -> Task:
     parts = [TensorSplit(x[part], y[part]) for part in (train, val, test)]
     folder = Path(cache) if cache else None
     model = trained("digits", parts[0], F.cross_entropy, epochs=30, lr=0.1, seed=seed, cache=folder)
-    return Task(model, *parts, name="digits", architecture="digits")
+    preprocessing = "Grey values from 0 to 16, divided by 16."
+    return Task(model, *parts, name="digits", architecture="digits", preprocessing=preprocessing)

@@ -1,13 +1,13 @@
 """The deployable artifact: files that run without autocompress.
 
-``model.pt2`` needs torch alone, ``model.onnx`` ONNX Runtime alone; both take any batch size. Each is run in a
-fresh process and is offered only if it answers as the model does. Beside them lies what gives the module
-itself back, see `autocompress.bundle`.
+``model.pt2`` needs torch alone, ``model.onnx`` ONNX Runtime alone; both take any batch size. On request there is
+``model.pte`` for ExecuTorch. Each is run in a fresh process and is offered only if it answers as the model does.
+Beside them lies what gives the module itself back, see `autocompress.bundle`.
 """
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from autocompress import bundle, progress
 from autocompress.bundle import Provenance, dtype_name
 from autocompress.deployed import deployed
+from autocompress.executorch_export import MAX_BATCH, check_executorch, write_pte
 from autocompress.onnx_export import quietly, weight_dtype, write_onnx
 from autocompress.parity import Arrays, FreshProcess, reason
 
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "safetensors": bundle.WEIGHTS}
+FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "executorch": "model.pte", "safetensors": bundle.WEIGHTS}
+ON_REQUEST = ("executorch",)  # of the formats
 TOLERANCE = 1e-4
 TOLERANCE_FEWER_BITS = 5e-2
 
@@ -31,7 +33,7 @@ class Artifact:
     """One exported file that has been checked.
 
     Attributes:
-        format: ``"pt2"``, ``"onnx"`` or ``"safetensors"``.
+        format: ``"pt2"``, ``"onnx"``, ``"executorch"`` or ``"safetensors"``.
         path: The file.
         size_bytes: Its size on disk.
         max_error: The largest difference of a logit from the model's, relative to the largest logit.
@@ -51,12 +53,26 @@ class Export:
     refused: Mapping[str, str]
 
 
+def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
+    """Formats to write besides those that are always written.
+
+    Raises:
+        ValueError: If there is no such format, or what it needs is not installed.
+    """
+    if unknown := [name for name in formats if name not in ON_REQUEST]:
+        raise ValueError(f"there is no format {unknown[0]!r} to ask for; there is {', '.join(ON_REQUEST)}")
+    if "executorch" in formats:
+        check_executorch()
+    return tuple(dict.fromkeys(formats))
+
+
 def export(
     model: nn.Module,
     example_input: Tensor,
     directory: Path,
     provenance: Provenance,
     *,
+    formats: Sequence[str] = (),
     tolerance: float | None = None,
 ) -> Export:
     """Writes the model in every format, checks each, and keeps those that answer as the model does.
@@ -71,13 +87,15 @@ def export(
         example_input: A batch of at least one sample. None of it is stored.
         directory: Where to write; made if it does not exist.
         provenance: What ``plan.json`` and ``README.md`` say of the model.
+        formats: What to write besides, see `check_formats`.
         tolerance: The largest `Artifact.max_error` to accept; 1e-4 by default, and 5e-2 for a model in 16
             bits, because its ONNX file has the same weights and computes in float32, or in 8, because
             activations between two steps may be rounded the other way.
 
     Raises:
-        ValueError: If ``example_input`` is no batch.
+        ValueError: If ``example_input`` is no batch, or a format cannot be written here.
     """
+    formats = check_formats(formats)
     if example_input.ndim < 2 or len(example_input) == 0:
         raise ValueError(f"example_input= must be a batch (n, ...), not of shape {tuple(example_input.shape)}")
     # Another memory layout is for speed here; exporters know the plain one best.
@@ -91,14 +109,15 @@ def export(
         probes = _probes(example_input.detach().cpu())
         with torch.inference_mode():
             expected = [stored(x).float().numpy() for x in probes]
-        errors = _write_all(stored, probes, expected, staging, provenance)
+        errors = _write_all(stored, probes, expected, staging, provenance, formats)
         refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
         integers = weight_dtype(stored) == torch.int8
-        _write_readme(staging / "README.md", probes[0], expected[0].shape[-1], provenance, refused, integers)
-        _publish(staging, directory, refused)
+        readme = _readme(errors, probes[0], expected[0].shape[-1], provenance, refused, integers)
+        (staging / "README.md").write_text(readme, encoding="utf-8")
+        _publish(staging, directory, [name for name in errors if name not in refused])
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    paths = {name: directory / FILES[name] for name in FILES if name not in refused}
+    paths = {name: directory / FILES[name] for name in FILES if name in errors and name not in refused}
     return Export(
         tuple(Artifact(name, path, path.stat().st_size, float(errors[name])) for name, path in paths.items()),
         refused,
@@ -122,7 +141,12 @@ def _probes(example: Tensor) -> list[Tensor]:
 
 
 def _write_all(
-    model: nn.Module, probes: Sequence[Tensor], expected: Arrays, folder: Path, provenance: Provenance
+    model: nn.Module,
+    probes: Sequence[Tensor],
+    expected: Arrays,
+    folder: Path,
+    provenance: Provenance,
+    formats: Sequence[str],
 ) -> dict[str, float | str]:
     """Writes every format into ``folder``; for each its error against the model, or why there is none."""
     # Zeros: exporters may store the input that they trace with, and the data is not ours to ship.
@@ -134,6 +158,8 @@ def _write_all(
         "onnx": lambda path: write_onnx(runs, traced, path),
         "safetensors": lambda path: bundle.save(model, probes[0], path.parent, provenance),
     }
+    if "executorch" in formats:
+        writers["executorch"] = lambda path: write_pte(runs, traced, path)
     failed: dict[str, float | str] = {}
     with FreshProcess(folder, [x.numpy() for x in probes]) as elsewhere:
         for done, (name, write) in enumerate(writers.items()):
@@ -146,7 +172,7 @@ def _write_all(
             else:
                 if name != "safetensors":
                     elsewhere.start(name, folder / FILES[name])
-        answers = elsewhere.finish([name for name in ("pt2", "onnx") if name not in failed])
+        answers = elsewhere.finish([name for name in writers if name not in (*failed, "safetensors")])
     errors = {name: _error(found, expected) for name, found in answers.items()}
     return {"safetensors": 0.0} | failed | errors
 
@@ -179,12 +205,12 @@ def _refusal(error: float | str, tolerance: float) -> str | None:
     return None if error <= tolerance else too_far
 
 
-def _publish(staging: Path, directory: Path, refused: Mapping[str, str]) -> None:
-    """Moves each file into place; what an earlier export left of a refused format goes."""
-    wanted = {file: name not in refused for name, file in FILES.items()}
-    wanted |= {bundle.PLAN: "safetensors" not in refused, "README.md": True}
-    for file, offered in wanted.items():
-        if offered:
+def _publish(staging: Path, directory: Path, offered: Collection[str]) -> None:
+    """Moves each file into place; what an earlier export left of another format goes."""
+    wanted = {file: name in offered for name, file in FILES.items()}
+    wanted |= {bundle.PLAN: "safetensors" in offered, "README.md": True}
+    for file, is_there in wanted.items():
+        if is_there:
             (staging / file).replace(directory / file)
         else:
             (directory / file).unlink(missing_ok=True)
@@ -210,6 +236,17 @@ session = onnxruntime.InferenceSession("model.onnx")
 (logits,) = session.run(["logits"], {{"input": np.zeros({shape}, dtype=np.{dtype})}})
 ```
 """
+RUN_EXECUTORCH = """With ExecuTorch and XNNPACK, for batches of at most {max_batch}. Phones load the same file from
+Java, Swift or C++:
+
+```python
+import torch
+from executorch.runtime import Runtime
+
+method = Runtime.get().load_program("model.pte").load_method("forward")
+(logits,) = method.execute([torch.zeros({shape}, dtype=torch.{dtype})])
+```
+"""
 REBUILD = """With autocompress, as a module to train or measure further: `autocompress.load(".", model)`, from
 `model.safetensors` and `plan.json`. `model` is any instance of the dense architecture; leave it out where
 `plan.json` names an architecture.
@@ -225,15 +262,25 @@ probabilities of them.{names}
 """
 
 
-def _write_readme(
-    path: Path, sample: Tensor, classes: int, provenance: Provenance, refused: Mapping[str, str], integers: bool
-) -> None:
-    """How to run what is there, and why the rest is not."""
+RUN = {"pt2": RUN_PT2, "onnx": RUN_ONNX, "executorch": RUN_EXECUTORCH, "safetensors": REBUILD}
+
+
+def _readme(
+    formats: Collection[str],
+    sample: Tensor,
+    classes: int,
+    provenance: Provenance,
+    refused: Mapping[str, str],
+    integers: bool,
+) -> str:
+    """How to run what is there, and why the rest of ``formats`` is not."""
     shape, dtype = tuple(sample.shape), dtype_name(sample.dtype)
     parts = [f"# {provenance.task}: {provenance.scheme} at density {provenance.density:.4g}\n"]
-    for name, text in (("pt2", RUN_PT2), ("onnx", RUN_ONNX), ("safetensors", REBUILD)):
-        there = text.format(shape=shape, dtype=dtype)
-        parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n" if name in refused else there)
+    for name, text in RUN.items():
+        if name in refused:
+            parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n")
+        elif name in formats:
+            parts.append(text.format(shape=shape, dtype=dtype, max_batch=MAX_BATCH))
     if integers and "onnx" not in refused:
         parts.append(INTEGERS)
     parts.append(
@@ -245,4 +292,4 @@ def _write_readme(
             names=f" In order: {', '.join(provenance.classes)}." if provenance.classes else "",
         )
     )
-    path.write_text("\n".join(parts), encoding="utf-8")
+    return "\n".join(parts)

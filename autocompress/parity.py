@@ -128,7 +128,20 @@ def run_onnx(file: Path, inputs: Arrays) -> Arrays:
     return [session.run(None, {"input": x})[0] for x in inputs]
 
 
-RUNNERS: Mapping[str, Callable[[Path, Arrays], Arrays]] = {"pt2": run_pt2, "onnx": run_onnx}
+def run_executorch(file: Path, inputs: Arrays) -> Arrays:
+    """Outputs of an ExecuTorch program, one per input."""
+    import torch
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(file).load_method("forward")
+    return [method.execute([torch.from_numpy(x)])[0].float().numpy() for x in inputs]
+
+
+RUNNERS: Mapping[str, Callable[[Path, Arrays], Arrays]] = {
+    "pt2": run_pt2,
+    "onnx": run_onnx,
+    "executorch": run_executorch,
+}
 
 
 def main(folder: Path) -> None:

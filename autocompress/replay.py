@@ -12,7 +12,16 @@ from autocompress.search import INTERRUPTED
 from autocompress.storage import StudyFolder
 from autocompress.tracking import Tracker, final_metrics
 
-_NOT_PARAMS = ("provenance", "recovery", "mlflow_run", "tracking_uri", "autocompress", "timeout", "dense_value")
+_NOT_PARAMS = (
+    "formats",
+    "provenance",
+    "recovery",
+    "mlflow_run",
+    "tracking_uri",
+    "autocompress",
+    "timeout",
+    "dense_value",
+)
 
 
 def replay(path: Path, uri: str | None = None) -> str:

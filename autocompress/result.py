@@ -49,6 +49,7 @@ class Settings:
         tolerance: The search ends when the lowest feasible density is known to within this share.
         confidence: Of the bounds that the verdict states.
         workers: Trials at a time.
+        formats: In which formats the answer is written besides the usual ones.
     """
 
     scheme: Scheme
@@ -64,6 +65,7 @@ class Settings:
     tolerance: float = TOLERANCE
     confidence: float = CONFIDENCE
     workers: int = 1
+    formats: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -113,6 +115,7 @@ class Settings:
             "tolerance": self.tolerance,
             "device": self.device,
             "workers": self.workers,
+            "formats": list(self.formats),
         }
 
 

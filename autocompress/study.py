@@ -20,7 +20,7 @@ from autocompress.constraint import Constraint, parse_constraints
 from autocompress.data import digits
 from autocompress.deployed import deployed
 from autocompress.environment import provenance
-from autocompress.export import Export, export
+from autocompress.export import Export, check_formats, export
 from autocompress.files import read_json, write_json
 from autocompress.goal import Objective, as_objective
 from autocompress.interrupt import gentle_interrupt
@@ -90,6 +90,7 @@ def tune(
     watcher: Watcher | None = None,
     tracking_uri: str | None = None,
     register: str | None = None,
+    formats: Sequence[str] = (),
     command: str | None = None,
 ) -> Result:
     """Finds the best compressed model that loses at most ``max_drop``, proves it on test, and saves it.
@@ -121,6 +122,7 @@ def tune(
         tracking_uri: An MLflow server to log to in place of the database in ``out``. A study that is resumed
             goes on with its own.
         register: Registers the answer, which is logged as an MLflow model, under this name.
+        formats: In which formats to write the answer besides the usual ones: ``("executorch",)``.
         command: What was typed, for the report.
 
     Raises:
@@ -140,6 +142,7 @@ def tune(
         tolerance=tolerance,
         confidence=confidence,
         workers=workers,
+        formats=check_formats(formats),
     )
     watcher = watcher or Silent()
     if name is not None:
@@ -478,7 +481,8 @@ class Study:
             input=self.task.input,
             results={"metric": self.task.metric.name, "scores": scores, "verdict": sentence},
         )
-        exported = export(model, self.task.example_input, self.folder.best, provenance)
+        formats = self.settings.formats
+        exported = export(model, self.task.example_input, self.folder.best, provenance, formats=formats)
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
         return exported

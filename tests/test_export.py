@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from autocompress import bundle, parity
 from autocompress.bundle import Provenance, load
-from autocompress.export import Export, _error, export
+from autocompress.export import Export, _error, check_formats, export
 from autocompress.onnx_export import write_onnx
 from autocompress.parity import reason
 from autocompress.scheme import Theta, register_scheme
@@ -111,6 +112,19 @@ def check_any_batch(directory, model, tolerance, shape=(1, 8, 8)):
                 assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+def run_readme(directory: Path) -> int:
+    """Runs each block of Python in the README of an export; how many there are."""
+    blocks = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), flags=re.DOTALL)
+    for block in blocks:
+        assert len(block.splitlines()) <= 10
+        code = f"{block}\nassert tuple(logits.shape) == (1, 3)\n"
+        run = subprocess.run(
+            [sys.executable, "-c", FRESH], input=code, cwd=directory, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+    return len(blocks)
+
+
 @pytest.fixture(scope="module")
 def fp32(tmp_path_factory):
     torch.manual_seed(0)
@@ -160,16 +174,32 @@ def test_onnx_interface(fp32):
 def test_readme_code_runs_without_autocompress(fp32):
     _, directory, _ = fp32
     text = (directory / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        code = f"{block}\nassert tuple(logits.shape) == (1, 3)\n"
-        run = subprocess.run(
-            [sys.executable, "-c", FRESH], input=code, cwd=directory, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
+    assert run_readme(directory) == 2
     assert "cat, dog, cow" in text and "Pixels in {0, ..., 1}." in text
     assert "float32 of shape (batch, 1, 8, 8)" in text
+
+
+@pytest.mark.skipif(find_spec("executorch") is not None, reason="the extra is installed here")
+def test_executorch_where_it_is_not_installed_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"not installed here; pip install 'autocompress\[executorch\]'"):
+        check_formats(["executorch"])
+
+
+def test_a_format_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="no format 'torchscript' to ask for; there is executorch"):
+        check_formats(["torchscript"])
+
+
+@pytest.mark.slow
+def test_executorch_answers_as_the_model_does_and_its_code_runs(tmp_path):
+    pytest.importorskip("executorch", reason="the extra executorch is not installed here")
+    model = TinyConvNet().eval()
+    result = export(model, IMAGE, tmp_path, PROVENANCE, formats=["executorch"])
+    assert list(offered(result)) == ["pt2", "onnx", "executorch", "safetensors"], result.refused
+    assert all(artifact.max_error <= 1e-4 for artifact in result.artifacts)
+    assert run_readme(tmp_path) == 3
+    export(model, IMAGE, tmp_path, PROVENANCE)
+    assert not (tmp_path / "model.pte").exists()  # it was not asked for again
 
 
 def test_plan_says_where_the_model_comes_from(fp32):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ENGINE = (
     ("plugins", "weights", "parity", "gpu", "cpu_energy", "progress", "memory", "onnx_integers", "task_options"),
     ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency"),
-    ("task", "onnx_export"),
+    ("task", "onnx_export", "executorch_export"),
     ("deployed", "macs", "runtimes"),
     ("measurement", "constraint", "per_class", "transforms", "environment", "system_metrics"),
     ("scheme", "goal", "training", "images", "samples"),
