@@ -43,7 +43,8 @@ def read_npz(path: Path, reading: Reading) -> Found:
             absent = f"{part}_{'images' if images is None else 'labels'}"
             raise ValueError(f"{path} has no {absent}; it has {', '.join(names) or 'nothing'}")
         where = f"{path}: {part}"
-        parts[part] = Samples(_labels_of(labels, len(images), where), _pixels_of(images, where))
+        pixels = _pixels_of(images, where)
+        parts[part] = Samples(_labels_of(labels, len(pixels), where), pixels)
     kinds = {(str(part.pixels.dtype), part.pixels.shape[1:]) for part in parts.values() if part.pixels is not None}
     if len(kinds) > 1:
         raise ValueError(
@@ -152,7 +153,8 @@ def read_torchvision(name: str, root: Path, reading: Reading) -> Found:
             raise ValueError(f"{known[name.lower()]} does not hold its images as an array; give an image folder")
         images = np.asarray(dataset.data)
         where = f"{name}: {part}"
-        parts[part] = Samples(_labels_of(labels, len(images), where), _pixels_of(images, where))
+        pixels = _pixels_of(images, where)
+        parts[part] = Samples(_labels_of(labels, len(pixels), where), pixels)
         classes = tuple(map(str, getattr(dataset, "classes", ())))
     return _of_pixels(known[name.lower()], parts, 1 / 255, reading.size, classes)
 

@@ -6,6 +6,7 @@ For whoever wants the module itself, to fine-tune it or to measure it again. Not
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,6 +22,14 @@ from autocompress.scheme import Facts, Scheme, Theta, Weights, parse_scheme
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 PLAN_FORMAT = 1
+MOST_INPUTS = 10**8  # numbers in a sample
+_NEEDED: dict[str, tuple[type, ...]] = {
+    "scheme": (str,),
+    "density": (float, int),
+    "architecture": (str, dict, type(None)),
+    "input": (dict,),
+    "plan": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def load(directory: str | Path, model: nn.Module | None = None, example_input: T
         model = _known_architecture(plan["architecture"], directory)
     scheme = parse_scheme(plan["scheme"])
     if example_input is None:
-        example_input = torch.zeros(plan["input"]["shape"], dtype=getattr(torch, plan["input"]["dtype"]))
+        example_input = _zeros(plan["input"], directory / PLAN)
     dense = copy.deepcopy(model).cpu().eval()
     state = weights.load(directory / WEIGHTS)
     try:
@@ -155,6 +164,17 @@ def _known_architecture(description: str | Mapping[str, Any] | None, directory: 
     return build(description)
 
 
+def _zeros(described: Mapping[str, Any], where: Path) -> Tensor:
+    """An input as the plan describes it."""
+    shape, dtype = described.get("shape"), getattr(torch, str(described.get("dtype")), None)
+    sizes = shape if isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape) else []
+    if not 0 < math.prod(sizes) <= MOST_INPUTS or not sizes or not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"{where} is damaged: {dict(described)} does not describe an input; export the model again"
+        )
+    return torch.zeros(sizes, dtype=dtype)
+
+
 def read_plan(directory: Path) -> dict[str, Any]:
     """What ``plan.json`` says, once it is known to belong to the weights beside it."""
     path, stored = directory / PLAN, directory / WEIGHTS
@@ -170,7 +190,10 @@ def read_plan(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format {found}; this version of autocompress reads {PLAN_FORMAT}")
     if _sha256(stored) != plan.get("sha256"):
         raise ValueError(f"{stored} is not the file that {PLAN} describes (sha256); export the model again")
-    return plan
+    for key, types in _NEEDED.items():
+        if not isinstance(plan.get(key), types):
+            raise ValueError(f"{path} is damaged: {key} is {plan.get(key)!r}; export the model again")
+    return {"architecture": None, **plan}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,10 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from autocompress.options import OUT, RUN, TRACKING_URI, checked
+
+if TYPE_CHECKING:
+    from autocompress.record import Record
 
 FAILED = 1
 
@@ -74,22 +78,27 @@ def show(run: str, out: Path, as_json: bool) -> None:
 
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """
-    from autocompress.record import find_study, read_record
+    from autocompress.record import damage_named, find_study, read_record
     from autocompress.show import make_console, show_result, show_sweep
     from autocompress.sweep_result import Sweep
 
     record = read_record(checked("RUN", find_study, out, run), journal=False)
     if record.found is None:
-        raise click.BadParameter(_without_result(record.name, record.kind, record.state), param_hint="'RUN'")
+        raise click.BadParameter(_without_result(record), param_hint="'RUN'")
     if as_json:
         click.echo(json.dumps(record.found))
-    elif record.kind == "sweep":
-        show_sweep(make_console(stderr=False), Sweep.from_json(record.found, record.folder.absolute()))
-    else:
-        show_result(make_console(stderr=False), record.found, record.folder.absolute())
+        return
+    with damage_named(record.name):
+        if record.kind == "sweep":
+            show_sweep(make_console(stderr=False), Sweep.from_json(record.found, record.folder.absolute()))
+        else:
+            show_result(make_console(stderr=False), record.found, record.folder.absolute())
 
 
-def _without_result(name: str, kind: str, state: str) -> str:
+def _without_result(record: "Record") -> str:
+    name, kind, state = record.name, record.kind, record.state
+    if record.problems:
+        return record.problems[-1]
     if state == "running":
         return f"the {kind} {name!r} is still running"
     command = "sweep" if kind == "sweep" else "tune"
@@ -104,7 +113,7 @@ def report(run: str, out: Path) -> None:
 
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """
-    from autocompress.record import find_study, read_record
+    from autocompress.record import damage_named, find_study, read_record
     from autocompress.report import write_report
     from autocompress.show import short
     from autocompress.sweep_files import write_sweep
@@ -112,12 +121,13 @@ def report(run: str, out: Path) -> None:
 
     folder = checked("RUN", find_study, out, run).absolute()
     record = read_record(folder, journal=False)
-    if record.kind != "sweep":
-        written = write_report(folder)
-    elif record.found is not None:
-        written = write_sweep(Sweep.from_json(record.found, folder))
-    else:
-        raise click.BadParameter(_without_result(record.name, record.kind, record.state), param_hint="'RUN'")
+    with damage_named(folder.name):
+        if record.kind != "sweep":
+            written = write_report(folder)
+        elif record.found is not None:
+            written = write_sweep(Sweep.from_json(record.found, folder))
+        else:
+            raise click.BadParameter(_without_result(record), param_hint="'RUN'")
     for path in written:
         click.echo(short(path))
 
@@ -132,7 +142,7 @@ def replay(run: str, out: Path, tracking_uri: str | None) -> None:
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """
     from autocompress.mlflow_store import check_uri, without_secrets
-    from autocompress.record import find_study
+    from autocompress.record import damage_named, find_study
     from autocompress.replay import replay as log_again
     from autocompress.storage import study_settings
 
@@ -140,7 +150,8 @@ def replay(run: str, out: Path, tracking_uri: str | None) -> None:
     if tracking_uri is not None:
         checked("--tracking-uri", check_uri, tracking_uri)
     tracking_uri = tracking_uri or study_settings(out, folder.name).get("tracking_uri")
-    run_id = log_again(folder, tracking_uri)
+    with damage_named(folder.name):
+        run_id = log_again(folder, tracking_uri)
     where = without_secrets(tracking_uri) if tracking_uri else f"{out / 'mlflow.db'}"
     click.echo(f"{folder.name} is run {run_id} of {where}")
 

@@ -1,5 +1,6 @@
 """What is written on disk as JSON, and how a study may be named there."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -7,26 +8,45 @@ from pathlib import Path
 from typing import Any
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a study, which is the name of its folder
+SEAL = "seal"  # the key of a digest of all the rest: a bit that flips on a disk is noticed
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON by way of a temporary file, so that ``path`` is old or new but never half."""
+def write_json(path: Path, value: Mapping[str, Any], *, sealed: bool = False) -> None:
+    """Writes JSON by way of a temporary file, so that ``path`` is old or new but never half.
+
+    Args:
+        path: The file.
+        value: JSON types only.
+        sealed: Whether nobody else may change it: `read_json` will refuse it then.
+    """
+    if sealed:
+        plain = json.loads(json.dumps(value, allow_nan=False))  # a key that is a number is text there
+        value = {**plain, SEAL: _digest(plain)}
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a disk that is full
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads JSON.
+    """Reads JSON, without its seal. A file without one is taken as it is.
 
     Raises:
-        ValueError: If the file is not whole JSON; the message names it.
+        ValueError: If the file is not whole JSON, or not what was sealed; the message names it.
     """
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != _digest(value):
+        raise ValueError(f"{path} is damaged: its content is not what was written (seal)")
     return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

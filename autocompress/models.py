@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def _block(inputs: int, outputs: int, stride: int) -> BasicBlock:
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"digits": SmallResNet}
+MOST = 100_000  # classes, or channels, of a description
 _AUXILIARY = ("googlenet", "inception_v3")  # heads that only training has; without them a batch is one tensor
 
 
@@ -76,7 +78,9 @@ def build(description: str | Mapping[str, Any]) -> nn.Module:
         raise ValueError(
             f"{description!r} does not describe an architecture: model, classes, in_channels"
         ) from None
-    return make_named(str(name), int(classes), int(channels))
+    if not isinstance(name, str) or not all(type(n) is int and 1 <= n <= MOST for n in (classes, channels)):
+        raise ValueError(f"{description!r} does not describe an architecture: the numbers go from 1 to {MOST:,}")
+    return make_named(name, classes, channels)
 
 
 def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
@@ -105,6 +109,8 @@ def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
 
 
 def _create_timm(name: str, classes: int, in_channels: int) -> Any:
+    if not re.fullmatch(r"[\w.]+", name):  # timm would take a place on the network, or a folder
+        raise ValueError(f"{name!r} is no name of a model of timm")
     try:
         timm = importlib.import_module("timm")
     except ImportError:

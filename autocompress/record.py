@@ -1,10 +1,12 @@
 """A study as it lies on disk: read leniently, from whatever a study has left there, and never changed."""
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, TypeAlias
 
 import filelock
 
@@ -72,16 +74,22 @@ def read_record(folder: Path, *, journal: bool = True, ours: bool = False) -> Re
         ours: Whether this process holds the study, which then counts as ended.
     """
     problems: list[str] = []
-    asked = _read(folder / "study.json", problems)
-    found = _read(folder / "result.json", problems) if (folder / "result.json").is_file() else None
+    asked = _read(folder / "study.json", problems, {})
+    if asked is not None and any(not isinstance(asked.get(key, {}), dict) for key in ("provenance", "recovery")):
+        problems.append(f"{folder / 'study.json'} is damaged: it does not say what was asked")
+        asked = None
+    found = None
+    if (folder / "result.json").is_file():
+        is_sweep = asked is not None and asked.get("kind") == "sweep"
+        found = _read(folder / "result.json", problems, {} if is_sweep else _OF_RESULT)
     files = sorted(folder.glob("trials/*/trial.json"))
-    trials = [trial for file in files if (trial := _read(file, problems, needed=_NEEDED)) is not None]
+    trials = [trial for file in files if (trial := _read(file, problems, _OF_TRIAL)) is not None]
     trials.sort(key=lambda trial: int(trial["number"]))
     held = not ours and _is_held(folder)
-    if found is not None and "failed" in found:
-        failed = tuple((one["number"], one["reason"]) for one in found["failed"])
+    if found is not None and isinstance(found.get("failed"), list):
+        failed = tuple((one["number"], one["reason"]) for one in found["failed"] if _is_failure(one))
     else:
-        failed = tuple(_failed_in_journal(folder / "journal.log")) if journal and not held else ()
+        failed = tuple(_failed_in_journal(folder / "journal.log", problems)) if journal and not held else ()
     state: State
     if asked is None:
         state = "damaged"
@@ -94,19 +102,51 @@ def read_record(folder: Path, *, journal: bool = True, ours: bool = False) -> Re
     return Record(folder, asked or {}, found, tuple(trials), failed, state, tuple(problems))
 
 
-_NEEDED = ("number", "density", "score", "drop", "feasible", "seconds", "measurement")
+Types: TypeAlias = Mapping[str, type | UnionType]
+
+_OF_TRIAL: Types = {
+    **{"number": int, "feasible": bool | int, "measurement": dict},
+    **dict.fromkeys(("density", "score", "drop", "seconds"), int | float),
+}
+_OF_RESULT: Types = {
+    **dict.fromkeys(("verdict", "sentence", "stopped"), str),
+    **dict.fromkeys(("measurements", "scores", "drop_pp", "artifacts", "not_exported"), dict),
+    **{"trials": list, "density": int | float, "seconds": int | float},
+}
 
 
-def _read(file: Path, problems: list[str], needed: tuple[str, ...] = ()) -> dict[str, Any] | None:
+def _read(file: Path, problems: list[str], needed: Types) -> dict[str, Any] | None:
     try:
         value = read_json(file)
     except (OSError, ValueError) as error:
         problems.append(str(error))
         return None
-    if not isinstance(value, dict) or any(key not in value for key in needed):
-        problems.append(f"{file} is damaged: it is not the record that it should be")
+    odd = [
+        key
+        for key, types in needed.items()
+        if not isinstance(value, dict) or not isinstance(value.get(key), types)
+    ]
+    if odd:
+        problems.append(f"{file} is damaged: it has no usable {odd[0]!r}")
         return None
     return value
+
+
+def _is_failure(one: Any) -> bool:
+    return isinstance(one, dict) and {"number", "reason"} <= one.keys()
+
+
+@contextlib.contextmanager
+def damage_named(name: str) -> Iterator[None]:
+    """Makes one line of what a study's files cause that hold other things than were written there.
+
+    Raises:
+        ValueError: In place of what is raised where a value is absent or of another type.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"the study {name!r} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _is_held(folder: Path) -> bool:
@@ -122,13 +162,17 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
-def _failed_in_journal(journal: Path) -> Iterable[tuple[int, str]]:
+def _failed_in_journal(journal: Path, problems: list[str]) -> Iterable[tuple[int, str]]:
     """Failed trials of a study that has no result yet, from Optuna's journal."""
     if not journal.is_file():
         return ()
     from autocompress.search import failures, open_study  # with torch and Optuna, which take a second
 
-    return failures(open_study(journal))
+    try:
+        return failures(open_study(journal))
+    except Exception as error:  # Optuna raises whatever a damaged entry makes it
+        problems.append(f"{journal} is damaged: {type(error).__name__}: {error}")
+        return ()
 
 
 def study_folders(home: Path) -> list[Path]:

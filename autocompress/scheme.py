@@ -248,9 +248,9 @@ def parse_scheme(spec: str) -> Scheme:
     """
     try:
         terms = _terms(ast.parse(spec.strip(), mode="eval").body)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # all of which the parser raises
         raise ValueError(
-            f"{spec!r} is not a scheme; write a name, Name(parameter=value) or a sum of them such as "
+            f"{spec[:100]!r} is not a scheme; write a name, Name(parameter=value) or a sum of them such as "
             "StructPrune+Quantize16"
         ) from None
     parts = [_make(term, spec) for term in terms]
@@ -266,7 +266,7 @@ def _terms(node: ast.expr) -> list[ast.expr]:
 def _make(term: ast.expr, spec: str) -> Scheme:
     name, keywords = (term.func, term.keywords) if isinstance(term, ast.Call) else (term, [])
     if not isinstance(name, ast.Name) or (isinstance(term, ast.Call) and term.args):
-        raise ValueError(f"{spec!r} is not a scheme; write names, parameters as Name(parameter=value)")
+        raise ValueError(f"{spec[:100]!r} is not a scheme; write names, parameters as Name(parameter=value)")
     make = SCHEMES.get(name.id)
     allowed = list(inspect.signature(make).parameters)
     arguments = {}
@@ -274,21 +274,24 @@ def _make(term: ast.expr, spec: str) -> Scheme:
         if keyword.arg not in allowed:
             takes = ", ".join(allowed) or "none"
             raise ValueError(f"{name.id} has no parameter {keyword.arg!r} (it has: {takes})")
-        arguments[keyword.arg] = _literal(keyword.value)
+        if keyword.arg in arguments:
+            raise ValueError(f"{name.id} is given the parameter {keyword.arg!r} twice")
+        arguments[keyword.arg] = _literal(keyword.value, spec.strip())
     try:
         return make(**arguments)
     except TypeError as error:
         raise ValueError(f"{spec!r}: {error}") from error
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(node: ast.expr, source: str) -> Any:
     """A Python literal, or a bare word taken as a string: ``dtype=bf16``."""
     if isinstance(node, ast.Name):
         return node.id
     try:
         return ast.literal_eval(node)
-    except ValueError:
-        raise ValueError(f"{ast.unparse(node)!r} is not a plain value; write a number or a word") from None
+    except (ValueError, TypeError, RecursionError):  # the latter two where a list is a key, or it is endless
+        written = (ast.get_source_segment(source, node) or "")[:100]
+        raise ValueError(f"{written!r} is not a plain value; write a number or a word") from None
 
 
 def describe(scheme: Scheme) -> str:

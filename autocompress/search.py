@@ -2,11 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import optuna
 import torch
@@ -234,15 +234,21 @@ def _tell(
 
 
 def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound: Bound) -> None:
-    for name in ("score", "density", "feasible", "seconds"):
-        trial.set_user_attr(name, getattr(result, name))
-    drop, drop_se = result.effective_drop(bound.max_drop)
-    trial.set_user_attr("drop", drop)
-    trial.set_user_attr("drop_se", drop_se)
-    trial.set_constraint("drop", result.drop - bound.max_drop)  # without it the trial would count as feasible
-    for one in result.constraints:
-        trial.set_constraint(one.text, one.excess)
+    attributes, constraints = entry_of(result, bound)
+    for name, value in attributes.items():
+        trial.set_user_attr(name, value)
+    for name, excess in constraints.items():
+        trial.set_constraint(name, excess)
     study.tell(trial, result.value)
+
+
+def entry_of(result: TrialResult, bound: Bound) -> tuple[dict[str, Any], dict[str, float]]:
+    """A trial's user attributes and constraints in the study."""
+    drop, drop_se = result.effective_drop(bound.max_drop)
+    attributes = {name: getattr(result, name) for name in ("score", "density", "feasible", "seconds")}
+    constraints = {one.text: one.excess for one in result.constraints}
+    # Without a constraint the trial would count as feasible.
+    return {**attributes, "drop": drop, "drop_se": drop_se}, {"drop": result.drop - bound.max_drop, **constraints}
 
 
 def failures(study: optuna.Study) -> list[tuple[int, str]]:
@@ -266,14 +272,19 @@ def posterior(study: optuna.Study, plan: Plan) -> Posterior | None:
     return sampler.posterior(study.get_trials(deepcopy=False))
 
 
-def answer(study: optuna.Study, plan: Plan) -> FrozenTrial | None:
+def answer(study: optuna.Study, plan: Plan, lost: Collection[int] = ()) -> FrozenTrial | None:
     """The trial that the search answers with; None if none is feasible on val.
 
     Not the study's best trial, which its own selection has made look better than it is, but the best of those
     whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
     as that to a percent, the one that lost least. Failing that the most probable one.
+
+    Args:
+        study: The study.
+        plan: What is searched.
+        lost: Trials whose record or weights are damaged: what they found counts, but they cannot be the answer.
     """
-    feasible = [trial for trial in finished(study) if trial.user_attrs["feasible"]]
+    feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
     belief = posterior(study, plan)
     if not feasible or belief is None:
         return feasible[0] if feasible else None

@@ -117,7 +117,11 @@ def show_list(console: Console, records: Iterable[Record]) -> None:
         right = column in ("trials", "density", "drop")
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for record in sorted(records, key=lambda record: (record.begun, record.name)):
-        table.add_row(*map(escape, _row(record)))
+        try:
+            row = _row(record)
+        except (LookupError, TypeError, ValueError):  # one that is damaged does not hide the others
+            row = (record.name, record.begun, "", "damaged")
+        table.add_row(*map(escape, row))
     if not console.is_terminal:
         console.width = LIST_WIDTH  # what is read by a program is not abridged
     console.print(table)

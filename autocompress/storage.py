@@ -128,7 +128,7 @@ class StudyFolder:
         weights.save(result.model.state_dict(), folder / "model.safetensors")
         record = asdict(replace(result, model=None))
         del record["model"]
-        write_json(folder / "trial.json", record)
+        write_json(folder / "trial.json", record, sealed=True)
 
     def load_trial(self, number: int) -> TrialResult:
         """A trial's record, without its model.

@@ -27,6 +27,7 @@ from autocompress.interrupt import gentle_interrupt
 from autocompress.layers import compare_layers
 from autocompress.macs import count_macs
 from autocompress.measurement import Measurement, compare, measure
+from autocompress.mend import restore, set_aside_if_damaged
 from autocompress.mlflow_store import without_secrets
 from autocompress.parcel import pack_shared
 from autocompress.per_class import per_class
@@ -35,7 +36,7 @@ from autocompress.recovery import Recovery, make_recovery, settings_of, with_epo
 from autocompress.report import write_report
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.sampler import make_sampler
-from autocompress.scheme import Facts, Scheme, describe, parse_scheme
+from autocompress.scheme import Facts, Scheme, Weights, describe, parse_scheme
 from autocompress.search import (
     TOLERANCE,
     Plan,
@@ -213,6 +214,7 @@ class Study:
         self.facts, self.notes = analyze(settings.scheme, task)
         self.tracker = make_tracker()
         self.records: list[TrialResult] = []
+        self.lost: set[int] = set()  # trials whose record or weights are damaged
 
     def run(self) -> Result:
         """Does the whole job."""
@@ -243,12 +245,15 @@ class Study:
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
         self.folder.update_settings({"dense_value": dense_value})
         self._report_beginning(dense_value)
+        if problem := set_aside_if_damaged(self.folder):
+            self.watcher.warned(problem)
         self.study = open_study(self.folder.journal_file, settings.objective.direction)
         set_sampler(self.study, settings.sampler, self.plan, settings.seed)
         add_dense(self.study, dense_value, settings.bound, self.dense_checked)
         adopt(self.study, settings.bound, self.folder)
+        restore(self.study, settings.bound, self.folder)
         for trial in finished(self.study):
-            self.trial(self.folder.load_trial(trial.number))
+            self._again(trial.number)
         with self._executor() as executor, gentle_interrupt(self.watcher.warned) as asked_to_stop:
             stopped = search(self.study, self.plan, self._spec, executor, self.folder, self, asked_to_stop)
         return self._conclude(stopped)
@@ -333,6 +338,19 @@ class Study:
             constraints=settings.constraints,
         )
 
+    def _again(self, number: int) -> None:
+        """Passes on a trial of an earlier run of the study."""
+        try:
+            result = self.folder.load_trial(number)
+        except ValueError as error:
+            self._lose(number, error)
+        else:
+            self.trial(result)
+
+    def _lose(self, number: int, error: Exception) -> None:
+        self.lost.add(number)
+        self.watcher.warned(f"trial {number} cannot be the answer: {error}")
+
     def trial(self, result: TrialResult) -> None:
         """Passes a finished trial on to the watcher and to MLflow."""
         self.records.append(replace(result, model=None))
@@ -352,18 +370,18 @@ class Study:
 
     def _best(self) -> TrialResult | None:
         """The record of what the answer would be now."""
-        chosen = answer(self.study, self.plan)
+        chosen = answer(self.study, self.plan, self.lost)
         return next((r for r in self.records if chosen and r.number == chosen.number), None)
 
     def _conclude(self, stopped: str) -> Result:
         """Judges the answer on test, measures it beside the dense model, and saves everything."""
-        best = self._best()
+        best, state = self._best_on_disk()
         if best is None:
             result = self._without_answer(stopped)
         else:
             self.watcher.doing("judging the answer on test")
-            result = self._with_answer(best, stopped)
-        write_json(self.folder.result_file, result.to_json())
+            result = self._with_answer(best, state, stopped)
+        write_json(self.folder.result_file, result.to_json(), sealed=True)
         self.watcher.doing("writing the report")
         try:
             reported = write_report(self.folder.path, ours=True)
@@ -374,9 +392,17 @@ class Study:
         self._log_result(result, best, reported)
         return result
 
-    def _with_answer(self, best: TrialResult, stopped: str) -> Result:
+    def _best_on_disk(self) -> tuple[TrialResult | None, Weights]:
+        """The best trial whose weights are whole, and these."""
+        while (best := self._best()) is not None:
+            try:
+                return best, self.folder.load_weights(best.number)
+            except (OSError, ValueError) as error:
+                self._lose(best.number, error)
+        return None, {}
+
+    def _with_answer(self, best: TrialResult, state: Weights, stopped: str) -> Result:
         task, settings = self.task, self.settings
-        state = self.folder.load_weights(best.number)
         rebuilt = rebuild(settings.scheme, task.model, self.facts, best.plan, best.density, state)
         model = deployed(rebuilt, task.example_input)
         with span(0, 0.5):

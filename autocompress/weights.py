@@ -3,9 +3,10 @@
 A tensor with enough zeros is stored as its non-zero values and a mask that says where they go, one bit a weight
 and deflated (RFC 1950), so that a regular mask, as of blocks, costs next to nothing; a tensor that several names
 share is stored once; everything else is stored as any safetensors file stores it,
-so other readers see those tensors too. What a reader must know beyond that is JSON in the file's metadata::
+so other readers see those tensors too. What a reader must know beyond that is JSON in the file's metadata, with a
+checksum of what is stored: a bit that flips on a disk is noticed::
 
-    {"sparse": {name: shape}, "same": {name: name of the tensor that is stored}}
+    {"sparse": {name: shape}, "same": {name: name of the tensor that is stored}, "crc32": of all tensors' bytes}
 """
 
 import json
@@ -56,8 +57,9 @@ def to_bytes(state: Mapping[str, Tensor]) -> bytes:
         else:
             stored[name], stored[name + _MASK] = packed
             sparse[name] = list(dense.shape)
-    notes = {key: value for key, value in (("sparse", sparse), ("same", same)) if value}
-    return serialize(stored, {_METADATA_KEY: json.dumps(notes)} if notes else None)
+    notes: dict[str, Any] = {key: value for key, value in (("sparse", sparse), ("same", same)) if value}
+    notes["crc32"] = _checksum(serialize(stored))  # whatever the metadata, the tensors' bytes are the same
+    return serialize(stored, {_METADATA_KEY: json.dumps(notes)})
 
 
 def save(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -94,14 +96,24 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _from_bytes(data: bytes) -> dict[str, Tensor]:
     state = parse(data)
-    header_end = 8 + int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8:header_end]).get("__metadata__", {})
+    metadata = json.loads(data[8 : _header_end(data)]).get("__metadata__", {})
     notes = json.loads(metadata.get(_METADATA_KEY, "{}"))
+    if "crc32" in notes and notes["crc32"] != _checksum(data):
+        raise ValueError("its weights are not those that were written (crc32)")
     for name, shape in notes.get("sparse", {}).items():
         state[name] = _unpack(state[name], state.pop(name + _MASK), shape)
     for name, first in notes.get("same", {}).items():
         state[name] = state[first]
     return state
+
+
+def _header_end(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _checksum(data: bytes) -> int:
+    """The CRC-32 of the tensors in a safetensors file."""
+    return zlib.crc32(memoryview(data)[_header_end(data) :])
 
 
 def _memory(tensor: Tensor) -> Any:

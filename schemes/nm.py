@@ -60,8 +60,10 @@ class NMPrune:
     tolerance: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise ValueError(f"n={self.n}, m={self.m}; n must be at least 1 and below m, as in 2 of 4")
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n < self.m):
+            raise ValueError(
+                f"n={self.n}, m={self.m}; n must be at least 1 and below m, whole numbers as in 2 of 4"
+            )
         check_criterion(self, self.criterion, get_args(NMCriterion))
         object.__setattr__(self, "skip", checked_skip(self.skip))
 

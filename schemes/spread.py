@@ -29,7 +29,8 @@ def checked_spread(spread: Spread) -> SpreadName | PerModule[float]:
         ValueError: If it is no spread.
     """
     if isinstance(spread, Mapping):
-        if spread and all(isinstance(a, int | float) and 0 < a < math.inf for a in spread.values()):
+        named = all(isinstance(pattern, str) for pattern in spread)
+        if spread and named and all(isinstance(a, int | float) and 0 < a < math.inf for a in spread.values()):
             return PerModule(spread)
     elif spread in get_args(SpreadName):
         return spread

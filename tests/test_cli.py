@@ -21,6 +21,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import autocompress as ac
+from autocompress.files import read_json
 
 AUTOCOMPRESS = Path(sys.executable).with_name("autocompress")
 MET, USAGE, NOT_MET, INTERRUPTED = 0, 2, 3, 130
@@ -164,7 +165,7 @@ def test_stdout_is_one_json_object_with_dense_beside_compressed(job, found):
     assert found["density"] == found["params"]["compressed"] / found["params"]["dense"]
     assert found["drop_pp"]["val"] == pytest.approx(lost(found, "val"))
     assert found["drop_pp"]["test"] == pytest.approx(lost(found, "test"))
-    assert found == json.loads((job.study / "result.json").read_text())
+    assert found == read_json(job.study / "result.json")
 
 
 def lost(found: dict, split: str) -> float:
@@ -446,7 +447,7 @@ def test_a_study_survives_a_kill_and_an_interrupt(place, running):
     assert "Traceback" not in stderr
     found = json.loads(stdout)
     assert found["stopped"] == "interrupted"
-    assert found == json.loads((study / "result.json").read_text())
+    assert found == read_json(study / "result.json")
     assert saved_trials(study).items() >= survived.items()
     assert found["trials"][0]["number"] == 1
     assert all(trial["number"] != found["trials"][0]["number"] for trial in found["trials"][1:])
@@ -507,6 +508,7 @@ def test_when_nothing_meets_the_bound_the_nearest_miss_is_named(place):
 
 OBJECTIVE_FILE = '''
 import autocompress as ac
+from autocompress.files import read_json
 
 @ac.objective(direction="maximize")
 def spared(m):

@@ -26,7 +26,7 @@ ENGINE = (
     ("storage", "sampler", "mlflow_store", "parcel"),
     ("mlflow_runs", "workers"),
     ("search", "tracking", "ui"),
-    ("result", "record", "sweep_result"),
+    ("result", "record", "sweep_result", "mend"),
     ("figures", "words", "show"),
     ("report", "doctor"),
     ("study", "display", "replay", "sweep_files"),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autocompress as ac
+from autocompress.files import read_json
 from autocompress.goal import OBJECTIVES, as_objective
 from autocompress.lc import LearningCompression
 from autocompress.result import Settings
@@ -129,7 +130,7 @@ def test_a_search_on_tensors_from_the_question_to_the_result(task, out):
     assert list(trials.number) == [1, 2]
     assert trials.density.dtype == np.float64
     assert set(trials) >= {"density", "score", "drop_pp", "feasible", "value", "params", "size_bytes", "seconds"}
-    assert json.loads((result.folder / "result.json").read_text()) == json.loads(json.dumps(result.to_json()))
+    assert read_json(result.folder / "result.json") == json.loads(json.dumps(result.to_json()))
 
     # The model that was handed over is as it was.
     assert snapshot(task.model) == before
@@ -294,6 +295,21 @@ def test_the_search_ends_within_the_tolerance_and_the_verdict_has_the_confidence
     assert result.certificate is not None and result.certificate.confidence == 0.8
     assert "with 80% confidence" in result.sentence
     assert watcher.beginning is not None and "with 80% confidence" in watcher.beginning.notes[-1]
+
+
+def test_what_is_damaged_on_disk_is_named_and_the_rest_goes_on(task, out):
+    first = ac.tune(task, "StructPrune", out=out, name="damaged", **SHORT)
+    journal, weights = (out / "damaged" / name for name in ("journal.log", "trials/0001/model.safetensors"))
+    journal.write_bytes(journal.read_bytes().replace(b"score", b"sc\xffre", 1))
+    flipped = bytearray(weights.read_bytes())
+    flipped[-100] ^= 1
+    weights.write_bytes(flipped)
+    watcher = Recorder()
+    again = ac.tune(task, "StructPrune", out=out, resume="damaged", watcher=watcher, **SHORT | {"trials": 3})
+    assert [warning for warning in watcher.warnings if "journal.log is damaged; it is kept as" in warning]
+    assert list(again.trials.number) == [1, 2, 3]
+    pd.testing.assert_frame_equal(again.trials.head(2), first.trials)
+    assert again.met and again.answer != 1
 
 
 def test_ctrl_c_once_ends_the_search_with_the_trial_that_runs(strict, out):

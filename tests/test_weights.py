@@ -205,8 +205,9 @@ def sparse_file(path: Path) -> bytes:
         lambda good: good.replace(b"[100, 100]", b"[100, 101]"),
         lambda good: good.replace(b"w#mask", b"w#musk"),
         lambda good: good[:-1] + bytes([good[-1] ^ 0xFF]),
+        lambda good: good[:-200] + bytes([good[-200] ^ 1]) + good[-199:],
     ],
-    ids=["empty", "stub", "cut", "text", "shape", "no mask", "mask bits"],
+    ids=["empty", "stub", "cut", "text", "shape", "no mask", "mask bits", "one bit of a value"],
 )
 def test_a_corrupt_file_is_named_in_one_line(damage, tmp_path: Path) -> None:
     path = tmp_path / "broken.safetensors"
