@@ -62,7 +62,7 @@ def cli() -> None:
     help="Count --max-drop in points of the metric, or relative to the dense model's score.",
 )
 @click.option("--objective", default="density", show_default=True, help="What to optimize: NAME or FILE.py:NAME.")
-@click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Trials at most.")
+@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
 @click.option(
     "--tolerance",
@@ -111,6 +111,11 @@ def cli() -> None:
     "--rounds",
     type=click.IntRange(min=1),
     help="Rounds of --recovery iterative.  [default: 4]",
+)
+@click.option(
+    "--full-trials",
+    is_flag=True,
+    help="Recover in every trial from the dense model and to the end; by default trials start from denser ones.",
 )
 @click.option(
     "--sampler",
@@ -246,6 +251,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         *TRAINING,
         "sampler",
         "seed",
+        "full_trials",
         "confidence",
     )
     for name in (*same, *BUDGET):

@@ -100,7 +100,7 @@ class Display:
                 f"{result.density:.4f}",
                 f"{result.score:.4f}",
                 f"{100 * result.drop:+.2f}{self._unit}",
-                "yes" if result.feasible else "no",
+                result.standing,
                 f"{result.seconds:.1f}",
                 f"{best.density:.4f}" if best else "none yet",
             )
@@ -109,7 +109,7 @@ class Display:
         self._footer = Footer(f"trial {result.number + 1}", self._seconds_left())
         self._show(
             f"trial {cells['trial']:>2}  density {cells['density']}  val {cells['val']}  "
-            f"drop {cells['drop']}  feasible {cells['feasible']:<3}  {cells['seconds']:>5} s  "
+            f"drop {cells['drop']}  feasible {cells['feasible']:<8}  {cells['seconds']:>5} s  "
             f"best {cells['best']}  at most {self._seconds_left():.0f} s left"
         )
         if self.verbose:

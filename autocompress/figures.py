@@ -94,15 +94,20 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
         )
         ax.plot(belief["density"], belief["drop_pp"], color=DENSE, lw=1.5)
     ax.axhline(bound, color=BOUND, lw=1.5, ls="--", label=f"bound, {bound:g}{record.unit}")
-    for feasible, marker, label in ((True, "o", "trial within the bound"), (False, "x", "trial beyond it")):
-        of_these = [(t, d) for t, d in zip(trials, drops, strict=True) if t["feasible"] is feasible and d <= top]
+    kinds = (
+        ("yes", "o", "trial within the bound"),
+        ("no", "x", "trial beyond it"),
+        ("rejected", "1", "given up early"),
+    )
+    for kind, marker, label in kinds:
+        of_these = [(t, d) for t, d in zip(trials, drops, strict=True) if _standing(t) == kind and d <= top]
         if of_these:
             ax.errorbar(
                 [t["density"] for t, _ in of_these],
                 [d for _, d in of_these],
                 [100 * (t.get("drop_se") or 0.0) for t, _ in of_these],
                 fmt=marker,
-                color=COMPRESSED if feasible else BOUND,
+                color=COMPRESSED if kind == "yes" else BOUND,
                 ms=6,
                 elinewidth=0.7,
                 label=label,
@@ -127,6 +132,12 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
             f"; the answer has density {answer['density']:.3g} and drops {100 * answer['drop']:.2f}{record.unit}"
         )
     return "drop", "Accuracy lost against size kept", f"Drop on validation data against density: {said}.", canvas
+
+
+def _standing(trial: Mapping[str, Any]) -> str:
+    if trial.get("given_up_at") is not None:
+        return "rejected"
+    return "yes" if trial["feasible"] else "no"
 
 
 def _latency(measured: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:

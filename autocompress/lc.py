@@ -23,7 +23,9 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -37,6 +39,9 @@ from autocompress.task import Split, Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
 AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
+LOOKS = (0.0, 0.5)  # shares of the polish at which a recovery may be given up
+
+Hopeless: TypeAlias = Callable[[nn.Module, float], bool]
 
 
 @torch.no_grad()
@@ -99,10 +104,14 @@ class Recovered:
     Attributes:
         theta: The compressed weights.
         curves: What was logged, by name: one number per C step.
+        steps: Gradient steps taken.
+        given_up_at: The share of the polish at which it was given up as hopeless; None if it came to its end.
     """
 
     theta: Theta
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    steps: int = 0
+    given_up_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +145,10 @@ class State:
             return False
         return self.curves["lc_density"][-1] == density and self.curves["lc_residual"][-1] <= AGREED
 
-    def warm(self) -> "State":
-        """The start of a recovery to a lower density from the end of this one."""
-        assert self.learner is not None, "only a checkpoint can be gone on from"
-        density = self.curves["lc_density"][-1] if self.c_steps else self.initial
-        return State(initial=density, penalty=self.penalty, learner=self.learner.rewound())
+    @classmethod
+    def warm(cls, density: float, model: Weights) -> "State":
+        """The start of a recovery from the state dict of a model that is compressed to ``density`` already."""
+        return cls(initial=density, learner=Snapshot({f"model/{name}": t for name, t in model.items()}, {}))
 
     def save(self, file: Path | str) -> None:
         """Writes a checkpoint to a safetensors file."""
@@ -254,6 +262,7 @@ class LearningCompression:
         *,
         start: State | None = None,
         checkpoint: Callable[[State], None] | None = None,
+        hopeless: Hopeless | None = None,
     ) -> Recovered:
         """Compresses ``model`` in place to ``density`` while training it on ``task.train``.
 
@@ -264,9 +273,11 @@ class LearningCompression:
             density: The target; at least the scheme's lowest.
             task: The data, the loss, and the dense model as the teacher.
             seed: Seeds the order of the batches.
-            start: Goes on from there: from a checkpoint of this very recovery, bit for bit, or from the end of
-                a denser one (its `State.warm`), whose weights, support and multipliers are a head start.
+            start: Goes on from there: from a checkpoint of this very recovery, bit for bit, or from a denser
+                model (`State.warm`), whose weights and support are a head start.
             checkpoint: Is handed the state after each L step, and at the end.
+            hopeless: Is shown the compressed model at `LOOKS` into the polish, with that share, and says whether
+                to give it up there.
 
         Returns:
             θ; the model carries its decompressed weights and recalibrated BatchNorm statistics.
@@ -291,15 +302,24 @@ class LearningCompression:
             state = state.after(self.mu_growth if apart > AGREED else 1.0, **logged)
             if checkpoint:
                 checkpoint(replace(state, penalty=penalty, learner=learner.snapshot()))
-        if checkpoint:
-            state = replace(state, penalty=penalty)  # its multipliers are worth keeping
         del penalty, hard
         facts = observe(scheme, learner.evidence(), facts)
-        polish(scheme, learner, freeze(scheme, w, density, facts), facts, task, seed)
+        given_up_at = polish(scheme, learner, freeze(scheme, w, density, facts), facts, task, seed, hopeless)
         theta = settle(scheme, learner, density, facts, task)
         if checkpoint:
             checkpoint(replace(state, learner=learner.snapshot()))
-        return Recovered(theta, state.curves)
+        return Recovered(theta, state.curves, learner.descent.taken, given_up_at)
+
+    def shortened(self, initial: float, density: float, train: Split) -> "LearningCompression":
+        """The recovery that starts from a model of density ``initial``: a head start needs fewer steps.
+
+        A quarter of the steps trains anew, and another quarter goes with every factor e that the density falls; it
+        is never more than the whole budget. As the density has less far to fall, half as large a share of them
+        alternates, and more polishes.
+        """
+        share = min(1.0, (1 + math.log(max(1.0, initial / density))) / 4)
+        steps, c_steps = round(share * self.n_steps(train)), round(share * self.c_steps)
+        return replace(self, steps=max(1, steps), c_steps=max(1, c_steps), alternating=self.alternating / 2)
 
     def constrain(
         self, scheme: Scheme, weights: Weights, penalty: Penalty, mu: float, density: float, facts: Facts
@@ -342,12 +362,31 @@ def settle(scheme: Scheme, learner: Learner, density: float, facts: Facts, task:
     return freeze(scheme, learner.weights, density, observe(scheme, learner.evidence(), facts))
 
 
-def polish(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:
-    """Spends the rest of the budget on w with θ's support frozen, or on what θ stores in the place of weights."""
-    if theta.values.keys() <= learner.weights.keys():
-        learner.l_step(learner.descent.steps_left, frozen(scheme, theta))
-    else:
+def polish(
+    scheme: Scheme,
+    learner: Learner,
+    theta: Theta,
+    facts: Facts,
+    task: Task,
+    seed: int,
+    hopeless: Hopeless | None = None,
+) -> float | None:
+    """Spends the rest of the budget on w with θ's support frozen, or on what θ stores in the place of weights.
+
+    Returns:
+        The share of it at which ``hopeless`` gave it up; None if it never did.
+    """
+    if not theta.values.keys() <= learner.weights.keys():
         polish_stored(scheme, learner, theta, facts, task, seed)
+        return None
+    penalty, steps = frozen(scheme, theta), learner.descent.steps_left
+    for look, end in pairwise((*LOOKS, 1.0)):
+        if hopeless is not None:
+            recalibrate_batchnorm(learner.model, task.train)
+            if hopeless(learner.model, look):
+                return look
+        learner.l_step(round(end * steps) - round(look * steps), penalty)
+    return None
 
 
 def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:
@@ -363,6 +402,7 @@ def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, 
     stored = Learner(learner.recipe, part.realize(learner.model, theta, facts), task, seed + 1)
     stored.descent.taken = learner.descent.taken  # the learning rate goes on from where it is
     stored.l_step(stored.descent.steps_left, Penalty.none())
+    learner.descent.taken = stored.descent.taken
     with torch.no_grad():
         for name, value in part.delta(replace(theta, values=dict(stored.weights))).items():
             learner.weights[name].copy_(value)

@@ -104,10 +104,6 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, float]
 
-    def rewound(self) -> "Snapshot":
-        """The same weights at the beginning of a budget: nothing is trained yet, the optimizer is new."""
-        return Snapshot({name: t for name, t in self.tensors.items() if name.startswith("model/")}, {})
-
     def under(self, kind: str) -> Weights:
         """The tensors of one kind, by name."""
         return {

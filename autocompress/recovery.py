@@ -91,7 +91,7 @@ class Iterative:
             one_round = replace(self.training, steps=steps)
             with progress.span(done / rounds, (done + 1) / rounds):
                 found = one_round.recover(model, scheme, facts, target, task, seed * rounds + done)
-        return found
+        return replace(found, steps=total)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Layerwise:
             penalty = replace(whole, bound=pruned)
             penalty.apply(learner.weights, lr=1.0)
             learner.l_step(learner.descent.steps_left // left, penalty)
-        return Recovered(settle(scheme, learner, density, facts, task))
+        return Recovered(settle(scheme, learner, density, facts, task), steps=learner.descent.taken)
 
 
 def _by_layer(names: Iterable[str]) -> list[list[str]]:

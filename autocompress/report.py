@@ -160,7 +160,7 @@ def _trials(record: Record) -> Iterator[dict[str, Any]]:
             "score": f"{trial['score']:.4f}",
             "drop": f"{100 * trial['drop']:+.2f}" + (f" ± {100 * error:.2f}" if error else "") + record.unit,
             "feasible": trial["feasible"],
-            "note": f", {trial['rejected']}" if isinstance(trial.get("rejected"), str) else "",
+            "note": ", given up early" if trial.get("given_up_at") is not None else "",
             "params": f"{cost['params']:,}",
             "size": as_bytes(cost["size_bytes"]),
             "macs": as_count(cost["macs"]),
@@ -177,6 +177,8 @@ def _failures(record: Record) -> Iterator[dict[str, Any]]:
 def _caption(record: Record) -> str:
     within = sum(bool(trial["feasible"]) for trial in record.trials)
     said = f"{len(record.trials)} finished, {within} of them within the bound"
+    given_up = sum(trial.get("given_up_at") is not None for trial in record.trials)
+    said += f"; {given_up} given up early, whose drop is that of the moment" if given_up else ""
     said += f"; {len(record.failed)} failed. " if record.failed else ". "
     return said + "The drop is on validation data, ± one standard error of the samples."
 

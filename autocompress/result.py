@@ -27,7 +27,7 @@ from autocompress.trial import Bound, TrialResult
 if TYPE_CHECKING:
     import pandas as pd
 
-DEFAULT_TRIALS = 8
+DEFAULT_TRIALS = 5
 GRID = 64  # points at which the believed drop is written down
 
 
@@ -50,6 +50,7 @@ class Settings:
         confidence: Of the bounds that the verdict states.
         workers: Trials at a time.
         formats: In which formats the answer is written besides the usual ones.
+        full_trials: Whether every trial recovers from the dense model and to its end.
     """
 
     scheme: Scheme
@@ -66,6 +67,7 @@ class Settings:
     confidence: float = CONFIDENCE
     workers: int = 1
     formats: tuple[str, ...] = ()
+    full_trials: bool = False
 
     @property
     def unit(self) -> str:
@@ -105,6 +107,7 @@ class Settings:
             "seed": self.seed,
             "recovery": settings_of(self.recovery),
             "confidence": self.confidence,
+            "full_trials": self.full_trials,
         }
 
     def budget(self) -> dict[str, Any]:
@@ -261,12 +264,15 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
         "score": result.score,
         "drop_pp": 100 * result.drop,
         "feasible": result.feasible,
+        "rejected": result.rejected,
         **{one.text: one.value for one in result.constraints},
         "value": result.value,
         "params": m.params,
         "size_bytes": m.size_bytes,
         "macs": m.macs,
         "latency_ms": m.latency_ms,
+        "steps": result.steps,
+        "start": result.start,
         "seconds": result.seconds,
     }
 

@@ -239,6 +239,15 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
         trial.set_user_attr(name, value)
     for name, excess in constraints.items():
         trial.set_constraint(name, excess)
+    for name in ("score", "density", "feasible", "rejected", "seconds", "steps", "start"):
+        trial.set_user_attr(name, getattr(result, name))
+    drop, drop_se = result.effective_drop(bound.max_drop)
+    trial.set_user_attr("drop", drop)
+    trial.set_user_attr("drop_se", drop_se)
+    excess = (drop if result.rejected else result.drop) - bound.max_drop
+    trial.set_constraint("drop", excess)  # without it the trial would count as feasible
+    for one in result.constraints:
+        trial.set_constraint(one.text, one.excess)
     study.tell(trial, result.value)
 
 

@@ -19,7 +19,7 @@ from autocompress import weights
 from autocompress.constraint import Checked
 from autocompress.files import NAME, read_json, write_json
 from autocompress.measurement import Measurement
-from autocompress.trial import TrialResult
+from autocompress.trial import Start, TrialResult
 
 _LEFT_BEHIND = ("lock", "holder.json", ".holder.json.tmp", ".study.json.tmp")  # by who was killed as it began
 RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
@@ -129,6 +129,11 @@ class StudyFolder:
         record = asdict(replace(result, model=None))
         del record["model"]
         write_json(folder / "trial.json", record, sealed=True)
+        for density, start in result.starts.items():
+            weights.save(start, folder / f"start-{density!r}.safetensors")
+        record = asdict(replace(result, model=None, starts={}))
+        del record["model"], record["starts"]
+        write_json(folder / "trial.json", record)
 
     def load_trial(self, number: int) -> TrialResult:
         """A trial's record, without its model.
@@ -144,6 +149,16 @@ class StudyFolder:
             return _trial_result(record)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
+
+    def start(self, density: float) -> Start | None:
+        """The sparsest model that a trial at ``density`` can start from; None if only the dense one can."""
+        files = [file for file in self.path.glob("trials/*/start-*") if (file.parent / "trial.json").is_file()]
+        denser = [(float(file.stem.removeprefix("start-")), file) for file in files]
+        denser = [(found, file) for found, file in denser if found >= density]
+        if not denser:
+            return None
+        found, file = min(denser)
+        return Start(int(file.parent.name), found, weights.load(file))
 
     def load_weights(self, number: int) -> dict[str, Any]:
         """The state dict of a trial's realized model."""

@@ -60,7 +60,7 @@ from autocompress.storage import (
 from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker, final_metrics
 from autocompress.training import threads_for
-from autocompress.trial import Bound, TrialResult, TrialSpec
+from autocompress.trial import Bound, TrialResult, TrialSpec, can_be_cheap
 from autocompress.workers import InProcess, LocalWorkers, Remote, visible_gpus
 
 DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree
@@ -81,6 +81,7 @@ def tune(
     confidence: float = CONFIDENCE,
     epochs: float | None = None,
     recovery: str | Recovery = "lc",
+    full_trials: bool = False,
     sampler: str = "threshold",
     seed: int = 0,
     device: str = "auto",
@@ -111,6 +112,9 @@ def tune(
         epochs: Gradient steps of one trial's recovery, in passes over the training data.
         recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a
             `LearningCompression` with settings of your own; ``epochs`` replaces its budget.
+        full_trials: Whether every trial recovers from the dense model, with the whole budget and to its end. By
+            default a trial starts from the nearest denser model, with fewer steps, and gives up when it cannot
+            meet the bound any more.
         sampler: Which densities to try: threshold, gp, tpe, bisection, grid or random.
         seed: Seeds the search and the trials.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
@@ -144,6 +148,7 @@ def tune(
         confidence=confidence,
         workers=workers,
         formats=check_formats(formats),
+        full_trials=full_trials,
     )
     watcher = watcher or Silent()
     if name is not None:
@@ -322,6 +327,7 @@ class Study:
 
     def _spec(self, number: int, density: float) -> TrialSpec:
         settings = self.settings
+        cheap = not settings.full_trials and can_be_cheap(settings.recovery) and self.plan.low < 1
         return TrialSpec(
             number=number,
             density=density,
@@ -336,6 +342,8 @@ class Study:
             device=settings.device,
             timing=self.timing,
             constraints=settings.constraints,
+            start=self.folder.start(density) if cheap else None,
+            cheap=cheap,
         )
 
     def _again(self, number: int) -> None:

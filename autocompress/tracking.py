@@ -180,6 +180,8 @@ class Tracker:
             "drop_pp": 100 * result.drop,
             "drop_se_pp": 100 * result.drop_se,
             "feasible": float(result.feasible),
+            "rejected": float(result.rejected),
+            "steps": float(result.steps),
             "value": result.value,
             "seconds": result.seconds,
             **(scores or {}),
@@ -325,7 +327,8 @@ class Tracker:
 def _reason(result: TrialResult) -> str:
     """Why a trial is not feasible."""
     missed = [f"{one.metric} {one.value:.4f} violates {one.text}" for one in result.constraints if not one.met]
-    return "; ".join(missed) or f"loses {100 * result.drop:.2f} on val, which is beyond the bound"
+    given_up = "given up early: " if result.rejected else ""
+    return given_up + ("; ".join(missed) or f"loses {100 * result.drop:.2f} on val, which is beyond the bound")
 
 
 def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict[str, float]:

@@ -4,23 +4,33 @@ import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from scipy.special import ndtri
 from torch import Tensor, nn
 
 from autocompress.certify import drop_standard_error
 from autocompress.constraint import Checked, Constraint
 from autocompress.deployed import deployed
 from autocompress.goal import Objective
+from autocompress.lc import Hopeless, LearningCompression, Recovered, State
 from autocompress.measurement import Measurement, measure
 from autocompress.progress import span
 from autocompress.recovery import Recovery
-from autocompress.scheme import Facts, Scheme, Theta, realize_by_part
+from autocompress.scheme import Facts, Scheme, Theta, Weights, realize_by_part
 from autocompress.task import Evaluation, Task, channels_last, device_of, evaluating
 
 TRAINING_SHARE = 0.95  # of a trial's time, as a rule; the rest builds, scores and measures the model
+
+# The sequential test that ends a recovery. What it will have lost in the end is at least this share of what the
+# compressed model has lost at a look into the polish: on the digits it was never less.
+REMAINS = {0.0: 0.25, 0.5: 0.7}
+ERROR = 0.01  # probability that a trial at the bound is given up, over all looks
+# A recovery from the dense model leaves starts on its way: at these multiples of its density, up to the highest
+# that is worth more than the dense model.
+PATH, PATH_HIGHEST = (2, 4, 8), 0.7
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,21 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a trial may start from, in place of the dense model.
+
+    Attributes:
+        trial: The number of the trial that left it.
+        density: Its density.
+        weights: The state dict of the dense architecture, with what is compressed away at its compressed value.
+    """
+
+    trial: int
+    density: float
+    weights: Weights
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """Everything that a trial needs; the same spec gives the same result on the same machine.
 
@@ -58,6 +83,8 @@ class TrialSpec:
         device: Where it runs, as torch names it.
         timing: Whether the objective needs latency, memory or energy.
         constraints: What else the compressed model must reach on val.
+        start: A denser model of an earlier trial to start from; None for the dense model.
+        cheap: Whether the trial gives up when it cannot make it, and leaves starts for others.
     """
 
     number: int
@@ -73,6 +100,8 @@ class TrialSpec:
     device: str = "cpu"
     timing: bool = False
     constraints: tuple[Constraint, ...] = ()
+    start: Start | None = None
+    cheap: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +124,12 @@ class TrialResult:
         curves: What recovery logged, by name: one number per C step.
         model: The realized model, in eval mode on the CPU; None when the trial was read back from disk.
         constraints: What came of each constraint on val.
+        steps: Gradient steps taken.
+        start: The number of the trial whose model it started from; None for the dense model.
+        start_density: The density of that model.
+        given_up_at: The share of the polish at which it was rejected; None if its recovery came to its end.
+        starts: By density: the state dicts that denser trials and sparser ones can start from; not on disk with
+            the record, but beside it.
     """
 
     number: int
@@ -111,6 +146,21 @@ class TrialResult:
     curves: Mapping[str, tuple[float, ...]]
     model: nn.Module | None = None
     constraints: tuple[Checked, ...] = ()
+    steps: int = 0
+    start: int | None = None
+    start_density: float = 1.0
+    given_up_at: float | None = None
+    starts: Mapping[float, Weights] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the trial was given up before its end, because it could not make it."""
+        return self.given_up_at is not None
+
+    @property
+    def standing(self) -> str:
+        """Whether it is feasible, in a word for tables."""
+        return "rejected" if self.rejected else "yes" if self.feasible else "no"
 
     def effective_drop(self, max_drop: float) -> tuple[float, float]:
         """The drop as the search counts it, with its standard error: beyond the bound by what is missed most.
@@ -119,7 +169,12 @@ class TrialResult:
         is at most 0, which is where max(D, bound + e_k) is within the bound: one curve, again nearly monotone,
         that crosses the bound where the first of them fails. So the search and its answer need to know of one
         threshold only. The maximum of noisy numbers errs to the safe side.
+
+        Of a trial that was rejected it is the least that it would have lost in the end.
         """
+        if self.given_up_at is not None:
+            remains = REMAINS[self.given_up_at]
+            return remains * self.drop, remains * self.drop_se
         drops = [(max_drop + one.excess, one.se) for one in self.constraints]
         return max([(self.drop, self.drop_se), *drops])
 
@@ -166,7 +221,7 @@ def _run(spec: TrialSpec) -> TrialResult:
     torch.manual_seed(spec.seed)
     model = copy.deepcopy(task.model)
     with span(0, TRAINING_SHARE):
-        recovered = spec.recovery.recover(model, scheme, spec.facts, spec.density, task, spec.seed)
+        recovered, starts = _recover(spec, task, model)
     realized = realize(scheme, model.eval(), recovered.theta, spec.facts, next(task.val.batches())[0])
     with span(TRAINING_SHARE, 1):
         evaluation = task.evaluate(deployed(realized, task.example_input), task.val)
@@ -183,6 +238,10 @@ def _run(spec: TrialSpec) -> TrialResult:
     )
     drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
     constraints = tuple(constraint.check(evaluation) for constraint in spec.constraints)
+    finished = recovered.given_up_at is None
+    feasible = finished and drop <= spec.bound.max_drop and all(one.met for one in constraints)
+    if spec.cheap and feasible:
+        starts[spec.density] = {name: t.cpu() for name, t in model.state_dict().items()}
     return TrialResult(
         number=spec.number,
         density_asked=spec.density,
@@ -190,7 +249,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         score=evaluation.score,
         drop=drop,
         drop_se=drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative),
-        feasible=drop <= spec.bound.max_drop and all(one.met for one in constraints),
+        feasible=feasible,
         value=spec.objective(measurement),
         seconds=time.perf_counter() - began,
         measurement=measurement,
@@ -198,7 +257,59 @@ def _run(spec: TrialSpec) -> TrialResult:
         curves=recovered.curves,
         model=realized.cpu(),
         constraints=constraints,
+        steps=recovered.steps,
+        start=spec.start.trial if spec.start else None,
+        start_density=spec.start.density if spec.start else 1.0,
+        given_up_at=recovered.given_up_at,
+        starts=starts,
     )
+
+
+def can_be_cheap(recovery: Recovery) -> bool:
+    """Whether trials can start from each other and give up early: where the density falls on the way."""
+    return isinstance(recovery, LearningCompression) and recovery.alternating > 0
+
+
+def _recover(spec: TrialSpec, task: Task, model: nn.Module) -> tuple[Recovered, dict[float, Weights]]:
+    """The recovery, and what it leaves on its way for denser trials to start from."""
+    recovery = spec.recovery
+    if not spec.cheap or not isinstance(recovery, LearningCompression):
+        return recovery.recover(model, spec.scheme, spec.facts, spec.density, task, spec.seed), {}
+    path: dict[int, tuple[float, Weights]] = {}
+
+    def leave(state: State) -> None:
+        density = state.curves["lc_density"][-1]
+        for multiple in PATH:
+            if multiple * spec.density <= density <= PATH_HIGHEST:
+                assert state.learner is not None
+                path[multiple] = density, {name: t.cpu() for name, t in state.learner.under("model").items()}
+
+    start = spec.start
+    recovered = (recovery.shortened(start.density, spec.density, task.train) if start else recovery).recover(
+        model,
+        spec.scheme,
+        spec.facts,
+        spec.density,
+        task,
+        spec.seed,
+        start=State.warm(start.density, start.weights) if start else None,
+        checkpoint=None if start else leave,
+        hopeless=_sequential_test(spec, task),
+    )
+    return recovered, dict(path.values())
+
+
+def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
+    """Whether a recovery cannot make it: what will remain of its drop is beyond the bound, beyond the noise."""
+    z = float(ndtri(1 - ERROR / len(REMAINS)))
+
+    def hopeless(model: nn.Module, look: float) -> bool:
+        evaluation = task.evaluate(model, task.val)
+        drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
+        error = drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative)
+        return REMAINS[look] * (drop - z * error) > spec.bound.max_drop
+
+    return hopeless
 
 
 class RealizationError(RuntimeError):

@@ -518,21 +518,45 @@ def test_a_checkpoint_is_not_moved_by_what_follows(tiny_task: Task) -> None:
         assert all(torch.equal(t, tensors[name]) for name, t in state.learner.tensors.items())
 
 
-def test_a_warm_start_begins_at_the_density_support_and_multipliers_of_the_denser_run(tiny_task: Task) -> None:
-    scheme, states, further = StructPrune(), [], []
+def test_a_warm_start_begins_at_the_density_and_support_of_the_denser_run(tiny_task: Task) -> None:
+    scheme, further = StructPrune(), []
     facts = scheme.analyze(tiny_task.model, tiny_task.example_input)
     model = copy.deepcopy(tiny_task.model)
-    denser = QUICK.recover(model, scheme, facts, 0.5, tiny_task, 0, checkpoint=states.append)
-    start = states[-1].warm()
+    denser = QUICK.recover(model, scheme, facts, 0.5, tiny_task, 0)
+    start = State.warm(0.5, model.state_dict())
     other = copy.deepcopy(tiny_task.model)
     found = QUICK.recover(other, scheme, facts, 0.2, tiny_task, 1, start=start, checkpoint=further.append)
-    assert start.penalty.multipliers(denser.theta.values)
     assert found.theta.kept / count_params(tiny_task.model) <= 0.2
     densities = found.curves["lc_density"]
     assert densities[0] == pytest.approx(0.5 * (0.2 / 0.5) ** (1 - (2 / 3) ** 3)) and densities[-1] == 0.2
     for name, kept in found.theta.support.items():
         assert not (kept & ~denser.theta.support[name]).any(), name  # what was gone stays gone
-    assert further[-1].learner.numbers["taken"] == QUICK.n_steps(tiny_task.train)
+    assert found.steps == further[-1].learner.numbers["taken"] == QUICK.n_steps(tiny_task.train)
+
+
+def test_a_head_start_needs_fewer_steps(tiny_task: Task) -> None:
+    whole = LearningCompression(steps=400, c_steps=32)
+    for initial, density, share in ((0.1, 0.1, 0.25), (0.1, 0.1 / math.e, 0.5), (1.0, 0.001, 1.0)):
+        short = whole.shortened(initial, density, tiny_task.train)
+        assert (short.steps, short.c_steps, short.alternating) == (400 * share, 32 * share, 0.3)
+
+
+@pytest.mark.parametrize(("at", "taken"), [(0.0, 3), (0.5, 4), (None, 5)])
+def test_a_hopeless_recovery_is_given_up_in_its_polish(tiny_task: Task, at: float | None, taken: int) -> None:
+    scheme, looks = StructPrune(), []
+    facts = scheme.analyze(tiny_task.model, tiny_task.example_input)
+    model = copy.deepcopy(tiny_task.model)
+
+    def hopeless(shown: nn.Module, look: float) -> bool:
+        assert sum(p.count_nonzero() for p in shown.parameters()) <= 0.4 * count_params(shown)
+        looks.append(look)
+        return look == at
+
+    config = LearningCompression(steps=5, c_steps=3)
+    found = config.recover(model, scheme, facts, 0.4, tiny_task, 0, hopeless=hopeless)
+    assert (found.given_up_at, found.steps) == (at, taken)
+    assert looks == [0.0, 0.5][: 1 if at == 0 else 2]
+    assert found.theta.kept <= 0.4 * count_params(model)  # it is compressed all the same
 
 
 @pytest.mark.parametrize(("scheme", "n_copies"), [(Prune(), 0), (Compose(schemes.Prune(criterion="obd")), 1)])

@@ -61,6 +61,21 @@ def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path, content: b
 # Trials
 
 
+def test_a_trial_starts_from_the_sparsest_model_that_is_denser(folder: StudyFolder, result: TrialResult) -> None:
+    assert folder.start(0.1) is None
+    weights = {density: {"w": torch.full((3,), density)} for density in (0.3, 0.1234567890123, 0.05)}
+    folder.save_trial(replace(result, starts=weights))
+    folder.save_trial(replace(result, number=4, starts={0.2: {"w": torch.ones(3)}}))
+    for asked, trial, found in ((0.01, 3, 0.05), (0.1, 3, 0.1234567890123), (0.15, 4, 0.2), (0.3, 3, 0.3)):
+        start = folder.start(asked)
+        assert start is not None and (start.trial, start.density) == (trial, found)
+    assert torch.equal(folder.start(0.1).weights["w"], weights[0.1234567890123]["w"])  # type: ignore[union-attr]
+    assert folder.start(0.31) is None
+    (folder.trial(4) / "trial.json").unlink()  # a trial without its record was cut short
+    assert folder.start(0.15).density == 0.3  # type: ignore[union-attr]
+    assert folder.load_trial(3) == replace(result, model=None)
+
+
 def test_a_trial_comes_back_as_it_was_saved(folder: StudyFolder, result: TrialResult) -> None:
     assert result.model is not None and result.measurement.latency
     folder.save_trial(result)

@@ -18,7 +18,7 @@ from autocompress.scheme import Compose, Facts, Theta, parse_scheme
 from autocompress.schemes import Prune, Quantize16, StructPrune
 from autocompress.task import Task
 from autocompress.testing import fingerprint, masked_model, run
-from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, realize, run_trial
+from autocompress.trial import REMAINS, Bound, RealizationError, Start, TrialResult, TrialSpec, realize, run_trial
 
 MakeSpec = Callable[..., TrialSpec]
 
@@ -41,6 +41,37 @@ def test_a_trial_is_a_pure_function_of_its_spec(make_spec: MakeSpec, tiny_task: 
     torch.manual_seed(99)  # the state of the global generator is nobody's business
     assert same(run_trial(spec), first)
     assert fingerprint(tiny_task.model) == before
+
+
+def test_a_trial_from_the_dense_model_leaves_starts_for_others(make_spec: MakeSpec, tiny_task: Task) -> None:
+    recovery = LearningCompression(steps=40, c_steps=8, lr=0.05)
+    cold = run_trial(make_spec(cheap=True, density=0.2, recovery=recovery, bound=Bound(0.9)))
+    assert (cold.start, cold.start_density, cold.steps) == (None, 1.0, 40)
+    assert cold.feasible and sorted(cold.starts)[0] == 0.2
+    assert 1 <= sum(d > 0.2 for d in cold.starts) <= 2 and all(0.4 <= d <= 0.7 for d in cold.starts if d > 0.2)
+    assert all(weights.keys() == tiny_task.model.state_dict().keys() for weights in cold.starts.values())
+
+    start = Start(1, 0.2, cold.starts[0.2])
+    spec = make_spec(2, density=0.15, cheap=True, recovery=recovery, bound=Bound(0.9), start=start)
+    warm = run_trial(spec)
+    assert (warm.start, warm.start_density) == (1, 0.2)
+    assert warm.density <= 0.15 and warm.steps == recovery.shortened(0.2, 0.15, tiny_task.train).steps < 15
+    assert list(warm.starts) == [0.15]
+    assert same(run_trial(spec), warm)
+    assert run_trial(replace(spec, cheap=False, start=None)).starts == {}
+
+
+def test_a_trial_that_cannot_make_it_is_given_up_and_never_feasible(make_spec: MakeSpec) -> None:
+    recovery = LearningCompression(steps=40, c_steps=8, lr=1e-4)  # it does not recover
+    result = run_trial(make_spec(cheap=True, density=0.15, recovery=recovery, bound=Bound(0.0)))
+    assert result.rejected and not result.feasible and result.standing == "rejected"
+    assert result.given_up_at == 0.0 and result.steps == 24
+    assert 0.15 not in result.starts
+    least, se = result.effective_drop(0.0)
+    assert (least, se) == (REMAINS[0.0] * result.drop, REMAINS[0.0] * result.drop_se)
+    assert least > 0
+    allowed = run_trial(make_spec(cheap=True, density=0.15, recovery=recovery, bound=Bound(0.9)))
+    assert not allowed.rejected and allowed.steps == 40
 
 
 def test_another_seed_is_another_trial(make_spec: MakeSpec) -> None:
