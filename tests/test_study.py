@@ -19,7 +19,7 @@ from autocompress.goal import OBJECTIVES, as_objective
 from autocompress.lc import LearningCompression
 from autocompress.result import Settings
 from autocompress.scheme import SCHEMES, describe
-from autocompress.trial import Bound, run_trial
+from autocompress.trial import Bound
 
 DENSE_PARAMS = 859
 SHORT = {"trials": 2, "epochs": 3.0, "max_drop": 0.2}
@@ -254,25 +254,6 @@ def test_a_resumed_study_keeps_its_trials_and_its_terms(strict, out):
     pd.testing.assert_frame_equal(resumed.trials.head(2), first.trials)
     assert list(resumed.trials.number) == [1, 2, 3]
     assert [event for event in watcher.events if event.startswith("trial")] == ["trial 1", "trial 2", "trial 3"]
-
-
-def test_a_study_that_was_killed_finds_what_it_would_have_found(task, out, monkeypatch):
-    asked = {"scheme": "StructPrune", "out": out, "trials": 4, "epochs": 4.0, "max_drop": 0.1, "tolerance": 1e-9}
-    whole = ac.tune(task, name="whole", **asked)
-    assert whole.trials.start.iloc[1] == 1  # the first leaves a start for the second
-    calls = iter(range(9))
-
-    def killed_in_the_third(spec):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return run_trial(spec)
-
-    monkeypatch.setattr("autocompress.search.run_trial", killed_in_the_third)
-    assert ac.tune(task, name="killed", **asked).interrupted
-    resumed = ac.tune(task, resume="killed", **asked)
-    same = whole.trials.columns.difference(["seconds"])
-    pd.testing.assert_frame_equal(resumed.trials[same], whole.trials[same])
-    assert resumed.density == whole.density
 
 
 def test_another_seed_gives_other_densities_and_other_weights(strict, out):
