@@ -239,25 +239,18 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
         trial.set_user_attr(name, value)
     for name, excess in constraints.items():
         trial.set_constraint(name, excess)
-    for name in ("score", "density", "feasible", "rejected", "seconds", "steps", "start"):
-        trial.set_user_attr(name, getattr(result, name))
-    drop, drop_se = result.effective_drop(bound.max_drop)
-    trial.set_user_attr("drop", drop)
-    trial.set_user_attr("drop_se", drop_se)
-    excess = (drop if result.rejected else result.drop) - bound.max_drop
-    trial.set_constraint("drop", excess)  # without it the trial would count as feasible
-    for one in result.constraints:
-        trial.set_constraint(one.text, one.excess)
     study.tell(trial, result.value)
 
 
 def entry_of(result: TrialResult, bound: Bound) -> tuple[dict[str, Any], dict[str, float]]:
     """A trial's user attributes and constraints in the study."""
     drop, drop_se = result.effective_drop(bound.max_drop)
-    attributes = {name: getattr(result, name) for name in ("score", "density", "feasible", "seconds")}
-    constraints = {one.text: one.excess for one in result.constraints}
+    names = ("score", "density", "feasible", "rejected", "seconds", "steps", "start")
+    attributes = {name: getattr(result, name) for name in names}
     # Without a constraint the trial would count as feasible.
-    return {**attributes, "drop": drop, "drop_se": drop_se}, {"drop": result.drop - bound.max_drop, **constraints}
+    constraints = {"drop": (drop if result.rejected else result.drop) - bound.max_drop}
+    constraints |= {one.text: one.excess for one in result.constraints}
+    return {**attributes, "drop": drop, "drop_se": drop_se}, constraints
 
 
 def failures(study: optuna.Study) -> list[tuple[int, str]]:

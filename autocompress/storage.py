@@ -126,14 +126,11 @@ class StudyFolder:
         folder.mkdir(parents=True, exist_ok=True)
         assert result.model is not None
         weights.save(result.model.state_dict(), folder / "model.safetensors")
-        record = asdict(replace(result, model=None))
-        del record["model"]
-        write_json(folder / "trial.json", record, sealed=True)
         for density, start in result.starts.items():
             weights.save(start, folder / f"start-{density!r}.safetensors")
         record = asdict(replace(result, model=None, starts={}))
         del record["model"], record["starts"]
-        write_json(folder / "trial.json", record)
+        write_json(folder / "trial.json", record, sealed=True)
 
     def load_trial(self, number: int) -> TrialResult:
         """A trial's record, without its model.
