@@ -143,7 +143,7 @@ def cli() -> None:
     "formats",
     type=click.Choice(["executorch"]),
     multiple=True,
-    help="Write the answer in this format, too; may be given several times.",
+    help="Write the answer in this format, too; repeatable.",
 )
 @click.option("--register", metavar="NAME", help="Register the answer as a model in MLflow under this name.")
 @click.option(
@@ -255,6 +255,8 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         "confidence",
     )
     for name in (*same, *BUDGET):
+        if name not in asked:  # an option that there was not when the study began
+            continue
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = asked.get(name, options[name])  # a study of an earlier version may lack one
         elif name not in BUDGET and not _is_same(name, options[name], asked[name]):

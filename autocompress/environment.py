@@ -63,7 +63,7 @@ def machine() -> dict[str, str]:
     """The system, the processor with its threads, and the GPUs."""
     found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": f"{processor()}, {usable_cores()} cores, torch on {torch.get_num_threads()}",
+        "processor": f"{processor()}, {usable_cores()} cores, torch with {torch.get_num_threads()} threads",
     }
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

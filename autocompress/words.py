@@ -132,6 +132,6 @@ def _faster(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
         said.append(f"{took} at batch {after['batch']} ({how})")
     if said:
         yield (
-            f"On {device} a forward pass takes {' and '.join(said)}, by the median of "
+            f"On {device}, a forward pass takes {' and '.join(said)}, by the median of "
             f"{compressed['latency'][0]['repeats']} passes or so. Another device has other times: measure there."
         )
