@@ -191,7 +191,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         if key in asked:
             yield what, str(asked[key])
     if recovery:
-        yield "recovery", ", ".join(f"{name} {value}" for name, value in recovery.items())
+        yield "recovery", ", ".join(f"{name} {value}" for name, value in recovery.items() if value is not None)
     for what in ("trials", "timeout", "device"):
         if asked.get(what) is not None:
             yield what, str(asked[what])
