@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +11,9 @@ from torch.nn import functional
 
 from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
 
-from .criteria import Observed, check_criterion, entry_scores, observe_entries
+from .criteria import check_criterion, entry_scores, observe_entries
 from .patterns import checked_skip
-from .prune import prunable_weights
-
-# LAMP scores add up within a layer to much the same whatever its blocks: it ranks single weights alone.
-BlockCriterion: TypeAlias = Literal["l1", "l2", "taylor", "obd", "random"]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The facts of a model for block pruning.
-
-    Attributes:
-        shapes: The shape of each weight that is cut into blocks.
-        n_params: Parameters of the whole model.
-        observed: What the criterion saw of the data, if it looks at any.
-    """
-
-    shapes: dict[str, torch.Size]
-    n_params: int
-    observed: Observed | None = None
+from .prune import PatternCriterion, Patterned, prunable_weights
 
 
 @register_scheme
@@ -54,7 +36,7 @@ class BlockPrune:
     """
 
     block: tuple[int, int] = (4, 4)
-    criterion: BlockCriterion = "l2"
+    criterion: PatternCriterion = "l2"
     min_keep: int = 1
     skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
@@ -64,29 +46,29 @@ class BlockPrune:
         sizes = self.block if isinstance(self.block, tuple) else ()
         if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"block={self.block!r}; it must be two positive numbers, as in (4, 4)")
-        check_criterion(self, self.criterion, get_args(BlockCriterion))
+        check_criterion(self, self.criterion, get_args(PatternCriterion))
         object.__setattr__(self, "skip", checked_skip(self.skip))
         if self.min_keep < 1:
             raise ValueError(f"min_keep={self.min_keep}; every layer must keep at least 1 block")
 
-    def analyze(self, model: nn.Module, example_input: Tensor) -> Blocks:
+    def analyze(self, model: nn.Module, example_input: Tensor) -> Patterned:
         """Finds the weights of linear and convolutional layers that have more than ``min_keep`` blocks."""
         shapes = {name: w.shape for name, w in prunable_weights(model, self.skip).items()}
         shapes = {name: shape for name, shape in shapes.items() if len(self._sizes(shape)) > self.min_keep}
         if not shapes:
             raise ValueError("BlockPrune finds no weights in this model that are larger than a block")
-        return Blocks(shapes, sum(p.numel() for p in model.parameters()))
+        return Patterned(shapes, sum(p.numel() for p in model.parameters()))
 
-    def observe(self, evidence: Evidence, facts: Blocks) -> Blocks:
+    def observe(self, evidence: Evidence, facts: Patterned) -> Patterned:
         """What the criterion needs to know of the data."""
         return replace(facts, observed=observe_entries(self.criterion, evidence, facts.shapes))
 
-    def lowest_density(self, facts: Blocks) -> float:
+    def lowest_density(self, facts: Patterned) -> float:
         """The density at which every layer has ``min_keep`` of its largest blocks left."""
         removable = (self._sizes(shape).sort().values[: -self.min_keep] for shape in facts.shapes.values())
         return (facts.n_params - sum(int(sizes.sum()) for sizes in removable)) / facts.n_params
 
-    def pi(self, weights: Weights, density: float, facts: Blocks) -> Theta:
+    def pi(self, weights: Weights, density: float, facts: Patterned) -> Theta:
         """Removes the blocks of the lowest mean score until what is left fits ``density``."""
         entries = entry_scores(self.criterion, weights, facts.shapes, facts.observed)
         scores, sizes = [], []
@@ -118,7 +100,7 @@ class BlockPrune:
         """The weights, zero where blocks were removed."""
         return theta.values
 
-    def realize(self, model: nn.Module, theta: Theta, facts: Blocks) -> nn.Module:
+    def realize(self, model: nn.Module, theta: Theta, facts: Patterned) -> nn.Module:
         """A copy: the zeros are in the weights, and the saved file does not store them."""
         return copy.deepcopy(model)
 

@@ -3,34 +3,16 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Theta, Weights, register_scheme
 
-from .criteria import Observed, check_criterion, entry_scores, observe_entries
+from .criteria import check_criterion, entry_scores, observe_entries
 from .patterns import checked_skip
-from .prune import prunable_weights
-
-# Within M weights of one layer LAMP ranks as the magnitude does.
-NMCriterion: TypeAlias = Literal["l1", "l2", "taylor", "obd", "random"]
-
-
-@dataclass(frozen=True)
-class Patterned:
-    """The facts of a model for N:M sparsity.
-
-    Attributes:
-        shapes: The shape of each weight with at least M inputs.
-        n_params: Parameters of the whole model.
-        observed: What the criterion saw of the data, if it looks at any.
-    """
-
-    shapes: dict[str, torch.Size]
-    n_params: int
-    observed: Observed | None = None
+from .prune import PatternCriterion, Patterned, prunable_weights
 
 
 @register_scheme
@@ -54,7 +36,7 @@ class NMPrune:
 
     n: int = 2
     m: int = 4
-    criterion: NMCriterion = "l1"
+    criterion: PatternCriterion = "l1"
     skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-5
@@ -64,7 +46,7 @@ class NMPrune:
             raise ValueError(
                 f"n={self.n}, m={self.m}; n must be at least 1 and below m, whole numbers as in 2 of 4"
             )
-        check_criterion(self, self.criterion, get_args(NMCriterion))
+        check_criterion(self, self.criterion, get_args(PatternCriterion))
         object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Patterned:

@@ -3,8 +3,9 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
@@ -50,6 +51,25 @@ def other_parameters(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn
         for name, p in model.named_parameters()
         if name not in weights and name.rpartition(".")[0] not in skipped
     }
+
+
+# LAMP scores compare single weights of all layers; within a pattern they rank as l2 does.
+PatternCriterion: TypeAlias = Literal["l1", "l2", "taylor", "obd", "random"]
+
+
+@dataclass(frozen=True)
+class Patterned:
+    """The facts of a model for weights that are pruned in a pattern.
+
+    Attributes:
+        shapes: The shape of each weight that the pattern fits.
+        n_params: Parameters of the whole model.
+        observed: What the criterion saw of the data, if it looks at any.
+    """
+
+    shapes: dict[str, torch.Size]
+    n_params: int
+    observed: Observed | None = None
 
 
 @dataclass(frozen=True)
