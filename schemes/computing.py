@@ -57,14 +57,19 @@ def shuffle_pixels(call: Call) -> list[Fields]:
 
 
 def layer_norm(call: Call) -> list[Fields]:
-    """Statistics over the last dimensions: without one of the elements they are others."""
+    """Statistics over the last dimensions. Of one alone they can be had without channels that are zero."""
     why = MIXED.format("LayerNorm")
-    last = len(call.argument("normalized_shape"))
+    x, last = call.x, len(call.argument("normalized_shape"))
+    ndim = len(x.shape)
+    labels = along(x.fields, ndim - 1)
+    if last == 1 and labels is not None:
+        for vector in _vectors(call, "weight", "bias"):
+            call.couplings.tie_or_pin(vector, labels, FIXED)
+        return [x.fields, *(() for _ in call.outs[1:])]
     for name in ("weight", "bias"):
         _pin_argument(call, name, why)
-    ndim = len(call.x.shape)
-    call.couplings.merge_all(call.x.fields, range(ndim - last, ndim), why)
-    return [call.x.fields, *(() for _ in call.outs[1:])]
+    call.couplings.merge_all(x.fields, range(ndim - last, ndim), why)
+    return [x.fields, *(() for _ in call.outs[1:])]
 
 
 def _pin_argument(call: Call, name: str, why: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .attention import heads_of_rows, make_traceable
 from .exactness import Exam, exact
 from .findings import Findings
 from .removal import remove_channels
@@ -53,19 +54,16 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
 
 def _traced(model: nn.Module, x: Tensor) -> tuple[Trace, bool]:
     """The trace of a forward pass, and of one in train mode if that is needed to reach all parameters."""
-    trace = Trace(model)
+    trace = Trace(make_traceable(copy.deepcopy(model)), heads_of_rows(model))
     trace.run(x)
     if all(name in trace.positions for name, _ in model.named_parameters()):
         return trace, False
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        model.train()
+        trace.model.train()
         trace.run(torch.cat([x, x]))  # BatchNorm wants more than one value
     except Exception as error:  # a model may be written for inference alone; whatever it raises
         warnings.warn(f"train mode was not looked at, the model fails in it: {error}", stacklevel=3)
         return trace, False
-    finally:
-        model.eval().load_state_dict(state)
     return trace, True
 
 

@@ -58,6 +58,25 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[list[int]]:
         yield block
 
 
+def restride(call: Call) -> list[Fields]:
+    """Another layout in memory. Pooling takes one for dimensions of size 1, which moves no element."""
+    out = call.outs[0]
+    strides = [stride for stride, size in zip(out.stride(), out.shape, strict=True) if size > 1]
+    if tuple(out.shape) != call.x.shape or strides != sorted(strides, reverse=True):
+        return unknown(call)
+    return [call.x.fields]
+
+
+def unknown(call: Call) -> list[Fields]:
+    """An operation without a rule: all that it touches stays."""
+    for tensor in map(call.trace.labelled, call.tensors):
+        if tensor.is_weight and (put_out := along(tensor.fields, 0)) is not None:
+            call.trace.outputs.append(put_out)  # of a layer, as far as can be known
+        for f in tensor.fields:
+            call.couplings.pin(f, f"nothing is known of the operation {call.name}")
+    return call.everywhere(())
+
+
 def select(call: Call) -> list[Fields]:
     """One place along a dimension: `select`, `unbind`."""
     (dim,) = call.dims("dim", len(call.x.shape))

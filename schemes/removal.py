@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .attention import known_attention, make_thin
 from .computing import takes_whole_groups
+from .layernorm import make_thin_norm
 from .slices import Group
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+VISION_TRANSFORMER = "torchvision.models.vision_transformer"
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -44,10 +47,14 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
     thinner = copy.deepcopy(model, smaller)  # the memo has the tensors already: shared ones stay shared
     for before, after in zip(model.modules(), thinner.modules(), strict=True):
         _restate_sizes(before, after)
+        if known_attention(before) is not None and _shapes(after) != _shapes(before):
+            make_thin(after, before)
     for name, module in thinner.named_modules():
         place = (f"{name}.num_features".lstrip("."), 0)
         if place in gone and isinstance(module, nn.modules.batchnorm._NormBase):
             module.num_features -= len(gone[place])
+        elif place in gone and isinstance(module, nn.LayerNorm):
+            make_thin_norm(module, module.normalized_shape[0] - len(gone[place]))
     return thinner
 
 
@@ -61,6 +68,10 @@ def _gone(groups: Sequence[Group], removed: Mapping[str, Sequence[int]]) -> dict
             for s in (*group.slices, *group.buffers):
                 gone[s.parameter, s.dim].append(s.positions[leaves[s.channels]])
     return {place: torch.cat(positions) for place, positions in gone.items()}
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [p.shape for p in module.parameters()]
 
 
 def _restate_sizes(before: nn.Module, after: nn.Module) -> None:
@@ -82,7 +93,11 @@ def _restate_sizes(before: nn.Module, after: nn.Module) -> None:
         after.num_features = len(vectors[0]) if vectors else after.num_features
     elif isinstance(before, nn.GroupNorm) and isinstance(after, nn.GroupNorm) and weight is not None:
         after.num_groups, after.num_channels = before.num_groups * len(weight) // before.num_channels, len(weight)
+    elif isinstance(after, nn.LayerNorm) and weight is not None and weight.shape != after.normalized_shape:
+        make_thin_norm(after, len(weight))
     elif isinstance(after, nn.Embedding):
         after.num_embeddings, after.embedding_dim = after.weight.shape
     elif isinstance(after, nn.PReLU):
         after.num_parameters = after.weight.numel()
+    elif type(after).__module__ == VISION_TRANSFORMER and "class_token" in after._parameters:
+        setattr(after, "hidden_dim", after.get_parameter("class_token").shape[-1])  # noqa: B010  # not nn.Module's

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from .attention import known_attention
 from .groups import Group, Slices
 
 
@@ -43,8 +44,11 @@ class Roles:
                     grouped.add(name)
             elif isinstance(module, _BatchNorm) and module.affine:
                 scales.add(name)
-            elif isinstance(module, nn.MultiheadAttention):
-                silent.add(f"{layer}.out_proj.weight".lstrip("."))
+            elif (known := known_attention(module)) is not None:
+                silent |= {f"{layer}.{inner}.weight".lstrip(".") for inner in known.uncalled}
+                bare = [f"{layer}.{name}".lstrip(".") for name in known.projections if "." not in name]
+                outputs |= dict.fromkeys(bare, 0)
+                silent.update(bare)
         return cls(outputs, *map(frozenset, (planar, grouped, silent, scales)))
 
     def filters(self, group: Group) -> list[Slices]:

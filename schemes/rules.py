@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from . import computing, moving
-from .calls import Call, Rule, name_of
-from .coupling import Fields, along
+from .calls import Rule, name_of
 
 # Operations after which a weight is still a weight.
 MOVES = {
@@ -21,6 +20,7 @@ MOVES = {
 }
 
 _RULES: dict[Rule, str] = {
+    moving.restride: "as_strided",
     moving.unchanged: "detach alias clone _to_copy lift_fresh zero fill uniform normal bernoulli random "
     "zeros_like ones_like empty_like full_like rand_like randn_like native_dropout hardswish",
     moving.rearrange: "t transpose permute unsqueeze squeeze expand flip repeat",
@@ -50,16 +50,6 @@ _BY_NAME = {name: rule for rule, names in _RULES.items() for name in names.split
 _SPATIAL = re.compile(r"_?(adaptive_)?(max|avg)_pool\d|upsample_|reflection_pad\d|replication_pad\d")
 
 
-def unknown(call: Call) -> list[Fields]:
-    """An operation without a rule: all that it touches stays."""
-    for tensor in map(call.trace.labelled, call.tensors):
-        if tensor.is_weight and (put_out := along(tensor.fields, 0)) is not None:
-            call.trace.outputs.append(put_out)  # of a layer, as far as can be known
-        for f in tensor.fields:
-            call.couplings.pin(f, f"nothing is known of the operation {call.name}")
-    return call.everywhere(())
-
-
 def rule_for(func: Any) -> Rule:
     """The rule of an operation."""
     name = name_of(func)
@@ -69,4 +59,4 @@ def rule_for(func: Any) -> Rule:
         return moving.unlabelled
     if _SPATIAL.match(name):
         return computing.spatial
-    return computing.elementwise if torch.Tag.pointwise in func.tags else unknown
+    return computing.elementwise if torch.Tag.pointwise in func.tags else moving.unknown

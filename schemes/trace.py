@@ -26,7 +26,12 @@ OUTPUT = "the network's output"
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Labels the parameters and buffers of a model, and collects what its forward passes tie together.
 
+    Args:
+        model: The model; passes in train mode change its statistics.
+        heads: For parameters whose rows go by heads: the head of each row.
+
     Attributes:
+        model: The model.
         couplings: The ties and pins.
         positions: The labels of the parameters and buffers met so far, in the order in which they were used:
             by name, for each dimension a vector, or None where the dimension has size 1. With them
@@ -35,15 +40,16 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         filters: Those of them that belong to convolutions.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, heads: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.couplings = Couplings()
         self.positions: dict[str, tuple[Tensor | None, ...]] = {}
         self.outputs: list[Tensor] = []
         self.filters: list[Tensor] = []
-        self._model = model
+        self.model = model
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._buffers = {id(b): name for name, b in model.named_buffers()}
+        self._heads = heads or {}
         self._labelled: Any = WeakTensorKeyDictionary()
 
     def run(self, x: Tensor) -> None:
@@ -54,11 +60,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
             fastpath = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
-            for name, module in self._model.named_modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase) and not module.state_dict():
+            for name, module in self.model.named_modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm) and not module.state_dict():
                     stack.enter_context(module.register_forward_pre_hook(self._without_tensors(name)))
             with self:
-                outputs = self._model(x)
+                outputs = self.model(x)
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor):
                 for field in self.labelled(output).fields:
@@ -68,7 +74,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         """Labels ``num_features`` of a normalisation that has no tensors to tell how many channels there are."""
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            labels = along(self.labelled(inputs[0]).fields, 1)
+            x = self.labelled(inputs[0])
+            labels = along(x.fields, len(x.shape) - 1 if isinstance(module, nn.LayerNorm) else 1)
             if labels is not None:
                 self.positions[f"{name}.num_features".lstrip(".")] = (labels,)
 
@@ -86,6 +93,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
     def _introduce(self, name: str, tensor: Tensor) -> Labelled:
         shape = tuple(tensor.shape)
         positions = tuple(self.couplings.fresh(size) if size > 1 else None for size in shape)
+        if (heads := self._heads.get(name)) is not None:
+            positions = (self.couplings.fresh(int(heads.max()) + 1)[heads], *positions[1:])
         self.positions[name] = positions
         fields = tuple(
             labels.view([-1 if d == dim else 1 for d in range(len(shape))])

@@ -107,7 +107,7 @@ class GroupNormed(Plain):
 
 
 class LayerNormed(Plain):
-    """Over channels, as transformers have it: the stream stays, neurons may go."""
+    """Over channels, as transformers have it."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(before, after)
@@ -473,9 +473,9 @@ def test_group_norm_over_all_channels_is_left_whole_and_named() -> None:
 
 
 def test_layers_that_repeat_are_named_once() -> None:
-    model = nn.Sequential(*(LayerNormed(8, 8) for _ in range(5)), Head(8))
-    model[0].conv = nn.Conv2d(3, 8, 1)
-    with pytest.warns(UserWarning, match=r"^left .*: \*\.conv \(5 layers\), \*\.mlp\.2 \(5 layers\)$"):
+    blocks = ((nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.Conv2d(8, 3, 1), nn.GroupNorm(1, 3)) for _ in range(5))
+    model = nn.Sequential(*(nn.Sequential(*block) for block in blocks), nn.Conv2d(3, 8, 1), Head(8))
+    with pytest.warns(UserWarning, match=r"^left .*: \*\.0 \(5 layers\), \*\.2 \(5 layers\)$"):
         find_groups(model, torch.randn(1, 3, 6, 6))
 
 
