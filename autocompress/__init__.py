@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autocompress.bundle import load
+    from autocompress.cka import layer_similarity, linear_cka
     from autocompress.data import digits
     from autocompress.goal import Objective, objective
     from autocompress.latency import Latency
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
 _HOMES = {
     "bundle": ("load",),
+    "cka": ("layer_similarity", "linear_cka"),
     "data": ("digits",),
     "lc": ("LearningCompression",),
     "own_task": ("make_task",),
@@ -59,6 +61,8 @@ __all__ = [
     "balanced_accuracy",
     "compare",
     "digits",
+    "layer_similarity",
+    "linear_cka",
     "load",
     "make_task",
     "measure",

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -219,20 +218,18 @@ class Sweeping:
     def _run(self, cells: Sequence[Cell], facts: Mapping[str, Facts]) -> Sweep:
         self._start_tracking()
         found, (cells, failed) = [self._dense()], self._reachable(cells, facts)
-        stopped, seconds = COMPLETE, list[float]()
+        stopped = COMPLETE
         with gentle_interrupt(self.progress) as asked_to_stop:
             try:
                 for done, cell in enumerate(cells, start=1):
                     if asked_to_stop():
                         raise KeyboardInterrupt
-                    began = time.perf_counter()
                     try:
                         found.append(self._trial(cell, facts[cell.scheme]))
                     except (RealizationError, FloatingPointError, torch.OutOfMemoryError) as error:
                         failed.append(self._failed(cell, str(error)))
                         continue
-                    seconds.append(time.perf_counter() - began)
-                    left = np.mean(seconds) * (len(cells) - done)
+                    left = np.mean([one["row"]["seconds"] for one in found[1:]]) * (len(cells) - done)
                     self.progress(f"trial {cell.number:>3}  {self._line(found[-1])}  about {left:.0f} s left")
             except KeyboardInterrupt:
                 stopped = INTERRUPTED

@@ -14,7 +14,7 @@ ENGINE = (
     ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency"),
     ("task", "onnx_export", "executorch_export"),
     ("deployed", "macs", "runtimes"),
-    ("measurement", "constraint", "per_class", "transforms", "environment", "system_metrics"),
+    ("measurement", "constraint", "per_class", "cka", "transforms", "environment", "system_metrics"),
     ("scheme", "goal", "training", "images", "samples"),
     ("models", "learner", "certify", "array_readers", "file_readers"),
     ("lc",),
