@@ -133,6 +133,9 @@ def cli() -> None:
     show_default=True,
     help="Trials at a time, each in a process with a GPU or a share of the CPU of its own.",
 )
+@click.option(
+    "--cluster", metavar="ADDRESS", help="Run the trials on a Dask cluster, such as tcp://scheduler:8786."
+)
 @task_options
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")

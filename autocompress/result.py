@@ -48,7 +48,8 @@ class Settings:
         constraints: What else the compressed model must reach.
         tolerance: The search ends when the lowest feasible density is known to within this share.
         confidence: Of the bounds that the verdict states.
-        workers: Trials at a time.
+        workers: Trials at a time on this machine.
+        cluster: The address of a Dask scheduler whose workers run the trials; None for none.
         formats: In which formats the answer is written besides the usual ones.
         full_trials: Whether every trial recovers from the dense model and to its end.
     """
@@ -68,6 +69,7 @@ class Settings:
     workers: int = 1
     formats: tuple[str, ...] = ()
     full_trials: bool = False
+    cluster: str | None = None
 
     @property
     def unit(self) -> str:
@@ -86,6 +88,8 @@ class Settings:
         check_confidence(self.confidence)
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}; it must be at least 1")
+        if self.workers > 1 and self.cluster:
+            raise ValueError(f"workers={self.workers} are of this machine; with a cluster leave them out")
         if self.workers > 1 and ":" in self.device:
             raise ValueError(
                 f"device={self.device!r} is one GPU, and workers={self.workers} take one each; name the GPUs in "

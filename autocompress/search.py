@@ -238,7 +238,8 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
     for name, value in attributes.items():
         trial.set_user_attr(name, value)
     for name, excess in constraints.items():
-        trial.set_constraint(name, excess)
+        if name not in trial.constraints:  # a killed process may have set some
+            trial.set_constraint(name, excess)
     study.tell(trial, result.value)
 
 

@@ -124,6 +124,8 @@ class StudyFolder:
         """Writes a trial's weights and then its record: where there is a record the trial is whole."""
         folder = self.trial(result.number)
         folder.mkdir(parents=True, exist_ok=True)
+        for half in folder.glob(".*.tmp"):  # written by a process that was killed
+            half.unlink()
         assert result.model is not None
         weights.save(result.model.state_dict(), folder / "model.safetensors")
         for density, start in result.starts.items():

@@ -5,10 +5,9 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -63,6 +62,9 @@ from autocompress.training import threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec, can_be_cheap
 from autocompress.workers import InProcess, LocalWorkers, Remote, visible_gpus
 
+if TYPE_CHECKING:  # an extra
+    from autocompress.cluster import ClusterWorkers
+
 DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree
 LOWEST_DENSITY = 0.002  # of the search, where the scheme itself could go lower
 
@@ -86,6 +88,7 @@ def tune(
     seed: int = 0,
     device: str = "auto",
     workers: int = 1,
+    cluster: str | None = None,
     out: str | Path = "autocompress-runs",
     name: str | None = None,
     resume: str | None = None,
@@ -120,6 +123,7 @@ def tune(
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
         workers: Trials at a time, each in a process of its own with a GPU or a share of the CPU's threads; 1 runs
             them in this process.
+        cluster: The address of a Dask scheduler whose workers run the trials, such as ``"tcp://scheduler:8786"``.
         out: The folder for all studies; nothing is written outside it.
         name: The study's name; by default made of the task, the scheme and the time.
         resume: The name of a study to go on with, in place of ``name``.
@@ -149,6 +153,7 @@ def tune(
         workers=workers,
         formats=check_formats(formats),
         full_trials=full_trials,
+        cluster=cluster,
     )
     watcher = watcher or Silent()
     if name is not None:
@@ -211,7 +216,8 @@ class Study:
         register: str | None = None,
     ) -> None:
         self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
-        self.sent = task  # to the trials
+        self.sent, self.device = task, settings.device  # of the trials
+        self.cluster = connect(settings.cluster) if settings.cluster else None
         self.register = register
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
@@ -230,6 +236,9 @@ class Study:
         except BaseException as error:
             self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
+        finally:
+            if self.cluster is not None:
+                self.cluster.close()
 
     def _run(self) -> Result:
         settings, task = self.settings, self.task
@@ -238,14 +247,7 @@ class Study:
         self.dense_cost, self.timing = self._measure_dense()
         lowest = settings.scheme.lowest_density(self.facts)
         low = max(lowest, LOWEST_DENSITY) if settings.scheme.takes_density else 1.0
-        self.plan = Plan(
-            low,
-            settings.bound,
-            settings.trials,
-            settings.timeout_s,
-            workers=settings.workers,
-            tolerance=settings.tolerance,
-        )
+        self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s, tolerance=settings.tolerance)
         dense_value = settings.objective(self.dense_cost)
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
         self.folder.update_settings({"dense_value": dense_value})
@@ -260,11 +262,17 @@ class Study:
         for trial in finished(self.study):
             self._again(trial.number)
         with self._executor() as executor, gentle_interrupt(self.watcher.warned) as asked_to_stop:
-            stopped = search(self.study, self.plan, self._spec, executor, self.folder, self, asked_to_stop)
+            plan = replace(self.plan, workers=executor.size)
+            stopped = search(self.study, plan, self._spec, executor, self.folder, self, asked_to_stop)
         return self._conclude(stopped)
 
-    def _executor(self) -> Executor:
+    def _executor(self) -> InProcess | Remote:
         """Where the trials run."""
+        if self.cluster is not None:
+            self.sent, self.device = self.task.on("cpu"), self.cluster.device
+            shared, payload = pack_shared(vars(self._spec(0, 1.0)))
+            self.cluster.open(payload)
+            return Remote(self.cluster, shared)
         workers = self.settings.workers
         if workers == 1:
             return InProcess()
@@ -339,7 +347,7 @@ class Study:
             bound=settings.bound,
             dense=self.dense,
             seed=int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]),
-            device=settings.device,
+            device=self.device,
             timing=self.timing,
             constraints=settings.constraints,
             start=self.folder.start(density) if cheap else None,
@@ -534,6 +542,19 @@ class Study:
             winner,
             register=self.register,
         )
+
+
+def connect(address: str) -> "ClusterWorkers":
+    """The workers of the cluster at that address.
+
+    Raises:
+        ValueError: If it cannot be used, or Dask is not installed.
+    """
+    try:
+        from autocompress.cluster import ClusterWorkers
+    except ImportError as error:
+        raise ValueError(f"cluster={address!r} needs Dask ({error}); pip install 'autocompress[dask]'") from None
+    return ClusterWorkers(address)
 
 
 def analyze(scheme: Scheme, task: Task) -> tuple[Facts, tuple[str, ...]]:

@@ -24,7 +24,7 @@ ENGINE = (
     ("export",),
     ("trial", "posterior"),
     ("storage", "sampler", "mlflow_store", "parcel"),
-    ("mlflow_runs", "workers"),
+    ("mlflow_runs", "workers", "cluster"),
     ("search", "tracking", "ui"),
     ("result", "record", "sweep_result", "mend"),
     ("figures", "words", "show"),
