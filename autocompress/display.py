@@ -168,28 +168,43 @@ class Footer:
 
     def __init__(self, what: str, left_s: float | None = None, *, repeats: int = 1) -> None:
         self.what, self.left_s, self.repeats, self.began_at = what, left_s, repeats, time.monotonic()
-        self.done = 0.0
+        self._first: tuple[float, float] | None = None
+        self._last = (self.began_at, 0.0)
 
     def advance(self, done: float) -> None:
         """The share ``done`` is done; it never goes back, for what is small may be counted anew."""
-        self.done = max(self.done, min(1.0, done))
+        if done > self._last[1]:
+            self._last = time.monotonic(), min(1.0, done)
+            self._first = self._first or self._last
+
+    @property
+    def done(self) -> float:
+        """The share that is known to be done."""
+        return self._last[1]
+
+    def _whole_s(self) -> float | None:
+        """How long it takes from beginning to end, from how fast it has gone on since it was first heard of."""
+        if self._first is None or self.done - self._first[1] < WORTH_SAYING:
+            return None
+        pace = (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
+        return self._last[0] - self.began_at + (1 - self.done) * pace
 
     def __rich__(self) -> Text:
         """The line as it is at this moment."""
         elapsed = time.monotonic() - self.began_at
         parts = [self.what, *([f"{elapsed:.0f} s"] if elapsed >= 2 else [])]
-        left, whole = self.left_s, None
-        if self.done >= WORTH_SAYING and elapsed >= 2:
-            whole = elapsed / self.done
+        left, whole = self.left_s, self._whole_s() if elapsed >= 2 else None
+        says = whole is not None and elapsed < whole and self.done < 1
+        if says:
             parts.append(f"{self.done:.0%}, about {whole - elapsed:.0f} s left")
         if left is None and whole is not None and self.repeats > 1:
             left = self.repeats * whole
         if left is not None:
-            of_what = " of the search" if whole is not None else ""
+            of_what = " of the search" if says else ""
             parts.append(f"at most {max(0.0, left - elapsed):.0f} s{of_what} left")
         return Text(" · ".join(parts))
 
 
 COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best")
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
-WORTH_SAYING = 0.02  # share that is done before it says something about the rest
+WORTH_SAYING = 0.02  # share that has been done before it says something about the rest

@@ -163,7 +163,7 @@ def _write_all(
     failed: dict[str, float | str] = {}
     with FreshProcess(folder, [x.numpy() for x in probes]) as elsewhere:
         for done, (name, write) in enumerate(writers.items()):
-            progress.report(done / len(writers))
+            progress.report(done / (len(writers) + 1))  # the other process comes last
             try:
                 with quietly():
                     write(folder / FILES[name])
@@ -172,6 +172,7 @@ def _write_all(
             else:
                 if name != "safetensors":
                     elsewhere.start(name, folder / FILES[name])
+        progress.report(len(writers) / (len(writers) + 1))
         answers = elsewhere.finish([name for name in writers if name not in (*failed, "safetensors")])
     errors = {name: _error(found, expected) for name, found in answers.items()}
     return {"safetensors": 0.0} | failed | errors

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocompress import progress
 from autocompress.drawing import (
     BOUND,
     COMPRESSED,
@@ -23,6 +24,7 @@ from autocompress.record import Record
 if TYPE_CHECKING:  # matplotlib takes half a second to import; `draw` does it
     from matplotlib.figure import Figure as Canvas
 
+MOST_FIGURES = 6
 MANY_LAYERS = 30
 MANY_CLASSES = 24
 MANY_CURVES = 6
@@ -58,6 +60,7 @@ def draw(record: Record, folder: Path) -> list[Figure]:
     with style(record.folder.parent):
         for name, title, description, canvas in _drawings(record):
             svg = write_figure(folder, name, canvas)
+            progress.report((len(drawn) + 1) / MOST_FIGURES)
             drawn.append(Figure(name, title, description, _inline(svg, name, title, description)))
     return drawn
 

@@ -197,12 +197,16 @@ def test_the_footer_says_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     first, exporting = Footer("trial 1", repeats=4), Footer("exporting the answer")
-    now = 110.0
-    for footer in (first, exporting):
-        footer.advance(0.25)
-        footer.advance(0.1)  # something inside it that was counted anew
+    for now, done in ((102.0, 0.05), (110.0, 0.25)):  # two seconds of preparation, then 40 s for all
+        for footer in (first, exporting):
+            footer.advance(done)
+            footer.advance(0.01)  # something inside it that was counted anew
     assert first.__rich__().plain == "trial 1 · 10 s · 25%, about 30 s left · at most 150 s of the search left"
     assert exporting.__rich__().plain == "exporting the answer · 10 s · 25%, about 30 s left"
+    now = 130.0  # nothing has been heard since: it counts down
+    assert exporting.__rich__().plain == "exporting the answer · 30 s · 25%, about 10 s left"
+    now = 150.0  # and does not say what it does not know
+    assert exporting.__rich__().plain == "exporting the answer · 50 s"
 
 
 def test_what_is_reported_reaches_the_line_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
