@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 TRAINING = ("lr", "optimizer", "distill", "rounds")  # options of a trial's recovery, besides its epochs
-BUDGET = ("trials", "timeout", "tolerance", "device", "workers", "formats")  # may change when a study is resumed
+# Options that may change when a study is resumed.
+BUDGET = ("trials", "timeout", "tolerance", "device", "profile_device", "workers", "formats")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,7 +62,12 @@ def cli() -> None:
     show_default=True,
     help="Count --max-drop in points of the metric, or relative to the dense model's score.",
 )
-@click.option("--objective", default="density", show_default=True, help="What to optimize: NAME or FILE.py:NAME.")
+@click.option(
+    "--objective",
+    default="density",
+    show_default=True,
+    help="What to optimize: NAME, FILE.py:NAME, or several as product(size, latency).",
+)
 @click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
 @click.option(
@@ -136,6 +142,14 @@ def cli() -> None:
 @click.option(
     "--cluster", metavar="ADDRESS", help="Run the trials on a Dask cluster, such as tcp://scheduler:8786."
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(["eager", "compile", "onnxruntime"]),
+    default="eager",
+    show_default=True,
+    help="What runs the model where objectives measure latency.",
+)
+@click.option("--profile-device", help="Where latency, memory and energy are measured.  [default: as --device]")
 @task_options
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
@@ -183,6 +197,7 @@ def tune(
     from autocompress.own_task import make_task
     from autocompress.recovery import make_recovery
     from autocompress.result import Silent
+    from autocompress.runtimes import check_runtime
     from autocompress.scheme import parse_scheme
     from autocompress.show import make_console, show_result
     from autocompress.storage import check_name, prepare_out
@@ -201,6 +216,9 @@ def tune(
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["formats"] = checked("--export", check_formats, options["formats"])
     options["device"] = checked("--device", study.usable_device, options["device"])
+    if options["profile_device"]:
+        options["profile_device"] = checked("--profile-device", study.usable_device, options["profile_device"])
+    checked("--runtime", check_runtime, options["runtime"], options["profile_device"] or options["device"])
     if save_config is not None:
         write_config(ctx, save_config)
     options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
@@ -252,6 +270,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         "recovery",
         "epochs",
         *TRAINING,
+        "runtime",
         "sampler",
         "seed",
         "full_trials",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autocompress.options import OUT, RUN, TRACKING_URI, checked
+from autocompress.profile_command import profile
 
 if TYPE_CHECKING:
     from autocompress.record import Record
@@ -174,4 +175,4 @@ def doctor(ctx: click.Context, out: Path) -> None:
     ctx.exit(FAILED if problem else 0)
 
 
-COMMANDS = (ui, schemes, objectives, list_studies, show, report, replay, doctor)
+COMMANDS = (ui, profile, schemes, objectives, list_studies, show, report, replay, doctor)

@@ -1,13 +1,13 @@
 """Dense beside compressed, as every place that shows a result words it: from what ``result.json`` holds."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Found = Mapping[str, Any]  # the content of a result.json
 
 
-def comparison(found: Found) -> list[tuple[str, str, str, str]]:
+def comparison(found: Found) -> list[tuple[str, ...]]:
     """Rows of what, dense, compressed and ratio; none when there is no compressed model.
 
     Args:
@@ -16,8 +16,7 @@ def comparison(found: Found) -> list[tuple[str, str, str, str]]:
     measured, scores = found["measurements"], found["scores"]
     if "compressed" not in measured:
         return []
-    dense, compressed = measured["dense"], measured["compressed"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for split in ("val", "test"):
         a, b = scores["dense"][split], scores["compressed"][split]
         rows.append((f"score on {split}", f"{a:.4f}", f"{b:.4f}", f"{100 * (b - a):+.2f} pp"))
@@ -26,16 +25,82 @@ def comparison(found: Found) -> list[tuple[str, str, str, str]]:
             value, met = one[split]["value"], one["test"]["met"] if split == "test" else one["val"]["excess"] <= 0
             name = re.split(r"[<>]=?", one["constraint"])[0].strip()
             rows.append((f"{name} on {split}", "", f"{value:.4f}", "" if met else "violated"))
-    rows.append(("density", f"{dense['density']:.4f}", f"{compressed['density']:.4f}", ""))
+    return rows + costs(measured)
+
+
+def costs(measured: Found, *, throughput: bool = False) -> list[tuple[str, ...]]:
+    """Rows of what, the cost of each model and, of two models, the ratio.
+
+    Args:
+        measured: Measurements by model: ``"dense"`` and maybe ``"compressed"``.
+        throughput: Whether there are rows of samples a second, too.
+    """
+    models = list(measured.values())
+    rows = [_row("density", [m["density"] for m in models], lambda x: f"{x:.4f}", compare=False)]
     for name, key, show in COSTS:
-        costs = dense[key], compressed[key]
-        shown = ["n/a" if cost is None else show(cost) for cost in costs]
-        rows.append((name, shown[0], shown[1], ratio(*costs)))
-    for before, after in zip(dense["latency"], compressed["latency"], strict=True):
-        times = [f"{at['p50_ms']:.3f} ms (p95 {at['p95_ms']:.3f})" for at in (before, after)]
-        faster = ratio(before["p50_ms"], after["p50_ms"])
-        rows.append((f"latency, batch {before['batch']}", times[0], times[1], faster))
+        values = [m.get(key) for m in models]
+        if key not in DETAILS or any(value is not None for value in values):
+            rows.append(_row(name, values, show))
+    for (runtime, batch), *found in timed(measured):
+        ms = [at and at["p50_ms"] for at in found]
+        shown = [_time(at) for at in found]
+        where = f"{RUNTIMES.get(runtime, runtime)}, batch {batch}"
+        rows.append((f"latency, {where}", *shown, *([ratio(*ms)] if len(ms) == 2 else [])))
+        if throughput:
+            served = [f"{as_count(1e3 * batch / one)}/s" if one else "n/a" for one in ms]
+            rows.append((f"samples, {where}", *served, *([ratio(*ms)] if len(ms) == 2 else [])))
     return rows
+
+
+def _row(name: str, values: Sequence[Any], show: Callable[[Any], str], *, compare: bool = True) -> tuple[str, ...]:
+    cells = ["n/a" if value is None else show(value) for value in values]
+    return (name, *cells, *([ratio(*values) if compare else ""] if len(values) == 2 else []))
+
+
+def timed(measured: Found) -> list[tuple[Any, ...]]:
+    """Pairs of a runtime and a batch size, each with the latencies of the models there; None where one has none.
+
+    Args:
+        measured: Measurements by model: ``"dense"`` and maybe ``"compressed"``.
+    """
+    found = [{(at.get("runtime", "eager"), at["batch"]): at for at in m["latency"]} for m in measured.values()]
+    keys = dict.fromkeys(key for latencies in found for key in latencies)
+    return [(key, *(latencies.get(key) for latencies in found)) for key in keys]
+
+
+def timed_together(measured: Found) -> list[tuple[Any, Any]]:
+    """The latencies of the dense and the compressed model in the first runtime that took both."""
+    pairs = [(runtime, before, after) for (runtime, _), before, after in timed(measured) if before and after]
+    return [(before, after) for runtime, before, after in pairs if runtime == pairs[0][0]]
+
+
+def _time(at: Mapping[str, Any] | None) -> str:
+    if at is None:
+        return "n/a"
+    interval = f" ± {100 * at['interval']:.0f}%" if at.get("interval") is not None else ""
+    return f"{_digits(at['p50_ms'])} ms{interval} (p95 {_digits(at['p95_ms'])})"
+
+
+def _digits(ms: float) -> str:
+    """Milliseconds to the microsecond, of long times to four digits."""
+    return f"{ms:.3f}" if ms < 10 else f"{ms:.4g}" if ms < 1000 else f"{ms:.0f}"
+
+
+def conditions(measured: Found) -> list[str]:
+    """How the times were taken, and why some are absent: one sentence each."""
+    said = {}
+    for who, m in measured.items():
+        if m["latency"] and m.get("dtype"):
+            threads = f", {m['threads']} thread{'s' * (m['threads'] != 1)}" if m["device"] == "cpu" else ""
+            said[who] = f"{m['dtype']}, {m['memory_format']}{threads}, on {m['device']}"
+    alike = len(set(said.values())) == 1
+    how = list(said.values())[:1] if alike else [f"{words} ({who})" for who, words in said.items()]
+    lines = [f"measured in {'; '.join(how)}; medians ± their 95% confidence interval"] if how else []
+    for who, m in measured.items():
+        lines += [
+            f"no time of the {who} model in {RUNTIMES[at]}: {why}" for at, why in m.get("not_run", {}).items()
+        ]
+    return lines
 
 
 def classes_that_lost(found: Found) -> list[tuple[str, str, str, str, str]]:
@@ -76,13 +141,19 @@ def as_count(n: float) -> str:
     return f"{n:.4g}T"
 
 
+RUNTIMES = {"eager": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime"}
+# Left out where no model has them.
+DETAILS = ("activation_memory_bytes", "gpu_process_memory_bytes", "gpu_clock_mhz")
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # name, field of a Measurement, how to write it
     ("parameters", "params", lambda n: f"{n:,.0f}"),
     ("weights on disk", "size_bytes", as_bytes),
     ("MACs", "macs", as_count),
     ("peak memory", "peak_memory_bytes", as_bytes),
+    ("activation memory", "activation_memory_bytes", as_bytes),
     ("GPU memory in use", "gpu_memory_bytes", as_bytes),
+    ("GPU memory, this process", "gpu_process_memory_bytes", as_bytes),
     ("GPU utilization", "gpu_utilization_pct", lambda x: f"{x:.0f}%"),
     ("GPU power", "gpu_power_w", lambda x: f"{x:.0f} W"),
+    ("GPU clock", "gpu_clock_mhz", lambda x: f"{x:.0f} MHz"),
     ("energy an inference", "energy_j", lambda x: f"{1000 * x:.3f} mJ"),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress import progress
+from autocompress.comparison import RUNTIMES, timed, timed_together
 from autocompress.drawing import (
     BOUND,
     COMPRESSED,
@@ -70,7 +71,7 @@ def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
     if record.trials:
         yield _drop_curve(record)
     measured = found.get("measurements", {})
-    if "compressed" in measured and measured["compressed"]["latency"]:
+    if "compressed" in measured and timed_together(measured):
         yield _latency(measured)
     if found.get("layers"):
         yield _layers(found["layers"])
@@ -145,7 +146,7 @@ def _standing(trial: Mapping[str, Any]) -> str:
 
 def _latency(measured: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
     """Median and 95th percentile of one forward pass, a panel for each batch size."""
-    pairs = list(zip(measured["dense"]["latency"], measured["compressed"]["latency"], strict=True))
+    pairs = [(before, after) for _, before, after in timed(measured) if before and after]
     canvas, axes = make_axes(0.5 + 0.95 * len(pairs), rows=len(pairs))
     panels = axes if len(pairs) > 1 else [axes]
     said = []
@@ -159,10 +160,11 @@ def _latency(measured: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
                 [at["p50_ms"], end], [y, y], color=INK, lw=1.2, marker=mark, ms=6, markevery=[1], clip_on=False
             )
         ax.set(yticks=(0, 1), yticklabels=("dense", "compressed"), ylim=(1.6, -0.6), xlim=(0, limit))
-        ax.set_title(f"batch of {pair[0]['batch']}", loc="left")
+        where = f"{RUNTIMES[pair[0].get('runtime', 'eager')]}, batch of {pair[0]['batch']}"
+        ax.set_title(where, loc="left")
         ax.grid(axis="x")
         medians = " and ".join(f"{at['p50_ms']:.3g}" for at in pair)
-        said.append(f"batch of {pair[0]['batch']}: {medians} ms")
+        said.append(f"{where}: {medians} ms")
     panels[-1].set_xlabel("ms a forward pass; the line: to the 95th percentile")
     device = measured["compressed"]["device"]
     description = f"Median latency on {device}, dense and compressed. {'; '.join(said)}."

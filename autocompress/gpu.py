@@ -7,7 +7,7 @@ None and costs none of the others. Without a GPU the window is empty.
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from threading import Event, Thread
@@ -63,28 +63,22 @@ class GpuUsage:
 
     Attributes:
         timeline: The readings, evenly spaced in time.
-        began_at_s: When the window began, in seconds since 1970.
         energy_j: Energy drawn by the whole GPU during the window, if it lasted a second or more; None where the
             driver does not count it.
     """
 
     timeline: tuple[Moment, ...] = ()
     energy_j: float | None = None
-    began_at_s: float = 0.0
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "GpuUsage":
-        """What was seen, from its fields as they were written to disk."""
-        moments = [dict(moment) for moment in record["timeline"]]
-        for moment in moments:
-            if moment.get("throttled") is not None:
-                moment["throttled"] = tuple(moment["throttled"])
-        return cls(tuple(Moment(**moment) for moment in moments), record["energy_j"], record["began_at_s"])
 
     @property
     def memory_bytes(self) -> int | None:
         """The most memory in use on the whole GPU."""
         return max(self._known("used_bytes"), default=None)
+
+    @property
+    def free_bytes(self) -> int | None:
+        """The least memory that was free on it."""
+        return min(self._known("free_bytes"), default=None)
 
     @property
     def process_memory_bytes(self) -> int | None:
@@ -112,26 +106,8 @@ class GpuUsage:
         known = list(self._known("throttled"))
         return tuple(sorted({reason for reasons in known for reason in reasons})) if known else None
 
-    def over_time(self) -> dict[str, list[tuple[float, float]]]:
-        """Utilization, memory used and free, and power: pairs of a time in seconds since 1970 and a value."""
-        names = {
-            "utilization_pct": "utilization_pct",
-            "memory_used_bytes": "used_bytes",
-            "memory_free_bytes": "free_bytes",
-            "power_w": "power_w",
-        }
-        return {
-            said: [(self.began_at_s + moment.seconds, float(value)) for moment, value in self._known_at(name)]
-            for said, name in names.items()
-            if any(self._known_at(name))
-        }
-
-    def _known_at(self, name: str) -> Iterable[tuple[Moment, Any]]:
-        pairs = ((moment, getattr(moment, name)) for moment in self.timeline)
-        return ((moment, value) for moment, value in pairs if value is not None)
-
     def _known(self, name: str) -> Iterable[Any]:
-        return (value for _, value in self._known_at(name))
+        return (value for moment in self.timeline if (value := getattr(moment, name)) is not None)
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -175,7 +151,7 @@ class GpuWindow:
         self._over = Event()
         self._thread = Thread(target=self._sample_until_over, name="autocompress-gpu", daemon=True)
         self._energy_at_start_mj = self._energy_mj()
-        self._start_s, self._began_at_s = time.monotonic(), time.time()
+        self._start_s = time.monotonic()
         self._thread.start()
         return self
 
@@ -190,7 +166,7 @@ class GpuWindow:
         energy_j = None
         if energy_mj is not None and self._energy_at_start_mj is not None and seconds >= MIN_ENERGY_WINDOW_S:
             energy_j = (energy_mj - self._energy_at_start_mj) / 1e3
-        self.usage = GpuUsage(tuple(self._timeline), energy_j, self._began_at_s)
+        self.usage = GpuUsage(tuple(self._timeline), energy_j)
 
     def _handle(self, uuid: str) -> Any:
         """By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's.

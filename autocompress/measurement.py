@@ -91,23 +91,24 @@ class Measurement:
         return cls(**given)
 
     @property
-    def _own_latency(self) -> tuple[Latency, ...]:
+    def own_latency(self) -> tuple[Latency, ...]:
+        """Its latency in ``runtime``, smallest batch first."""
         return tuple(one for one in self.latency if one.runtime == self.runtime)
 
     @property
     def latency_ms(self) -> float | None:
         """Median time of one forward pass in ``runtime`` at the smallest batch measured (1 by default)."""
-        return self._own_latency[0].p50_ms if self._own_latency else None
+        return self.own_latency[0].p50_ms if self.own_latency else None
 
     @property
     def throughput_per_s(self) -> float | None:
         """Samples a second in ``runtime`` at the largest batch measured (32 by default)."""
-        return self._own_latency[-1].throughput_per_s if self._own_latency else None
+        return self.own_latency[-1].throughput_per_s if self.own_latency else None
 
     @property
     def noise(self) -> float:
         """The widest of the intervals of its latencies in ``runtime``; 0 when no time was taken."""
-        return max((one.interval or 0.0 for one in self._own_latency), default=0.0)
+        return max((one.interval or 0.0 for one in self.own_latency), default=0.0)
 
 
 def measure(
@@ -171,7 +172,7 @@ def compare(
         raise ValueError(f"batch_sizes={tuple(batch_sizes)}; give one or more positive numbers of samples")
     if not runtimes:
         raise ValueError("runtimes=(); give one or more runtimes")
-    named = [check_runtime(name) for name in dict.fromkeys(runtimes)]
+    named = [check_runtime(name, device) for name in dict.fromkeys(runtimes)]
     sample = example_input[:1].detach()
     given = params or [None] * len(models)
     results = [_count(m, sample, dense_params, n, device) for m, n in zip(models, given, strict=True)]

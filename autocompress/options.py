@@ -101,6 +101,21 @@ class Densities(click.ParamType[tuple[float, ...]]):
         return densities
 
 
+class Shape(click.ParamType[tuple[int, ...]]):
+    """The shape of a sample as ``3x224x224``."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The sizes, channels first."""
+        if isinstance(value, tuple):
+            return value
+        sizes = value.split("x")
+        if not all(re.fullmatch(r"[1-9]\d{0,5}", size) for size in sizes):
+            self.fail(f"{value!r} is not a shape; write channels x height x width, such as 3x224x224")
+        return tuple(map(int, sizes))
+
+
 class Run(click.ParamType[str]):
     """A study by its name, a beginning that only it has, or ``last``; a shell completes the name."""
 

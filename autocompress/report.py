@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from autocompress.comparison import as_bytes, as_count, comparison
+from autocompress.comparison import as_bytes, as_count, comparison, timed_together
 from autocompress.figures import Figure, draw
 from autocompress.files import read_json
 from autocompress.record import Record, read_record
@@ -107,8 +107,8 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     dense, compressed = found["measurements"]["dense"], found["measurements"]["compressed"]
     tiles = [(f"{dense['params'] / max(1, compressed['params']):.3g}×", "fewer parameters")]
     tiles.append((f"{dense['size_bytes'] / compressed['size_bytes']:.3g}×", "smaller on disk"))
-    if compressed["latency"]:
-        before, after = dense["latency"][-1], compressed["latency"][-1]
+    if pairs := timed_together(found["measurements"]):
+        before, after = pairs[-1]
         tiles.append((f"{before['p50_ms'] / after['p50_ms']:.2f}×", f"as fast, batch of {after['batch']}"))
     drops = found["drop_pp"]
     if drops["test"] is not None:

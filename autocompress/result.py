@@ -44,7 +44,7 @@ class Settings:
         seed: Seeds the search and the trials.
         trials: How many trials, at most.
         timeout_s: Seconds after which no further trial begins; None for no limit.
-        device: Where trials run and measurements are taken, as torch names it.
+        device: Where trials run, as torch names it.
         constraints: What else the compressed model must reach.
         tolerance: The search ends when the lowest feasible density is known to within this share.
         confidence: Of the bounds that the verdict states.
@@ -52,6 +52,8 @@ class Settings:
         cluster: The address of a Dask scheduler whose workers run the trials; None for none.
         formats: In which formats the answer is written besides the usual ones.
         full_trials: Whether every trial recovers from the dense model and to its end.
+        runtime: What runs the model where objectives measure latency, see `autocompress.runtimes.RUNTIMES`.
+        profile_device: Where measurements are taken, if not on ``device``.
     """
 
     scheme: Scheme
@@ -70,6 +72,13 @@ class Settings:
     formats: tuple[str, ...] = ()
     full_trials: bool = False
     cluster: str | None = None
+    runtime: str = "eager"
+    profile_device: str | None = None
+
+    @property
+    def measured_on(self) -> str:
+        """The device on which latency, memory and energy are measured."""
+        return self.profile_device or self.device
 
     @property
     def unit(self) -> str:
@@ -107,6 +116,7 @@ class Settings:
             "max_drop": self.bound.max_drop,
             "drop": "relative" if self.bound.relative else "absolute",
             "objective": self.objective.source or self.objective.name,
+            "runtime": self.runtime,
             "sampler": self.sampler,
             "seed": self.seed,
             "recovery": settings_of(self.recovery),
@@ -123,6 +133,7 @@ class Settings:
             "device": self.device,
             "workers": self.workers,
             "formats": list(self.formats),
+            "profile_device": self.profile_device,
         }
 
 
@@ -217,7 +228,7 @@ class Result:
                 name: {who: getattr(m, name) for who, m in pairs.items()}
                 for name in ("params", "size_bytes", "macs")
             },
-            "latency_ms": {who: {str(at.batch): asdict(at) for at in m.latency} for who, m in pairs.items()},
+            "latency_ms": {who: {str(at.batch): asdict(at) for at in m.own_latency} for who, m in pairs.items()},
             "measurements": {who: asdict(m) for who, m in pairs.items()},
             "certificate": asdict(self.certificate) if self.certificate else None,
             "threshold": self.threshold,

@@ -11,11 +11,11 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from autocompress.comparison import RUNTIMES as NAMES
 from autocompress.onnx_export import quietly, weight_dtype, write_onnx
 
 Runtime: TypeAlias = Literal["eager", "compile", "onnxruntime"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
-NAMES = {"eager": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime"}
 Run: TypeAlias = Callable[[Tensor], object]
 
 
@@ -23,23 +23,31 @@ class CannotRun(ValueError):
     """A runtime is not here, or does not take a model; the message says why in one line."""
 
 
-def check_runtime(name: str) -> Runtime:
+def check_runtime(name: str, device: str | torch.device = "cpu") -> Runtime:
     """The runtime of that name.
 
     Raises:
-        ValueError: If there is none, or it is not installed.
+        ValueError: If there is none, it is not installed, or it does not run on the device.
     """
     for runtime in RUNTIMES:
         if name == runtime:
-            if reason := _missing(runtime, torch.device("cpu")):
+            if reason := _missing(runtime, torch.device(device)):
                 raise ValueError(f"runtime={name!r}: {reason}")
             return runtime
     raise ValueError(f"runtime={name!r}; it must be one of {', '.join(RUNTIMES)}")
 
 
-def installed(device: torch.device) -> tuple[Runtime, ...]:
+def installed(device: str | torch.device) -> tuple[Runtime, ...]:
     """The runtimes that can run models on a device here."""
-    return tuple(runtime for runtime in RUNTIMES if not _missing(runtime, device))
+    return tuple(runtime for runtime in RUNTIMES if not _missing(runtime, torch.device(device)))
+
+
+def shown_runtimes(asked: str, device: str | torch.device) -> tuple[str, ...]:
+    """The runtimes in which a study shows its answer: the one that was asked for, and what is at hand at once.
+
+    Compiling takes longer than many a study, so it is done where it was asked for.
+    """
+    return tuple(dict.fromkeys((asked, *(name for name in installed(device) if name != "compile"))))
 
 
 @cache

@@ -251,7 +251,7 @@ def entry_of(result: TrialResult, bound: Bound) -> tuple[dict[str, Any], dict[st
     # Without a constraint the trial would count as feasible.
     constraints = {"drop": (drop if result.rejected else result.drop) - bound.max_drop}
     constraints |= {one.text: one.excess for one in result.constraints}
-    return {**attributes, "drop": drop, "drop_se": drop_se}, constraints
+    return {**attributes, "noise": result.measurement.noise, "drop": drop, "drop_se": drop_se}, constraints
 
 
 def failures(study: optuna.Study) -> list[tuple[int, str]]:
@@ -280,7 +280,8 @@ def answer(study: optuna.Study, plan: Plan, lost: Collection[int] = ()) -> Froze
 
     Not the study's best trial, which its own selection has made look better than it is, but the best of those
     whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
-    as that to a percent, the one that lost least. Failing that the most probable one.
+    as that to a percent, or to what their latencies are known to, the one that lost least. Failing that the most
+    probable one.
 
     Args:
         study: The study.
@@ -297,5 +298,6 @@ def answer(study: optuna.Study, plan: Plan, lost: Collection[int] = ()) -> Froze
         return max(feasible, key=lambda trial: p[trial.number])
     sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
     best = min(sign * (trial.value or 0.0) for trial in probable)
-    alike = [trial for trial in probable if sign * (trial.value or 0.0) - best <= ALIKE * abs(best)]
+    noise = {trial.number: max(ALIKE, trial.user_attrs.get("noise", 0.0)) for trial in probable}
+    alike = [t for t in probable if sign * (t.value or 0.0) - best <= noise[t.number] * abs(best)]
     return min(alike, key=lambda trial: trial.user_attrs["drop"])

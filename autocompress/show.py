@@ -1,14 +1,14 @@
 """What a person sees of studies in the terminal when they are done: one result, or the list of all."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison
+from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison, conditions
 from autocompress.record import Record
 from autocompress.sweep_result import Sweep
 
@@ -36,13 +36,10 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
 
     rows = comparison(found)
     if rows:
-        table = Table(box=None, padding=(0, 3, 0, 0))
-        for column in ("", "dense", "compressed", "ratio"):
-            table.add_column(column, justify="right" if column else "left")
-        for row in rows:
-            table.add_row(*row)
         console.print()
-        console.print(table)
+        show_table(console, ("", "dense", "compressed", "ratio"), rows)
+        for line in conditions(found["measurements"]):
+            say(line, "dim")
     if lost := classes_that_lost(found):
         table = Table(box=None, padding=(0, 3, 0, 0))
         for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
@@ -91,6 +88,16 @@ def show_sweep(console: Console, found: Sweep) -> None:
     ]
     for line in lines:
         console.print(escape(line), soft_wrap=True)
+
+
+def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints rows of a name and cells."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def _next(found: Found, folder: Path) -> list[str]:

@@ -34,6 +34,7 @@ from autocompress.progress import span
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
 from autocompress.report import write_report
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
+from autocompress.runtimes import check_runtime, shown_runtimes
 from autocompress.sampler import make_sampler
 from autocompress.scheme import Facts, Scheme, Weights, describe, parse_scheme
 from autocompress.search import (
@@ -89,6 +90,8 @@ def tune(
     device: str = "auto",
     workers: int = 1,
     cluster: str | None = None,
+    runtime: str = "eager",
+    profile_device: str | None = None,
     out: str | Path = "autocompress-runs",
     name: str | None = None,
     resume: str | None = None,
@@ -124,6 +127,9 @@ def tune(
         workers: Trials at a time, each in a process of its own with a GPU or a share of the CPU's threads; 1 runs
             them in this process.
         cluster: The address of a Dask scheduler whose workers run the trials, such as ``"tcp://scheduler:8786"``.
+        runtime: What runs the model where objectives measure latency: ``"eager"``, ``"compile"`` or
+            ``"onnxruntime"``.
+        profile_device: Where latency, memory and energy are measured; by default ``device``.
         out: The folder for all studies; nothing is written outside it.
         name: The study's name; by default made of the task, the scheme and the time.
         resume: The name of a study to go on with, in place of ``name``.
@@ -148,6 +154,8 @@ def tune(
         trials=trials,
         timeout_s=timeout,
         device=usable_device(device),
+        runtime=check_runtime(runtime, usable_device(profile_device or device)),
+        profile_device=usable_device(profile_device) if profile_device else None,
         tolerance=tolerance,
         confidence=confidence,
         workers=workers,
@@ -284,11 +292,12 @@ class Study:
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
         """What the dense model costs, and whether the objective needs more than can be counted."""
-        counted = measure(self.task.model, self.task.example_input, self.settings.device, timing=False)
+        counted = measure(self.task.model, self.task.example_input, self.settings.measured_on, timing=False)
         try:
             self.settings.objective(counted)
         except ValueError:
-            timed = measure(self.task.model, self.task.example_input, self.settings.device)
+            where, runtime = self.settings.measured_on, self.settings.runtime
+            timed = measure(self.task.model, self.task.example_input, where, runtimes=(runtime,))
             self.settings.objective(timed)  # what fails here would fail in every trial
             return timed, True
         return counted, False
@@ -352,6 +361,9 @@ class Study:
             constraints=settings.constraints,
             start=self.folder.start(density) if cheap else None,
             cheap=cheap,
+            dense_cost=self.dense_cost,
+            runtime=settings.runtime,
+            profile_device=settings.profile_device,
         )
 
     def _again(self, number: int) -> None:
@@ -435,9 +447,10 @@ class Study:
         costs = compare(
             [task.model, rebuilt],
             task.example_input,
-            settings.device,
+            settings.measured_on,
             dense_params=self.dense_cost.params,
             params=[None, best.measurement.params],
+            runtimes=shown_runtimes(settings.runtime, settings.measured_on),
         )
         scores = {
             "dense": {"val": self.dense.score, "test": dense_test.score},

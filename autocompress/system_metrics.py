@@ -21,7 +21,7 @@ def system_metrics(device: str | torch.device) -> dict[str, float]:
     memory, megabyte = psutil.virtual_memory(), 1e6
     with GpuWindow(torch.device(device)) as window:  # its last sample is taken as it closes
         pass
-    gpu, held = window.usage, window.usage.memory_bytes
+    gpu, held, free = window.usage, window.usage.memory_bytes, window.usage.free_bytes
     measured = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
         "system_memory_usage_percentage": memory.percent,
@@ -29,6 +29,7 @@ def system_metrics(device: str | torch.device) -> dict[str, float]:
         "process_memory_megabytes": psutil.Process().memory_info().rss / megabyte,
         "gpu_utilization_percentage": gpu.utilization_pct,
         "gpu_memory_usage_megabytes": None if held is None else held / megabyte,
+        "gpu_memory_free_megabytes": None if free is None else free / megabyte,
         "gpu_power_usage_watts": gpu.power_w,
     }
     return {f"system/{name}": float(value) for name, value in measured.items() if value is not None}

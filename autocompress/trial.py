@@ -16,7 +16,8 @@ from autocompress.constraint import Checked, Constraint
 from autocompress.deployed import deployed
 from autocompress.goal import Objective
 from autocompress.lc import Hopeless, LearningCompression, Recovered, State
-from autocompress.measurement import Measurement, measure
+from autocompress.macs import count_params
+from autocompress.measurement import Measurement, compare
 from autocompress.progress import span
 from autocompress.recovery import Recovery
 from autocompress.scheme import Facts, Scheme, Theta, Weights, realize_by_part
@@ -82,6 +83,9 @@ class TrialSpec:
         seed: Seeds the trial.
         device: Where it runs, as torch names it.
         timing: Whether the objective needs latency, memory or energy.
+        dense_cost: What the dense model costs, for objectives that are relative to it.
+        runtime: What runs the model where its latency is measured, see `autocompress.runtimes.RUNTIMES`.
+        profile_device: Where it is measured; None for ``device``.
         constraints: What else the compressed model must reach on val.
         start: A denser model of an earlier trial to start from; None for the dense model.
         cheap: Whether the trial gives up when it cannot make it, and leaves starts for others.
@@ -102,6 +106,9 @@ class TrialSpec:
     constraints: tuple[Constraint, ...] = ()
     start: Start | None = None
     cheap: bool = False
+    dense_cost: Measurement | None = None
+    runtime: str = "eager"
+    profile_device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -227,15 +234,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         evaluation = task.evaluate(deployed(realized, task.example_input), task.val)
     if not math.isfinite(evaluation.score):
         raise FloatingPointError(f"the {task.metric.name} of the compressed model is {evaluation.score}")
-    dense_params = sum(p.numel() for p in task.model.parameters())
-    measurement = measure(
-        realized,
-        task.example_input,
-        spec.device,
-        dense_params=dense_params,
-        params=recovered.theta.kept,
-        timing=spec.timing,
-    )
+    measurement, dense_cost = _costs(spec, task, realized, recovered.theta.kept)
     drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
     constraints = tuple(constraint.check(evaluation) for constraint in spec.constraints)
     finished = recovered.given_up_at is None
@@ -250,7 +249,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         drop=drop,
         drop_se=drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative),
         feasible=feasible,
-        value=spec.objective(measurement),
+        value=spec.objective(measurement, dense_cost),
         seconds=time.perf_counter() - began,
         measurement=measurement,
         plan=recovered.theta.plan,
@@ -310,6 +309,22 @@ def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
         return REMAINS[look] * (drop - z * error) > spec.bound.max_drop
 
     return hopeless
+
+
+def _costs(spec: TrialSpec, task: Task, realized: nn.Module, kept: int) -> tuple[Measurement, Measurement | None]:
+    """What the realized model costs, and the dense one: timed beside it where the objective compares them."""
+    beside = [task.model] if spec.timing and spec.objective.is_relative else []
+    dense_params = count_params(task.model)
+    cost, *dense = compare(
+        [realized, *beside],
+        task.example_input,
+        spec.profile_device or spec.device,
+        dense_params=dense_params,
+        params=[kept, *(dense_params for _ in beside)],
+        timing=spec.timing,
+        runtimes=(spec.runtime,),
+    )
+    return cost, dense[0] if dense else spec.dense_cost
 
 
 class RealizationError(RuntimeError):

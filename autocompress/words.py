@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from autocompress.comparison import as_bytes, as_count
+from autocompress.comparison import RUNTIMES, as_bytes, as_count, timed_together
 from autocompress.record import Record
 
 SAME = 0.03  # latencies that differ by less are called the same: medians are known to about this share
@@ -121,17 +121,18 @@ def _smaller(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _faster(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
-    dense, compressed = found["measurements"]["dense"], found["measurements"]["compressed"]
+    compressed = found["measurements"]["compressed"]
     said = []
     processor = record.asked.get("provenance", {}).get("machine", {}).get("processor", "the CPU")
     device = processor if compressed["device"] == "cpu" else compressed["device"]
-    for before, after in zip(dense["latency"], compressed["latency"], strict=True):
+    for before, after in timed_together(found["measurements"]):
         times = before["p50_ms"] / after["p50_ms"]
         how = "the same within the noise" if abs(times - 1) < SAME else f"{times:.2f} times as fast"
         took = f"{after['p50_ms']:.3g} ms instead of {before['p50_ms']:.3g} ms"
         said.append(f"{took} at batch {after['batch']} ({how})")
+        runtime = RUNTIMES[after.get("runtime", "eager")]
     if said:
         yield (
-            f"On {device}, a forward pass takes {' and '.join(said)}, by the median of "
-            f"{compressed['latency'][0]['repeats']} passes or so. Another device has other times: measure there."
+            f"On {device}, a forward pass in {runtime} takes {' and '.join(said)}, by the median of "
+            f"{after['repeats']} passes or so. Another device has other times: measure there."
         )

@@ -546,7 +546,14 @@ def test_prune_for_size_and_what_a_person_reads(place, short):
     assert "lowest size that loses at most 20 pp of accuracy (absolute points)" in ended.stdout
     assert [trial["value"] for trial in found["trials"]] == [trial["size_bytes"] for trial in found["trials"]]
     table = ended.stdout[ended.stdout.index("dense  ") :]
-    for row in ("score on val", "score on test", "parameters", "weights on disk", "MACs", "latency, batch 32"):
+    for row in (
+        "score on val",
+        "score on test",
+        "parameters",
+        "weights on disk",
+        "MACs",
+        "latency, PyTorch, batch 32",
+    ):
         assert row in table
     assert f"{found['params']['compressed']:,}" in table
     assert "n/a" in table  # no GPU is measured where the run is on the CPU

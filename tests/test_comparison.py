@@ -1,6 +1,15 @@
 import pytest
 
-from autocompress.comparison import as_bytes, as_count, classes_that_lost, comparison, ratio
+from autocompress.comparison import (
+    as_bytes,
+    as_count,
+    classes_that_lost,
+    comparison,
+    conditions,
+    costs,
+    ratio,
+    timed_together,
+)
 
 
 def rows(found):
@@ -15,8 +24,40 @@ def test_dense_stands_beside_compressed_with_the_ratio(recorded):
     assert shown["parameters"] == ("10,000", "400", "25.00x")
     assert shown["weights on disk"] == ("40.0 kB", "1.6 kB", "25.00x")
     assert shown["MACs"] == ("100k", "4k", "25.00x")
-    assert shown["latency, batch 32"] == ("0.800 ms (p95 0.900)", "0.500 ms (p95 0.600)", "1.60x")
+    assert shown["latency, PyTorch, batch 32"] == ("0.800 ms (p95 0.900)", "0.500 ms (p95 0.600)", "1.60x")
     assert shown["GPU power"] == ("n/a", "n/a", "")
+
+
+def test_each_runtime_has_its_rows_and_what_did_not_run_is_named(recorded):
+    measured = recorded.found(recorded.three_trials())["measurements"]
+    taken = {"dtype": "float32", "memory_format": "channels_last", "threads": 2}
+    for who, ms in (("dense", 0.4), ("compressed", 0.1)):
+        measured[who] |= taken
+        at = {
+            "batch": 1,
+            "p50_ms": ms,
+            "p95_ms": 2 * ms,
+            "repeats": 50,
+            "interval": 0.021,
+            "runtime": "onnxruntime",
+        }
+        measured[who]["latency"].append(at)
+    del measured["compressed"]["latency"][:2]
+    measured["compressed"]["not_run"] = {"eager": "only simulated"}
+    shown = {row[0]: row[1:] for row in costs(measured, throughput=True)}
+    assert shown["latency, ONNX Runtime, batch 1"] == (
+        "0.400 ms ± 2% (p95 0.800)",
+        "0.100 ms ± 2% (p95 0.200)",
+        "4.00x",
+    )
+    assert shown["samples, ONNX Runtime, batch 1"] == ("2.5k/s", "10k/s", "4.00x")
+    assert shown["latency, PyTorch, batch 1"] == ("0.200 ms (p95 0.250)", "n/a", "")
+    assert [(before["p50_ms"], after["p50_ms"]) for before, after in timed_together(measured)] == [(0.4, 0.1)]
+    how, why = conditions(measured)
+    assert how.startswith("measured in float32, channels_last, 2 threads, on cpu")
+    assert why == "no time of the compressed model in PyTorch: only simulated"
+    alone = {row[0]: row[1:] for row in costs({"dense": measured["dense"]})}
+    assert alone["parameters"] == ("10,000",)
 
 
 def test_what_a_gpu_used_is_shown_where_it_was_measured(recorded):

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autocompress.goal import OBJECTIVES, Objective, as_objective, objective
+from autocompress.goal import OBJECTIVES, Objective, ObjectiveError, as_objective, objective
 from autocompress.latency import Latency
 from autocompress.measurement import Measurement
 
+DENSE = Measurement(density=1.0, params=400, size_bytes=960, macs=36000, device="cpu")
 COUNTED = Measurement(density=0.25, params=100, size_bytes=480, macs=9000, device="cpu")
 MEASURED = replace(COUNTED, latency=(Latency(1, 2.0, 3.0, 20), Latency(32, 16.0, 20.0, 20)))
 
@@ -28,13 +29,23 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("name", "value", "unit"),
-    [("density", 0.25, ""), ("size", 480, "bytes"), ("macs", 9000, "MACs"), ("latency", 2.0, "ms")],
+    [
+        ("density", 0.25, ""),
+        ("size", 480, "bytes"),
+        ("macs", 9000, "MACs"),
+        ("latency", 2.0, "ms"),
+        ("throughput", 2000.0, "1/s"),
+        ("memory", 640, "bytes"),
+        ("energy", 7.5, "mJ"),
+    ],
 )
 def test_what_ships(name: str, value: float, unit: str) -> None:
     found = as_objective(name)
-    assert found(MEASURED) == value
-    assert isinstance(found(MEASURED), float)
-    assert (found.name, found.direction, found.unit) == (name, "minimize", unit)
+    whole = replace(MEASURED, peak_memory_bytes=640, energy_j=0.0075)
+    assert found(whole) == value
+    assert isinstance(found(whole), float)
+    direction = "maximize" if name == "throughput" else "minimize"
+    assert (found.name, found.direction, found.unit) == (name, direction, unit)
     assert found.description.endswith(".")
 
 
@@ -46,6 +57,67 @@ def test_latency_that_was_not_measured_says_so() -> None:
 def test_what_a_gpu_would_have_measured_is_named() -> None:
     with pytest.raises(ValueError, match=r"raised TypeError: .*not measured here: .*energy_j"):
         as_objective(lambda m: m.energy_j * 2)(MEASURED)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("energy", r"'energy' returned None; .*not measured here: energy_j; NVIDIA GPUs count energy, and .*RAPL"),
+        ("memory", r"not measured here: peak_memory_bytes\)"),
+        ("weighted_sum(size=1, energy=2)", r"'energy' returned None; .*not measured here: energy_j; "),
+    ],
+)
+def test_what_it_takes_to_measure_it_is_said(name: str, message: str) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        as_objective(name)(MEASURED)
+
+
+def test_why_a_runtime_did_not_run_is_said() -> None:
+    refused = replace(COUNTED, runtime="onnxruntime", not_run={"onnxruntime": "ONNX Runtime does not take it: no"})
+    with pytest.raises(ObjectiveError, match=r"not measured here: latency_ms; ONNX Runtime does not take it: no"):
+        as_objective("latency")(refused)
+
+
+def test_an_objective_may_look_at_the_dense_model() -> None:
+    relative = as_objective(lambda m, dense: m.size_bytes / dense.size_bytes)
+    assert relative.is_relative and not as_objective("size").is_relative
+    assert relative(COUNTED, DENSE) == 0.5
+    assert relative(DENSE) == 1.0  # the dense model beside itself
+
+
+def test_combinations_are_relative_to_the_dense_model() -> None:
+    total = as_objective("weighted_sum(density=3, size=1)")
+    assert total(COUNTED, DENSE) == pytest.approx((3 * 0.25 + 0.5) / 4)
+    assert total(DENSE, DENSE) == 1.0
+    both = as_objective("product(density, size=2)")
+    assert both(COUNTED, DENSE) == pytest.approx(0.25 * 0.5**2)
+    assert (both.name, both.direction, both.is_relative) == ("product(density=1, size=2)", "minimize", True)
+
+
+def test_what_is_to_be_maximized_counts_the_other_way_round() -> None:
+    slow = replace(DENSE, latency=(Latency(1, 4.0, 5.0, 20), Latency(32, 64.0, 70.0, 20)))
+    assert as_objective("weighted_sum(throughput=1)")(MEASURED, slow) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("weighted_sum", r"write weighted_sum\(density=0.5, latency=0.5\)"),
+        ("weighted_sum()", r"write weighted_sum\(density=0.5, latency=0.5\)"),
+        ("weighted_sum(density=0)", "the weight of density is 0; it must be a positive number"),
+        ("weighted_sum(density='a')", "the weight of density is 'a'"),
+        ("weighted_sum(densty=1)", "did you mean density"),
+        ("weighted_sum(product=1)", "'product' is a combination itself"),
+        ("density(size=1)", "density is an objective by itself"),
+        ("product(density, 3)", "is no objective; write"),
+        ("product(density", "is no objective; write"),
+        ("product(density=x)", "is no objective; write"),
+        ("sum(density=1)", "unknown objective 'sum'"),
+    ],
+)
+def test_combinations_that_mean_nothing(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_objective(spec)
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "3", True, np.True_, [1.0], 1j], ids=repr)
@@ -164,5 +236,7 @@ def test_a_file_cannot_take_the_name_of_an_objective_that_ships(tmp_path: Path) 
 def test_objectives_survive_pickling() -> None:
     for name, registered in OBJECTIVES:
         assert pickle.loads(pickle.dumps(registered)) is registered, name
+    combined = as_objective("product(density, size=2)")
+    assert pickle.loads(pickle.dumps(combined))(COUNTED, DENSE) == combined(COUNTED, DENSE)
     plain = as_objective(math.fsum)
     assert pickle.loads(pickle.dumps(plain)) == plain

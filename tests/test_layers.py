@@ -29,10 +29,11 @@ ENGINE = (
     ("result", "record", "sweep_result", "mend"),
     ("figures", "words", "show"),
     ("report", "doctor"),
-    ("study", "display", "replay", "sweep_files"),
+    ("study", "display", "replay", "sweep_files", "profile"),
     ("sweeping",),
     ("options", "testing_tools"),
-    ("commands", "sweep_command"),
+    ("sweep_command", "profile_command"),
+    ("commands",),
     ("cli", "testing", "__init__"),  # what others call; nothing else imports it
 )
 # All that a plugin may import of the engine, ours as a third party's; siblings come relatively.
