@@ -1,5 +1,6 @@
 """Dense beside compressed, as every place that shows a result words it: from what ``result.json`` holds."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -77,7 +78,7 @@ def timed_together(measured: Found) -> list[tuple[Any, Any]]:
 def _time(at: Mapping[str, Any] | None) -> str:
     if at is None:
         return "n/a"
-    interval = f" ± {100 * at['interval']:.0f}%" if at.get("interval") is not None else ""
+    interval = f" ± {math.ceil(100 * at['interval'])}%" if at.get("interval") is not None else ""
     return f"{_digits(at['p50_ms'])} ms{interval} (p95 {_digits(at['p95_ms'])})"
 
 
