@@ -194,13 +194,13 @@ class Footer:
         elapsed = time.monotonic() - self.began_at
         parts = [self.what, *([f"{elapsed:.0f} s"] if elapsed >= 2 else [])]
         left, whole = self.left_s, self._whole_s() if elapsed >= 2 else None
-        says = whole is not None and elapsed < whole and self.done < 1
-        if says:
+        of_what = ""
+        if whole is not None and elapsed < whole and self.done < 1:
+            of_what = " of the search"
             parts.append(f"{self.done:.0%}, about {whole - elapsed:.0f} s left")
         if left is None and whole is not None and self.repeats > 1:
             left = self.repeats * whole
         if left is not None:
-            of_what = " of the search" if says else ""
             parts.append(f"at most {max(0.0, left - elapsed):.0f} s{of_what} left")
         return Text(" · ".join(parts))
 

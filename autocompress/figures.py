@@ -56,7 +56,7 @@ def draw(record: Record, folder: Path) -> list[Figure]:
         record: The study.
         folder: Where to write; made if it does not exist.
     """
-    drawn = []
+    drawn: list[Figure] = []
     folder.mkdir(exist_ok=True)
     with style(record.folder.parent):
         for name, title, description, canvas in _drawings(record):

@@ -197,7 +197,8 @@ def test_the_footer_says_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     first, exporting = Footer("trial 1", repeats=4), Footer("exporting the answer")
-    for now, done in ((102.0, 0.05), (110.0, 0.25)):  # two seconds of preparation, then 40 s for all
+    for at, done in ((102.0, 0.05), (110.0, 0.25)):  # two seconds of preparation, then 40 s for all
+        now = at
         for footer in (first, exporting):
             footer.advance(done)
             footer.advance(0.01)  # something inside it that was counted anew
