@@ -27,7 +27,7 @@ from autocompress.trial import Bound, TrialResult
 if TYPE_CHECKING:
     import pandas as pd
 
-DEFAULT_TRIALS = 5
+DEFAULT_TRIALS = 6
 GRID = 64  # points at which the believed drop is written down
 
 
@@ -251,7 +251,7 @@ class Result:
             return None
         densities = np.geomspace(self.belief.low, 1.0, GRID)
         curves = zip(("drop_pp", "low_pp", "high_pp"), self.belief.curve(densities, mass=0.8), strict=True)
-        chosen = next((record.density for record in self.records if record.number == self.answer), None)
+        chosen = next((record.density_asked for record in self.records if record.number == self.answer), None)
         return {
             "mass": 0.8,
             "density": densities.tolist(),

@@ -207,8 +207,8 @@ def _missing(study: optuna.Study, plan: Plan) -> float | None:
     belief, best = posterior(study, plan), answer(study, plan)
     assert belief is not None
     density = belief.threshold(PROBABILITY)
-    if best is not None and belief.p_feasible(best.user_attrs["density"]) >= PROBABILITY:
-        return density if best.user_attrs["density"] > (1 + plan.tolerance) * density else None
+    if best is not None and belief.p_feasible(best.params["density"]) >= PROBABILITY:
+        return density if best.params["density"] > (1 + plan.tolerance) * density else None
     return density
 
 
@@ -292,7 +292,7 @@ def answer(study: optuna.Study, plan: Plan, lost: Collection[int] = ()) -> Froze
     belief = posterior(study, plan)
     if not feasible or belief is None:
         return feasible[0] if feasible else None
-    p = {trial.number: belief.p_feasible(trial.user_attrs["density"]) for trial in feasible}
+    p = {trial.number: belief.p_feasible(trial.params["density"]) for trial in feasible}
     probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]
     if not probable:
         return max(feasible, key=lambda trial: p[trial.number])

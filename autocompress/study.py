@@ -386,7 +386,7 @@ class Study:
         self.watcher.trial(self.records[-1], best, belief)
         beliefs = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
         if belief is not None and best is not None:
-            beliefs["p_feasible"] = belief.p_feasible(best.density)
+            beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
         self.tracker.trial(self.records[-1], best.density if best else None, beliefs)
         if len(self.records) == 1:
             self.folder.update_settings({"mlflow_run": self.tracker.run_id})

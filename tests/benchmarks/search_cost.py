@@ -1,0 +1,71 @@
+"""The search against an exhaustive grid: ``python tests/benchmarks/search_cost.py``.
+
+For every seed, of data split, dense network, search and training, the digits are compressed twice: by an
+exhaustive grid of 20 densities, each recovered from the dense model with the whole budget, and by the search as it
+ships. Printed are what the search cost, as a share of the grid's gradient steps (all trials, the answer's among
+them), and the density of its answer over that of
+
+- the grid's answer: the same rule, 90% probability to be within the bound, given the grid's 20 trials;
+- the oracle: the lowest density of the grid whose network was observed within the bound on val. Knowing all
+  twenty it takes the luckiest.
+
+Promised: a share of at most 0.125, and a median density of at most 1.15 times the oracle's. Exit status 1 if not.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import autocompress as ac
+
+MAX_SHARE, MAX_RATIO = 0.125, 1.15
+GRID = {"sampler": "grid", "trials": 20, "full_trials": True}
+
+
+def study(out: Path, name: str, seed: int, scheme: str, **settings: object) -> ac.Result:
+    """The study of that name: gone on with where it exists."""
+    which = "resume" if (out / name / "journal.log").exists() else "name"
+    task = ac.digits(seed=seed, cache=out / "cache")
+    return ac.tune(task, scheme, seed=seed, out=out, **{which: name}, **settings)  # type: ignore[arg-type]  # settings
+
+
+def main() -> int:
+    """Runs the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--scheme", default="StructPrune")
+    parser.add_argument("--out", type=Path, help="keeps the studies, and goes on with those that are there")
+    given = parser.parse_args()
+    shares, ratios, of_rule = [], [], []
+    print("seed  share of steps  trials  density  drop val, test [pp]   grid's answer  drop val, test   oracle")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = given.out or Path(temporary)
+        for seed in range(given.seeds):
+            grid = study(out, f"grid-{given.scheme}-{seed}", seed, given.scheme, **GRID)
+            found = study(out, f"search-{given.scheme}-{seed}", seed, given.scheme)
+            oracle = min(record.density for record in grid.records if record.feasible)
+            shares.append(sum(r.steps for r in found.records) / sum(r.steps for r in grid.records))
+            ratios.append(found.density / oracle)
+            of_rule.append(found.density / grid.density)
+            print(
+                f"{seed:4d}  {shares[-1]:14.3f}  {len(found.records):6d}  {found.density:7.4f}  {drops(found)}"
+                f"   {grid.density:13.4f}  {drops(grid)}   {oracle:.4f}",
+                flush=True,
+            )
+    share, ratio = statistics.mean(shares), statistics.median(ratios)
+    print(f"mean share of the grid's steps {share:.3f} (promised: {MAX_SHARE})")
+    print(f"median density over the oracle's {ratio:.2f} (promised: {MAX_RATIO}), ", end="")
+    print(f"over that of the grid's answer {statistics.median(of_rule):.2f}")
+    return 0 if share <= MAX_SHARE and ratio <= MAX_RATIO else 1
+
+
+def drops(result: ac.Result) -> str:
+    """What the answer loses on val and on test, in points."""
+    on_test = 100 * result.certificate.drop if result.certificate else float("nan")
+    return f"{100 * result.drop_val:9.2f} {on_test:9.2f}  "
+
+
+if __name__ == "__main__":
+    sys.exit(main())
