@@ -46,7 +46,10 @@ def cli() -> None:
 
 @cli.command()
 @click.option(
-    "--scheme", default="StructPrune", show_default=True, help="How to compress: NAME, NAME(key=value), A+B."
+    "--scheme",
+    default="StructPrune",
+    show_default=True,
+    help="How to compress: NAME, NAME(key=value), A+B; the best of A,B.",
 )
 @click.option(
     "--max-drop",
@@ -126,9 +129,14 @@ def cli() -> None:
 @click.option(
     "--sampler",
     type=click.Choice(["threshold", "gp", "tpe", "bisection", "grid", "random"]),
-    default="threshold",
-    show_default=True,
-    help="Which densities to try.",
+    help="What to try next.  [default: threshold; gp where --search has a range]",
+)
+@click.option(
+    "--search",
+    default="",
+    metavar="NAMES",
+    help="Vary more than the density: 'criterion=l1,l2; stage-density; lr=0.01..0.3; lc.mu'. "
+    "A name alone has its usual values.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds search and trials.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -190,15 +198,16 @@ def tune(
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
     from autocompress import study
+    from autocompress.dimensions import parse_dimensions
     from autocompress.display import Display
     from autocompress.export import check_formats
     from autocompress.goal import ObjectiveError, as_objective
     from autocompress.mlflow_store import check_uri, without_secrets
     from autocompress.own_task import make_task
-    from autocompress.recovery import make_recovery
+    from autocompress.recovery import make_recovery, with_settings
     from autocompress.result import Silent
     from autocompress.runtimes import check_runtime
-    from autocompress.scheme import parse_scheme
+    from autocompress.scheme import parse_schemes
     from autocompress.show import make_console, show_result
     from autocompress.storage import check_name, prepare_out
 
@@ -209,12 +218,14 @@ def tune(
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])
-    options["scheme"] = checked("--scheme", parse_scheme, options["scheme"])
+    options["scheme"] = checked("--scheme", parse_schemes, options["scheme"])
     options["objective"] = checked("--objective", as_objective, options["objective"])
     training = {name: options.pop(name) for name in TRAINING}
     given = {name: value for name, value in training.items() if value is not None}
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["formats"] = checked("--export", check_formats, options["formats"])
+    trained = with_settings(options["recovery"], epochs=options["epochs"])
+    checked("--search", parse_dimensions, options["search"], options["scheme"], trained)
     options["device"] = checked("--device", study.usable_device, options["device"])
     if options["profile_device"]:
         options["profile_device"] = checked("--profile-device", study.usable_device, options["profile_device"])
@@ -262,6 +273,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     restore(options, given, asked)
     recovery = asked["recovery"]
     asked |= {name: recovery.get(name) for name in ("epochs", *TRAINING)} | {"recovery": recovery["method"]}
+    asked.setdefault("search", "")
     same = (
         "scheme",
         "max_drop",
@@ -271,6 +283,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         "epochs",
         *TRAINING,
         "runtime",
+        "search",
         "sampler",
         "seed",
         "full_trials",
@@ -290,10 +303,10 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
 def _is_same(name: str, given: Any, asked: Any) -> bool:
     """Whether an option says what was asked; a scheme and a recovery may be written in several ways."""
     from autocompress.recovery import make_recovery
-    from autocompress.scheme import describe, parse_scheme
+    from autocompress.scheme import describe, parse_schemes
 
     if name == "scheme":
-        given = describe(checked("--scheme", parse_scheme, given))
+        given = ", ".join(map(describe, checked("--scheme", parse_schemes, given)))
     if name == "recovery":
         given = make_recovery(given).method
     return bool(given == asked)

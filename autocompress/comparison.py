@@ -124,6 +124,12 @@ def ratio(dense: float | None, compressed: float | None) -> str:
     return f"{dense / compressed:.2f}x" if dense and compressed else ""
 
 
+def in_words(params: Mapping[str, Any]) -> str:
+    """What a trial chose beside its density, in a line: ``criterion=l2, lr=0.0312``."""
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in params.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
 def as_bytes(n: float) -> str:
     """A size in the unit that suits it."""
     for unit in ("B", "kB", "MB"):

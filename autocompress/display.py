@@ -10,11 +10,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from autocompress.comparison import as_bytes, as_count
+from autocompress.comparison import as_bytes, as_count, in_words
 from autocompress.posterior import Posterior
 from autocompress.progress import heard_by
 from autocompress.result import Beginning
-from autocompress.scheme import describe
 from autocompress.trial import TrialResult
 
 
@@ -80,7 +79,7 @@ class Display:
         amount = f"{100 * settings.bound.max_drop:g}{settings.unit}"
         extreme = "lowest" if settings.objective.direction == "minimize" else "highest"
         self._print(
-            f"{beginning.task.name}: {describe(settings.scheme)}, {extreme} {settings.objective.name} "
+            f"{beginning.task.name}: {settings.scheme}, {extreme} {settings.objective.name} "
             f"that loses at most {amount} of {metric} {kind}"
         )
         self._print(
@@ -103,6 +102,7 @@ class Display:
                 result.standing,
                 f"{result.seconds:.1f}",
                 f"{best.density:.4f}" if best else "none yet",
+                in_words(result.params),
             )
         )
         cells = dict(zip(COLUMNS, self._rows[-1], strict=True))
@@ -111,6 +111,7 @@ class Display:
             f"trial {cells['trial']:>2}  density {cells['density']}  val {cells['val']}  "
             f"drop {cells['drop']}  feasible {cells['feasible']:<8}  {cells['seconds']:>5} s  "
             f"best {cells['best']}  at most {self._seconds_left():.0f} s left"
+            + (f"  {cells['chosen']}" if result.params else "")
         )
         if self.verbose:
             for name, values in result.curves.items():
@@ -121,7 +122,7 @@ class Display:
 
     def failed(self, number: int, reason: str) -> None:
         """One row, or one line."""
-        self._rows.append((f"{number}", "", "", "", "failed", "", ""))
+        self._rows.append((f"{number}", "", "", "", "failed", "", "", ""))
         self._show(f"trial {number:>2}  failed: {reason}")
 
     def warned(self, message: str) -> None:
@@ -149,10 +150,11 @@ class Display:
 
     def _screen(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in COLUMNS:
-            table.add_column(column, justify="right")
+        columns = COLUMNS if any(row[-1] for row in self._rows) else COLUMNS[:-1]
+        for column in columns:
+            table.add_column(column, justify="left" if column == "chosen" else "right")
         for row in self._rows:
-            table.add_row(*row, style="" if row[4] == "yes" else "dim")
+            table.add_row(*map(escape, row[: len(columns)]), style="" if row[4] == "yes" else "dim")
         parts: list[Table | Spinner] = [table] if self._rows else []
         return Group(*parts, *([Spinner("dots", self._footer)] if self._footer else []))
 
@@ -205,6 +207,6 @@ class Footer:
         return Text(" · ".join(parts))
 
 
-COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best")
+COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best", "chosen")
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 WORTH_SAYING = 0.02  # share that has been done before it says something about the rest

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import optuna
-from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from autocompress.search import entry_of, finished, open_study
+from autocompress.search import entry_of, open_study
+from autocompress.selection import finished
+from autocompress.space import DENSITY, Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound
 
@@ -65,7 +66,7 @@ def _is_entry(line: bytes) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("op_code"), int)
 
 
-def restore(study: optuna.Study, bound: Bound, folder: StudyFolder) -> None:
+def restore(study: optuna.Study, space: Space, bound: Bound, folder: StudyFolder) -> None:
     """Enters the trials that have a record and that the study does not know; those between count as failed."""
     for path in sorted(folder.path.glob("trials/*/trial.json")):
         number = _number(path)
@@ -82,8 +83,8 @@ def restore(study: optuna.Study, bound: Bound, folder: StudyFolder) -> None:
         study.add_trial(
             optuna.trial.create_trial(
                 value=result.value,
-                params={"density": result.density_asked},
-                distributions={"density": FloatDistribution(1e-6, 1.0, log=True)},
+                params={DENSITY: result.density_asked, **result.params},
+                distributions=space.distributions,
                 user_attrs=attributes,
                 constraints=constraints,
             )

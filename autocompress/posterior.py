@@ -137,7 +137,7 @@ class Posterior:
         return float(min(1.0, max(self.low, math.exp(-depth))))
 
 
-@lru_cache(maxsize=8)  # one state of a study is asked about several times
+@lru_cache(maxsize=128)  # one state of a study is asked about several times, and by arm
 def fit_posterior(
     seen: tuple[Observation, ...], low: float, bound: float, *, seed: int = 0, shared: float = SHARED
 ) -> Posterior:

@@ -193,11 +193,15 @@ def make_recovery(method: str, **settings: Any) -> Recovery:
     return RECOVERIES[method](**settings)
 
 
-def with_epochs(recovery: Recovery, epochs: float) -> Recovery:
-    """The same recovery with another budget."""
+def with_settings(recovery: Recovery, **settings: Any) -> Recovery:
+    """The same recovery with other settings of its training: another budget, for instance.
+
+    Raises:
+        ValueError: If a value is refused.
+    """
     if isinstance(recovery, Iterative | Layerwise):
-        return replace(recovery, training=replace(recovery.training, epochs=epochs))
-    return replace(recovery, epochs=epochs)  # type: ignore[type-var]  # recoveries are dataclasses
+        return replace(recovery, training=replace(recovery.training, **settings))
+    return replace(recovery, **settings)  # type: ignore[type-var]  # recoveries are dataclasses
 
 
 def settings_of(recovery: Recovery) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from autocompress.comparison import as_bytes, as_count, comparison, timed_together
+from autocompress.comparison import as_bytes, as_count, comparison, in_words, timed_together
 from autocompress.figures import Figure, draw
 from autocompress.files import read_json
 from autocompress.record import Record, read_record
@@ -156,6 +156,7 @@ def _trials(record: Record) -> Iterator[dict[str, Any]]:
             "number": trial["number"],
             "reason": "",
             "answer": trial["number"] == answer,
+            "chosen": in_words(trial.get("params", {})),
             "density": f"{trial['density']:.4f}",
             "score": f"{trial['score']:.4f}",
             "drop": f"{100 * trial['drop']:+.2f}" + (f" ± {100 * error:.2f}" if error else "") + record.unit,
@@ -187,9 +188,9 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     """What somebody needs who wants to get the same again or to check that it is the same."""
     asked, made = record.asked, record.asked.get("provenance", {})
     recovery = asked.get("recovery", {})
-    for what, key in (("scheme", "scheme"), ("objective", "objective"), ("sampler", "sampler"), ("seed", "seed")):
-        if key in asked:
-            yield what, str(asked[key])
+    for what in ("scheme", "search", "objective", "sampler", "seed"):
+        if what in asked:
+            yield what, str(asked[what])
     if recovery:
         yield "recovery", ", ".join(f"{name} {value}" for name, value in recovery.items() if value is not None)
     for what in ("trials", "timeout", "device"):

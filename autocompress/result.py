@@ -11,6 +11,7 @@ from torch import nn
 
 from autocompress.certify import CONFIDENCE, Verdict, check_confidence
 from autocompress.constraint import Checked, Constraint, Judged
+from autocompress.dimensions import Dimension
 from autocompress.export import Export
 from autocompress.goal import Objective
 from autocompress.layers import Layer
@@ -36,10 +37,10 @@ class Settings:
     """What is asked of a study.
 
     Attributes:
-        scheme: How to compress.
+        schemes: How to compress; several when the search chooses among them.
         bound: What may be lost.
         objective: What to optimize within the bound.
-        sampler: Which densities to try, see `autocompress.sampler.SAMPLERS`.
+        sampler: What to try next, see `autocompress.samplers.SAMPLERS`.
         recovery: How a trial compresses and trains, and its budget.
         seed: Seeds the search and the trials.
         trials: How many trials, at most.
@@ -54,9 +55,10 @@ class Settings:
         full_trials: Whether every trial recovers from the dense model and to its end.
         runtime: What runs the model where objectives measure latency, see `autocompress.runtimes.RUNTIMES`.
         profile_device: Where measurements are taken, if not on ``device``.
+        dimensions: What is varied beside the density and the scheme.
     """
 
-    scheme: Scheme
+    schemes: tuple[Scheme, ...]
     bound: Bound
     objective: Objective
     sampler: str = "threshold"
@@ -74,6 +76,17 @@ class Settings:
     cluster: str | None = None
     runtime: str = "eager"
     profile_device: str | None = None
+    dimensions: tuple[Dimension, ...] = ()
+
+    @property
+    def scheme(self) -> str:
+        """The scheme, or the schemes that are searched, in words."""
+        return ", ".join(map(describe, self.schemes))
+
+    @property
+    def search(self) -> str:
+        """What is varied beside the density and the scheme, as it may be written; empty where nothing is."""
+        return "; ".join(one.text for one in self.dimensions)
 
     @property
     def measured_on(self) -> str:
@@ -112,7 +125,8 @@ class Settings:
             "fingerprint": task.fingerprint(),
             "metric": task.metric.source or task.metric.name,
             "constraints": [constraint.text for constraint in self.constraints],
-            "scheme": describe(self.scheme),
+            "scheme": self.scheme,
+            **({"search": self.search} if self.dimensions else {}),
             "max_drop": self.bound.max_drop,
             "drop": "relative" if self.bound.relative else "absolute",
             "objective": self.objective.source or self.objective.name,
@@ -236,6 +250,7 @@ class Result:
             "stopped": self.stopped,
             "seconds": self.seconds,
             "answer": self.answer,
+            "params": next((dict(record.params) for record in self.records if record.number == self.answer), {}),
             "trials": [trial_row(record) for record in self.records],
             "failed": [{"number": number, "reason": reason} for number, reason in self.failures],
             "layers": [asdict(layer) for layer in self.layers],
@@ -274,6 +289,7 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
     m = result.measurement
     return {
         "number": result.number,
+        **result.params,
         "density_asked": result.density_asked,
         "density": result.density,
         "score": result.score,

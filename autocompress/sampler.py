@@ -2,12 +2,11 @@
 
 With one free density the drop is a noisy, nearly monotone curve of the log density: flat, then a cliff.
 `ThresholdSampler` keeps a Bayesian posterior over that curve and hence over the *threshold*: the density at
-which the true drop reaches the bound. `make_sampler` gives it, or a baseline it is measured against, by name.
+which the true drop reaches the bound.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,6 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.posterior import SE_FLOOR, SHARED, Array, Observation, Posterior, fit_posterior, quantile
-
-SAMPLERS = ("threshold", "gp", "tpe", "bisection", "grid", "random")
-GRID_SIZE = 20
 
 # Proposals and the end; densities and ratios of densities.
 APART = 0.02  # two densities that differ by less are the same experiment
@@ -143,7 +139,7 @@ class ThresholdSampler(_DensitySampler):
         """The density to try next: never within 2% of one that was tried or is running."""
         posterior = self.posterior(trials)
         depth_max = math.log(1 / self.low)
-        running = sorted(_depth(t) for t in trials if t.state == TrialState.RUNNING and "density" in t.params)
+        running = sorted(depth_of(t) for t in trials if t.state == TrialState.RUNNING and "density" in t.params)
         taken = [0.0, *(o.depth for o in observations(trials)), *running]
         threshold = np.clip(posterior.curves.threshold[:, 0], 0, depth_max)
         part, weights = _heaviest_part(threshold, posterior.weights, running)
@@ -184,96 +180,28 @@ class BisectionSampler(_DensitySampler):
         return math.sqrt(math.prod(self.bracket(trials)))
 
 
-class _Grid(optuna.samplers.GridSampler):
-    """Optuna's grid for ask and tell, where its own `after_trial` raises at the end: it stops `optimize`."""
-
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        """Leaves the end to whoever asks."""
-
-
-class _Stateless(optuna.samplers.BaseSampler):
-    """One of Optuna's samplers, made anew with a seed of its own for each trial and parameter.
-
-    Its proposals depend on the seed and the study's trials alone, and not on how often the search was cut short
-    and resumed; several searches of one study, which have different trials to propose for, differ.
-    """
-
-    def __init__(self, make: Callable[[int], optuna.samplers.BaseSampler], seed: int) -> None:
-        self._make, self._seed = make, seed
-
-    def _of(self, trial: FrozenTrial, parameter: str = "") -> optuna.samplers.BaseSampler:
-        seeds = np.random.SeedSequence([self._seed, trial.number, *parameter.encode()])
-        return self._make(int(seeds.generate_state(1)[0]))
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._of(trial).infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._of(trial).sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._of(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
-
-
-def make_sampler(name: str, *, low: float, max_drop: float, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler of that name, see `SAMPLERS`.
-
-    Args:
-        name: ``threshold``, or a baseline: ``gp``, ``tpe``, ``random`` (Optuna's own, with the trials'
-            constraints), ``grid`` (20 densities evenly spaced in log density, shuffled), ``bisection``.
-        low: The lowest density of the study.
-        max_drop: The bound on the drop, a fraction.
-        seed: Makes the proposals repeatable.
-
-    Raises:
-        ValueError: If there is no sampler of that name.
-    """
-    match name:
-        case "threshold":
-            return ThresholdSampler(low, max_drop, seed)
-        case "gp":
-            # The default of 10 random trials to start with would be most of a study here. The objective is
-            # told to be noisy because Optuna shares the setting between objective and constraints.
-            gp = optuna.samplers.GPSampler
-            return _Stateless(lambda s: gp(seed=s, n_startup_trials=4, warn_independent_sampling=False), seed)
-        case "tpe":
-            return _Stateless(lambda s: optuna.samplers.TPESampler(seed=s), seed)
-        case "bisection":
-            return BisectionSampler(low, max_drop)
-        case "grid":
-            # Without density 1: the dense model is in the study already.
-            return _Grid({"density": np.geomspace(low, 1, GRID_SIZE + 1)[:-1].tolist()}, seed=seed)
-        case "random":
-            return _Stateless(lambda s: optuna.samplers.RandomSampler(seed=s), seed)
-    near = difflib.get_close_matches(name.lower(), SAMPLERS, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"unknown sampler {name!r}{hint} (available: {', '.join(SAMPLERS)})")
-
-
 def observations(trials: Iterable[FrozenTrial]) -> list[Observation]:
     """What the finished trials say; not the dense model, whose drop of 0 every curve starts from."""
     return [
         Observation(
-            _depth(t),
+            depth_of(t),
             float(t.user_attrs["drop"]),
             max(SE_FLOOR, float(t.user_attrs.get("drop_se") or 0)),
             bool(t.user_attrs.get("rejected")),
         )
         for t in trials
-        if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        and "drop" in t.user_attrs
-        and t.params.get("density", 1.0) < 1
+        if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and "drop" in t.user_attrs and depth_of(t) > 0
     ]
 
 
-def _depth(trial: FrozenTrial) -> float:
-    return -math.log(trial.params["density"])
+def depth_of(trial: FrozenTrial) -> float:
+    """log(1 / density) of what a trial was run at: what was proposed, unless its scheme could not go so low."""
+    return -math.log(asked_density(trial))
+
+
+def asked_density(trial: FrozenTrial) -> float:
+    """The density that a trial was run at: what was proposed, or as low as its scheme could go."""
+    return float(trial.user_attrs.get("density_asked", trial.params.get("density", 1.0)))
 
 
 # The proposal.

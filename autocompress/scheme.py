@@ -7,7 +7,7 @@ and `realize` turns the result into the model that ships.
 
 import ast
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -126,6 +126,14 @@ def observe(scheme: Scheme, evidence: Evidence, facts: Facts) -> Facts:
     return scheme.observe(evidence, facts) if isinstance(scheme, Observer) else facts
 
 
+@runtime_checkable
+class Staged(Protocol):
+    """A scheme whose density can differ from one part of the network to another."""
+
+    def staged(self, relative: Mapping[str, float]) -> "Scheme":
+        """The same scheme with these relative densities by module; modules without one have 1."""
+
+
 def density_error(density: float, lowest: float) -> ValueError:
     """The error for a target that cannot be met: it names the lowest density that can."""
     return ValueError(f"density {density:.4g} cannot be reached; the lowest possible here is {lowest:.4g}")
@@ -240,6 +248,39 @@ def register_scheme(make: MakesScheme) -> MakesScheme:
     return make
 
 
+def parse_schemes(spec: str) -> tuple[Scheme, ...]:
+    """The schemes that ``spec`` lists, each as `parse_scheme` takes it: ``StructPrune, Prune+Quantize16``.
+
+    Raises:
+        ValueError: As `parse_scheme`, or if one is listed twice.
+    """
+    try:
+        listed = ast.parse(f"[{spec.strip()}]", mode="eval").body
+    except SyntaxError:
+        return (parse_scheme(spec),)
+    assert isinstance(listed, ast.List)
+    return as_schemes([ast.unparse(one) for one in listed.elts] or [spec])
+
+
+def as_schemes(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
+    """One scheme or several, given as they are or as `parse_schemes` takes them.
+
+    Raises:
+        ValueError: As `parse_schemes`, or if there are none.
+    """
+    if isinstance(given, str):
+        return parse_schemes(given)
+    if isinstance(given, Scheme):
+        return (given,)
+    schemes = tuple(parse_scheme(one) if isinstance(one, str) else one for one in given)
+    names = list(map(describe, schemes))
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"the scheme {twice} is listed twice; list each once")
+    if not schemes:
+        raise ValueError("there is no scheme in an empty list; name one")
+    return schemes
+
+
 def parse_scheme(spec: str) -> Scheme:
     """The scheme that ``spec`` names: ``Prune``, ``StructPrune(min_keep=4)``, ``StructPrune+Quantize16``.
 
@@ -276,15 +317,15 @@ def _make(term: ast.expr, spec: str) -> Scheme:
             raise ValueError(f"{name.id} has no parameter {keyword.arg!r} (it has: {takes})")
         if keyword.arg in arguments:
             raise ValueError(f"{name.id} is given the parameter {keyword.arg!r} twice")
-        arguments[keyword.arg] = _literal(keyword.value, spec.strip())
+        arguments[keyword.arg] = literal(keyword.value, spec.strip())
     try:
         return make(**arguments)
     except TypeError as error:
         raise ValueError(f"{spec!r}: {error}") from error
 
 
-def _literal(node: ast.expr, source: str) -> Any:
-    """A Python literal, or a bare word taken as a string: ``dtype=bf16``."""
+def literal(node: ast.expr, source: str) -> Any:
+    """The value of a Python literal, or a bare word taken as a string: ``dtype=bf16``."""
     if isinstance(node, ast.Name):
         return node.id
     try:

@@ -1,8 +1,8 @@
-"""Search: ask for a density, submit a trial, tell the study what came of it."""
+"""Search: ask for a configuration, submit a trial, tell the study what came of it."""
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +10,20 @@ from typing import Any, Protocol
 
 import optuna
 import torch
-from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.arms import ArmSampler, of_arm
 from autocompress.constraint import Checked
 from autocompress.goal import Direction
-from autocompress.posterior import Posterior
-from autocompress.sampler import ThresholdSampler, make_sampler
+from autocompress.sampler import ThresholdSampler, asked_density
+from autocompress.samplers import make_sampler
+from autocompress.selection import PROBABILITY, answer, finished, posterior
+from autocompress.space import Arm, Configuration, Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 
-PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
-ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
 TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
@@ -44,7 +44,7 @@ class Plan:
     """What is searched and for how long.
 
     Attributes:
-        low: The lowest density to propose; 1 when the scheme has no density to search over.
+        space: What each trial may choose from.
         bound: What may be lost.
         trials: Trials in all, those of an earlier run of the study included.
         timeout_s: Seconds after which no further trial begins; None for no limit.
@@ -52,7 +52,7 @@ class Plan:
         tolerance: The search ends when the threshold's density is known to within this share.
     """
 
-    low: float
+    space: Space
     bound: Bound
     trials: int
     timeout_s: float | None = None
@@ -89,18 +89,20 @@ def _drop_half_line(journal: Path) -> None:
 
 def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
     """Gives the study its sampler, which goes on where the study's trials end."""
-    study.sampler = make_sampler(name, low=min(plan.low, 0.99), max_drop=plan.bound.max_drop, seed=seed)
+    study.sampler = make_sampler(name, plan.space, plan.bound.max_drop, seed, plan.tolerance)
 
 
-def add_dense(study: optuna.Study, value: float, bound: Bound, constraints: Sequence[Checked] = ()) -> None:
+def add_dense(
+    study: optuna.Study, space: Space, value: float, bound: Bound, constraints: Sequence[Checked] = ()
+) -> None:
     """Enters the dense model as the study's trial 0: density 1 and nothing lost, at no cost."""
     if study.get_trials(deepcopy=False):
         return
     study.add_trial(
         optuna.trial.create_trial(
             value=value,
-            params={"density": 1.0},
-            distributions={"density": FloatDistribution(1e-6, 1.0, log=True)},
+            params=space.dense_params,
+            distributions=space.distributions,
             user_attrs={"drop": 0.0, "drop_se": 0.0, "dense": True},
             constraints={"drop": -bound.max_drop, **{one.text: one.excess for one in constraints}},
         )
@@ -110,7 +112,7 @@ def add_dense(study: optuna.Study, value: float, bound: Bound, constraints: Sequ
 def search(
     study: optuna.Study,
     plan: Plan,
-    make_spec: Callable[[int, float], TrialSpec],
+    make_spec: Callable[[int, Configuration], TrialSpec],
     executor: Executor,
     folder: StudyFolder,
     events: Events,
@@ -124,7 +126,7 @@ def search(
     Args:
         study: An Optuna study with the dense model as trial 0.
         plan: What is searched and for how long.
-        make_spec: The trial of that number at that density.
+        make_spec: The trial of that number in that configuration.
         executor: Runs the trials: in this process, a pool, or a cluster.
         folder: Keeps every trial before the study knows of it, so that a kill loses none.
         events: Is told of every trial, in the order in which they finish.
@@ -146,8 +148,8 @@ def search(
             stop = None
             while len(pending) < plan.workers and (stop := reason_to_stop()) is None:
                 trial = cut_short.pop(0) if cut_short else study.ask()
-                density = trial.suggest_float("density", plan.low, 1.0, log=True) if plan.low < 1 else 1.0
-                pending[executor.submit(run_trial, make_spec(trial.number, density))] = trial
+                spec = make_spec(trial.number, plan.space.suggest(trial))
+                pending[executor.submit(run_trial, spec)] = trial
             if not pending:
                 return stop or BUDGET_SPENT
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -177,38 +179,45 @@ def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
     left = plan.trials - _begun(study)
     if left <= 0:
         return BUDGET_SPENT
-    if plan.low == 1:
+    if plan.space.low == 1 and len(plan.space.arms) == 1:
         return "the scheme has no density to search over" if _begun(study) else None
     if isinstance(study.sampler, optuna.samplers.GridSampler) and study.sampler.is_exhausted(study):
         return "the grid is complete"
-    if not isinstance(study.sampler, ThresholdSampler) or not finished(study):
+    if not isinstance(study.sampler, ThresholdSampler | ArmSampler) or not finished(study):
         return None
-    known = study.sampler.done(study.get_trials(deepcopy=False), plan.tolerance)
+    trials = study.get_trials(deepcopy=False)
+    if isinstance(study.sampler, ArmSampler):
+        arm, known = study.sampler.best(trials, study.directions), study.sampler.done(trials, study.directions)
+    else:
+        arm, known = plan.space.arms[0], study.sampler.done(trials, plan.tolerance)
     if known or left <= max(1, plan.trials // 4):
-        density = _missing(study, plan)
-        if density is not None and not _is_running(study, density):
-            study.enqueue_trial({"density": density}, skip_if_exists=True)
+        density = _missing(study, plan, arm) if arm else None
+        if arm and density is not None and not _is_running(study, arm, density):
+            study.enqueue_trial(plan.space.params_at(arm, density), skip_if_exists=True)
             return None
     return known
 
 
-def _is_running(study: optuna.Study, density: float) -> bool:
-    """Whether a trial runs at about that density."""
-    running = [trial.params.get("density", 1.0) for trial in _states(study, TrialState.RUNNING)]
-    return any(abs(one / density - 1) <= TOLERANCE for one in running)
+def _is_running(study: optuna.Study, arm: Arm, density: float) -> bool:
+    """Whether a trial of the arm runs at about that density."""
+    running = of_arm(arm, _states(study, TrialState.RUNNING))
+    return any(abs(trial.params["density"] / density - 1) <= TOLERANCE for trial in running)
 
 
 def _states(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=states)
 
 
-def _missing(study: optuna.Study, plan: Plan) -> float | None:
-    """The density at which the answer should lie, if no trial near it is known to be feasible."""
-    belief, best = posterior(study, plan), answer(study, plan)
-    assert belief is not None
+def _missing(study: optuna.Study, plan: Plan, arm: Arm) -> float | None:
+    """The density at which an arm's answer should lie, if no trial near it is known to be feasible."""
+    belief, best = posterior(study, plan.space, plan.bound, arm), answer(study, plan.space, plan.bound)
+    if belief is None:
+        return None
     density = belief.threshold(PROBABILITY)
-    if best is not None and belief.p_feasible(best.params["density"]) >= PROBABILITY:
-        return density if best.params["density"] > (1 + plan.tolerance) * density else None
+    if best is not None and arm.holds(best.params):
+        found = asked_density(best)
+        if belief.p_feasible(found) >= PROBABILITY:
+            return density if found > (1 + plan.tolerance) * density else None
     return density
 
 
@@ -246,58 +255,15 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
 def entry_of(result: TrialResult, bound: Bound) -> tuple[dict[str, Any], dict[str, float]]:
     """A trial's user attributes and constraints in the study."""
     drop, drop_se = result.effective_drop(bound.max_drop)
-    names = ("score", "density", "feasible", "rejected", "seconds", "steps", "start")
-    attributes = {name: getattr(result, name) for name in names}
+    names = ("score", "density", "density_asked", "feasible", "rejected", "seconds", "steps", "start")
+    attributes = {name: getattr(result, name) for name in names} | {"drop": drop, "drop_se": drop_se}
     # Without a constraint the trial would count as feasible.
     constraints = {"drop": (drop if result.rejected else result.drop) - bound.max_drop}
     constraints |= {one.text: one.excess for one in result.constraints}
-    return {**attributes, "noise": result.measurement.noise, "drop": drop, "drop_se": drop_se}, constraints
+    return {**attributes, "noise": result.measurement.noise}, constraints
 
 
 def failures(study: optuna.Study) -> list[tuple[int, str]]:
     """The number and the reason of each trial that ended without a result."""
     failed = _states(study, TrialState.FAIL)
     return [(trial.number, trial.user_attrs.get("reason", "cut short")) for trial in failed]
-
-
-def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """The study's finished trials without the dense model."""
-    return [trial for trial in _states(study, TrialState.COMPLETE) if not trial.user_attrs.get("dense")]
-
-
-def posterior(study: optuna.Study, plan: Plan) -> Posterior | None:
-    """What the trials say about the lowest feasible density; None for a scheme without a density."""
-    if plan.low == 1:
-        return None
-    sampler = study.sampler
-    if not isinstance(sampler, ThresholdSampler):
-        sampler = ThresholdSampler(plan.low, plan.bound.max_drop)
-    return sampler.posterior(study.get_trials(deepcopy=False))
-
-
-def answer(study: optuna.Study, plan: Plan, lost: Collection[int] = ()) -> FrozenTrial | None:
-    """The trial that the search answers with; None if none is feasible on val.
-
-    Not the study's best trial, which its own selection has made look better than it is, but the best of those
-    whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
-    as that to a percent, or to what their latencies are known to, the one that lost least. Failing that the most
-    probable one.
-
-    Args:
-        study: The study.
-        plan: What is searched.
-        lost: Trials whose record or weights are damaged: what they found counts, but they cannot be the answer.
-    """
-    feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
-    belief = posterior(study, plan)
-    if not feasible or belief is None:
-        return feasible[0] if feasible else None
-    p = {trial.number: belief.p_feasible(trial.params["density"]) for trial in feasible}
-    probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]
-    if not probable:
-        return max(feasible, key=lambda trial: p[trial.number])
-    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-    best = min(sign * (trial.value or 0.0) for trial in probable)
-    noise = {trial.number: max(ALIKE, trial.user_attrs.get("noise", 0.0)) for trial in probable}
-    alike = [t for t in probable if sign * (t.value or 0.0) - best <= noise[t.number] * abs(best)]
-    return min(alike, key=lambda trial: trial.user_attrs["drop"])

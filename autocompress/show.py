@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison, conditions
+from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison, conditions, in_words
 from autocompress.record import Record
 from autocompress.sweep_result import Sweep
 
@@ -51,6 +51,8 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     console.print()
     colours = {"certified": "bold green", "not met": "bold red"}
     say(found["sentence"], colours.get(found["verdict"], "bold yellow"))
+    if params := found.get("params"):
+        say(f"Chosen: {in_words(params)}.")
     n = len(found["trials"])
     say(f"{n} trial{'' if n == 1 else 's'} in {found['seconds']:.0f} s; {found['stopped']}.")
     for name, file in found["artifacts"].items():

@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -149,11 +149,16 @@ class StudyFolder:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
 
-    def start(self, density: float) -> Start | None:
-        """The sparsest model that a trial at ``density`` can start from; None if only the dense one can."""
+    def start(self, density: float, among: Container[int]) -> Start | None:
+        """The sparsest model that a trial at ``density`` can start from; None if only the dense one can.
+
+        Args:
+            density: Of the trial.
+            among: The numbers of the trials whose models it may start from.
+        """
         files = [file for file in self.path.glob("trials/*/start-*") if (file.parent / "trial.json").is_file()]
         denser = [(float(file.stem.removeprefix("start-")), file) for file in files]
-        denser = [(found, file) for found, file in denser if found >= density]
+        denser = [(found, file) for found, file in denser if found >= density and int(file.parent.name) in among]
         if not denser:
             return None
         found, file = min(denser)

@@ -18,6 +18,7 @@ from autocompress.certify import CONFIDENCE, certifiable_drop, certify, conclude
 from autocompress.constraint import Constraint, parse_constraints
 from autocompress.data import digits
 from autocompress.deployed import deployed
+from autocompress.dimensions import Search, on_model, parse_dimensions
 from autocompress.environment import provenance
 from autocompress.export import Export, check_formats, export
 from autocompress.files import read_json, write_json
@@ -30,26 +31,26 @@ from autocompress.mend import restore, set_aside_if_damaged
 from autocompress.mlflow_store import without_secrets
 from autocompress.parcel import pack_shared
 from autocompress.per_class import per_class
+from autocompress.posterior import Posterior
 from autocompress.progress import span
-from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
+from autocompress.recovery import Recovery, make_recovery, settings_of, with_settings
 from autocompress.report import write_report
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.runtimes import check_runtime, shown_runtimes
-from autocompress.sampler import make_sampler
-from autocompress.scheme import Facts, Scheme, Weights, describe, parse_scheme
+from autocompress.samplers import check_sampler
+from autocompress.scheme import Facts, Scheme, Weights, as_schemes, describe
 from autocompress.search import (
     TOLERANCE,
     Plan,
     add_dense,
     adopt,
-    answer,
     failures,
-    finished,
     open_study,
-    posterior,
-    search,
     set_sampler,
 )
+from autocompress.search import search as run_search
+from autocompress.selection import answer, finished, posterior
+from autocompress.space import DENSITY, Configuration, Space
 from autocompress.storage import (
     StudyFolder,
     check_name,
@@ -72,7 +73,7 @@ LOWEST_DENSITY = 0.002  # of the search, where the scheme itself could go lower
 
 def tune(
     task: Task | None = None,
-    scheme: str | Scheme = "StructPrune",
+    scheme: str | Scheme | Sequence[str | Scheme] = "StructPrune",
     max_drop: float = 0.01,
     *,
     constraints: Sequence[str | Constraint] = (),
@@ -85,7 +86,8 @@ def tune(
     epochs: float | None = None,
     recovery: str | Recovery = "lc",
     full_trials: bool = False,
-    sampler: str = "threshold",
+    search: Search = "",
+    sampler: str | None = None,
     seed: int = 0,
     device: str = "auto",
     workers: int = 1,
@@ -105,7 +107,7 @@ def tune(
 
     Args:
         task: What to compress; by default the digits, see `autocompress.digits`.
-        scheme: How to compress: a name, a sum of names, or a `Scheme`.
+        scheme: How to compress: a name, a sum of names, or a `Scheme`; of several the search chooses one.
         max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
         constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``.
         drop: Whether ``max_drop`` counts points or shares of the dense model's score.
@@ -121,7 +123,11 @@ def tune(
         full_trials: Whether every trial recovers from the dense model, with the whole budget and to its end. By
             default a trial starts from the nearest denser model, with fewer steps, and gives up when it cannot
             meet the bound any more.
-        sampler: Which densities to try: threshold, gp, tpe, bisection, grid or random.
+        search: What to vary beside the density: ``{"criterion": ["l1", "l2"], "lr": (0.01, 0.3),
+            "stage-density": None}`` with a list of values, a range, or None for those that make sense; or in a
+            line, ``"criterion=l1,l2; lr=0.01..0.3; stage-density"``.
+        sampler: What to try next: threshold, gp, tpe, bisection, grid or random; by default threshold, or gp where
+            ``search`` has a range.
         seed: Seeds the search and the trials.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
         workers: Trials at a time, each in a process of its own with a GPU or a share of the CPU's threads; 1 runs
@@ -144,12 +150,17 @@ def tune(
         ValueError: If an argument is not usable; the message says what is allowed.
     """
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
+    recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
+    schemes = as_schemes(scheme)
+    dimensions = parse_dimensions(search, schemes, recovery)
     settings = Settings(
-        scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
+        schemes=schemes,
+        dimensions=dimensions,
         bound=Bound(max_drop, relative=_is_relative(drop)),
         objective=as_objective(objective),
-        sampler=sampler,
-        recovery=with_epochs(recovery, epochs) if epochs is not None else recovery,
+        # An unknown name is refused before the training; what the space is on the model is not known yet.
+        sampler=check_sampler(sampler, Space(schemes, recovery, (0.5,) * len(schemes), dimensions)),
+        recovery=recovery,
         seed=seed,
         trials=trials,
         timeout_s=timeout,
@@ -167,7 +178,6 @@ def tune(
     if name is not None:
         check_name(name)
     home = prepare_out(Path(out))
-    make_sampler(sampler, low=0.5, max_drop=max_drop, seed=seed)  # an unknown name is refused before the training
     if task is None:
         watcher.doing("training the dense model, or taking it from the cache")
         task = digits(cache=home / "cache")
@@ -229,8 +239,9 @@ class Study:
         self.register = register
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
+        self._facts: dict[str, Facts] = {}
         # Before the tracker: its thread imports MLflow, and threads share Python's warning filters.
-        self.facts, self.notes = analyze(settings.scheme, task)
+        self.space, self.notes = self._open_space()
         self.tracker = make_tracker()
         self.records: list[TrialResult] = []
         self.lost: set[int] = set()  # trials whose record or weights are damaged
@@ -253,9 +264,9 @@ class Study:
         self.watcher.doing("measuring the dense model")
         self.dense = task.evaluate(task.model, task.val)
         self.dense_cost, self.timing = self._measure_dense()
-        lowest = settings.scheme.lowest_density(self.facts)
-        low = max(lowest, LOWEST_DENSITY) if settings.scheme.takes_density else 1.0
-        self.plan = Plan(low, settings.bound, settings.trials, settings.timeout_s, tolerance=settings.tolerance)
+        self.plan = Plan(
+            self.space, settings.bound, settings.trials, settings.timeout_s, tolerance=settings.tolerance
+        )
         dense_value = settings.objective(self.dense_cost)
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
         self.folder.update_settings({"dense_value": dense_value})
@@ -264,31 +275,51 @@ class Study:
             self.watcher.warned(problem)
         self.study = open_study(self.folder.journal_file, settings.objective.direction)
         set_sampler(self.study, settings.sampler, self.plan, settings.seed)
-        add_dense(self.study, dense_value, settings.bound, self.dense_checked)
+        add_dense(self.study, self.space, dense_value, settings.bound, self.dense_checked)
         adopt(self.study, settings.bound, self.folder)
-        restore(self.study, settings.bound, self.folder)
+        restore(self.study, self.space, settings.bound, self.folder)
         for trial in finished(self.study):
             self._again(trial.number)
         with self._executor() as executor, gentle_interrupt(self.watcher.warned) as asked_to_stop:
             plan = replace(self.plan, workers=executor.size)
-            stopped = search(self.study, plan, self._spec, executor, self.folder, self, asked_to_stop)
+            stopped = run_search(self.study, plan, self._spec, executor, self.folder, self, asked_to_stop)
         return self._conclude(stopped)
 
     def _executor(self) -> InProcess | Remote:
         """Where the trials run."""
         if self.cluster is not None:
             self.sent, self.device = self.task.on("cpu"), self.cluster.device
-            shared, payload = pack_shared(vars(self._spec(0, 1.0)))
+            shared, payload = pack_shared(vars(self._any_spec()))
             self.cluster.open(payload)
             return Remote(self.cluster, shared)
         workers = self.settings.workers
         if workers == 1:
             return InProcess()
         self.sent = self.task.on("cpu")
-        shared, payload = pack_shared(vars(self._spec(0, 1.0)))
+        shared, payload = pack_shared(vars(self._any_spec()))
         gpus = visible_gpus() if self.settings.device != "cpu" else []
         threads = max(1, torch.get_num_threads() // workers)
         return Remote(LocalWorkers(workers, payload, threads=threads, gpus=gpus), shared)
+
+    def _open_space(self) -> tuple[Space, tuple[str, ...]]:
+        """What the search may choose from on this model, and what the schemes cannot compress in it."""
+        settings, lows, notes = self.settings, [], dict[str, None]()
+        for scheme in settings.schemes:
+            facts, said = analyze(scheme, self.task)
+            self._facts[describe(scheme)] = facts
+            lows.append(max(scheme.lowest_density(facts), LOWEST_DENSITY) if scheme.takes_density else 1.0)
+            notes |= dict.fromkeys(said)
+        dimensions = on_model(settings.dimensions, self.task.model)
+        space = Space(settings.schemes, settings.recovery, tuple(lows), dimensions)
+        check_sampler(settings.sampler, space)
+        return space, tuple(notes)
+
+    def _facts_of(self, scheme: Scheme) -> Facts:
+        """What a scheme found out about the model, once for each."""
+        spec = describe(scheme)
+        if spec not in self._facts:
+            self._facts[spec] = analyze(scheme, self.task)[0]
+        return self._facts[spec]
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
         """What the dense model costs, and whether the objective needs more than can be counted."""
@@ -312,7 +343,7 @@ class Study:
                 folder=self.folder.path,
                 dense=self.dense_cost,
                 dense_score=self.dense.score,
-                low=self.plan.low,
+                low=self.space.low,
                 notes=(*self.task.notes, *self.notes, *self._prospect()),
             )
         )
@@ -342,16 +373,17 @@ class Study:
         within = f"to be certified within {100 * bound.max_drop:g} pp with {100 * confidence:g}% confidence"
         return (*missed, f"{where}, the answer must {must} on test {within}")
 
-    def _spec(self, number: int, density: float) -> TrialSpec:
-        settings = self.settings
-        cheap = not settings.full_trials and can_be_cheap(settings.recovery) and self.plan.low < 1
+    def _spec(self, number: int, chosen: Configuration) -> TrialSpec:
+        settings, facts = self.settings, self._facts_of(chosen.scheme)
+        density = max(chosen.density, chosen.scheme.lowest_density(facts))
+        cheap = not settings.full_trials and can_be_cheap(settings.recovery) and self.space.low < 1
         return TrialSpec(
             number=number,
             density=density,
             task=self.sent,
-            scheme=settings.scheme,
-            facts=self.facts,
-            recovery=settings.recovery,
+            scheme=chosen.scheme,
+            facts=facts,
+            recovery=chosen.recovery,
             objective=settings.objective,
             bound=settings.bound,
             dense=self.dense,
@@ -359,12 +391,23 @@ class Study:
             device=self.device,
             timing=self.timing,
             constraints=settings.constraints,
-            start=self.folder.start(density) if cheap else None,
+            start=self.folder.start(density, self._alike(chosen)) if cheap else None,
             cheap=cheap,
             dense_cost=self.dense_cost,
             runtime=settings.runtime,
             profile_device=settings.profile_device,
+            params=chosen.params,
         )
+
+    def _any_spec(self) -> TrialSpec:
+        """A trial for what all have in common."""
+        return self._spec(0, self.space.configuration(self.space.dense_params))
+
+    def _alike(self, chosen: Configuration) -> set[int]:
+        """The trials that differ from a configuration in density alone: it can start from what they left."""
+        return {
+            record.number for record in self.records if record.params == chosen.params and self.space.is_finite
+        }
 
     def _again(self, number: int) -> None:
         """Passes on a trial of an earlier run of the study."""
@@ -382,7 +425,8 @@ class Study:
     def trial(self, result: TrialResult) -> None:
         """Passes a finished trial on to the watcher and to MLflow."""
         self.records.append(replace(result, model=None))
-        best, belief = self._best(), posterior(self.study, self.plan)
+        best = self._best()
+        belief = self._belief(best)
         self.watcher.trial(self.records[-1], best, belief)
         beliefs = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
         if belief is not None and best is not None:
@@ -398,8 +442,13 @@ class Study:
 
     def _best(self) -> TrialResult | None:
         """The record of what the answer would be now."""
-        chosen = answer(self.study, self.plan, self.lost)
+        chosen = answer(self.study, self.space, self.settings.bound, self.lost)
         return next((r for r in self.records if chosen and r.number == chosen.number), None)
+
+    def _belief(self, best: TrialResult | None) -> Posterior | None:
+        """What is known of the threshold, of several arms that of the answer's."""
+        arm = self.space.arm_of(best.params) if best else None
+        return posterior(self.study, self.space, self.settings.bound, arm)
 
     def _conclude(self, stopped: str) -> Result:
         """Judges the answer on test, measures it beside the dense model, and saves everything."""
@@ -430,8 +479,8 @@ class Study:
         return None, {}
 
     def _with_answer(self, best: TrialResult, state: Weights, stopped: str) -> Result:
-        task, settings = self.task, self.settings
-        rebuilt = rebuild(settings.scheme, task.model, self.facts, best.plan, best.density, state)
+        task, settings, scheme = self.task, self.settings, self._scheme_of(best)
+        rebuilt = rebuild(scheme, task.model, self._facts_of(scheme), best.plan, best.density, state)
         model = deployed(rebuilt, task.example_input)
         with span(0, 0.5):
             dense_test = task.evaluate(task.model, task.test)
@@ -477,6 +526,9 @@ class Study:
             layers=layers,
         )
 
+    def _scheme_of(self, trial: TrialResult) -> Scheme:
+        return self.space.configuration({DENSITY: trial.density_asked, **trial.params}).scheme
+
     def _without_answer(self, stopped: str) -> Result:
         dense = {"val": self.dense.score}
         return self._result(
@@ -506,12 +558,12 @@ class Study:
             f"Not met: of {len(self.records)} trials none loses at most {bound}{meeting} on val; "
             f"the nearest loses "
             f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
-            f"drop, {longer}, another scheme than {describe(self.settings.scheme)}, or more trials "
+            f"drop, {longer}, another scheme than {self.settings.scheme}, or more trials "
             f"than {self.settings.trials}."
         )
 
     def _result(self, stopped: str, **found: Any) -> Result:
-        belief = posterior(self.study, self.plan) if self.records else None
+        belief = self._belief(self._best()) if self.records else None
         return Result(
             name=self.folder.path.name,
             records=tuple(self.records),
@@ -526,7 +578,7 @@ class Study:
 
     def _export(self, model: nn.Module, best: TrialResult, scores: Mapping[str, Any], sentence: str) -> Export:
         provenance = Provenance(
-            scheme=describe(self.settings.scheme),
+            scheme=describe(self._scheme_of(best)),
             plan=best.plan,
             density=best.density,
             task=self.task.name,

@@ -22,7 +22,7 @@ from autocompress.interrupt import gentle_interrupt
 from autocompress.macs import count_macs
 from autocompress.measurement import Measurement, measure
 from autocompress.metrics import Metric, as_metric
-from autocompress.recovery import Recovery, make_recovery, settings_of, with_epochs
+from autocompress.recovery import Recovery, make_recovery, settings_of, with_settings
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
 from autocompress.search import INTERRUPTED
 from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
@@ -94,7 +94,7 @@ def sweep(
     if seed < 0:
         raise ValueError(f"seed={seed}; it must be at least 0")
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
-    recovery = with_epochs(recovery, epochs) if epochs is not None else recovery
+    recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
     device = usable_device(device)
     if name is not None:
         check_name(name)

@@ -194,7 +194,12 @@ class Tracker:
             f"trial {result.number:03d} · {result.density:.3g}",
             metrics,
             tags,
-            {"number": result.number, "density_asked": f"{result.density_asked:.6g}", **(params or {})},
+            {
+                "number": result.number,
+                "density_asked": f"{result.density_asked:.6g}",
+                **result.params,
+                **(params or {}),
+            },
             curves=result.curves,
         )
         progress = {f"posterior/{name}": value for name, value in (posterior or {}).items()}

@@ -1,4 +1,4 @@
-"""One trial: compress at one density, recover, realize, score on val, measure. A pure function."""
+"""One trial: compress in one configuration, recover, realize, score on val, measure. A pure function."""
 
 import copy
 import math
@@ -89,6 +89,7 @@ class TrialSpec:
         constraints: What else the compressed model must reach on val.
         start: A denser model of an earlier trial to start from; None for the dense model.
         cheap: Whether the trial gives up when it cannot make it, and leaves starts for others.
+        params: What else the search proposed, by name; it is in the scheme and the recovery already.
     """
 
     number: int
@@ -109,6 +110,7 @@ class TrialSpec:
     dense_cost: Measurement | None = None
     runtime: str = "eager"
     profile_device: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class TrialResult:
         given_up_at: The share of the polish at which it was rejected; None if its recovery came to its end.
         starts: By density: the state dicts that denser trials and sparser ones can start from; not on disk with
             the record, but beside it.
+        params: What the search proposed beside the density, by name.
     """
 
     number: int
@@ -168,6 +171,8 @@ class TrialResult:
     def standing(self) -> str:
         """Whether it is feasible, in a word for tables."""
         return "rejected" if self.rejected else "yes" if self.feasible else "no"
+
+    params: Mapping[str, Any] = field(default_factory=dict)
 
     def effective_drop(self, max_drop: float) -> tuple[float, float]:
         """The drop as the search counts it, with its standard error: beyond the bound by what is missed most.
@@ -261,6 +266,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         start_density=spec.start.density if spec.start else 1.0,
         given_up_at=recovered.given_up_at,
         starts=starts,
+        params=dict(spec.params),
     )
 
 

@@ -127,12 +127,20 @@ class Prune:
     skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
+    searched: ClassVar[Mapping[str, Sequence[object]]] = {
+        "criterion": ("obd", "l2", "taylor"),
+        "spread": ("global", "erk", "lamp"),
+    }
 
     def __post_init__(self) -> None:
         check_criterion(self, self.criterion, ENTRY_CRITERIA)
         object.__setattr__(self, "spread", checked_spread(self.spread))
         object.__setattr__(self, "min_keep", checked_min_keep(self.min_keep, "weight"))
         object.__setattr__(self, "skip", checked_skip(self.skip))
+
+    def staged(self, relative: Mapping[str, float]) -> "Prune":
+        """The same with relative densities by module."""
+        return replace(self, spread=relative)
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
         """Finds the weights of linear and convolutional layers, and what may be pruned beside them."""

@@ -89,6 +89,12 @@ class StructPrune:
     normalize: Normalization = "mean"
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
+    searched: ClassVar[Mapping[str, Sequence[object]]] = {
+        "criterion": ("l2", "taylor", "obd", "fpgm"),
+        "spread": ("global", "uniform", "lamp"),
+        "normalize": ("mean", "parameters"),
+        "align": (1, 8),
+    }
 
     def __post_init__(self) -> None:
         check_criterion(self, self.criterion, CHANNEL_CRITERIA)
@@ -99,6 +105,10 @@ class StructPrune:
         object.__setattr__(self, "spread", checked_spread(self.spread))
         object.__setattr__(self, "min_keep", checked_min_keep(self.min_keep, "channel"))
         object.__setattr__(self, "skip", checked_skip(self.skip))
+
+    def staged(self, relative: Mapping[str, float]) -> "StructPrune":
+        """The same with relative widths by module."""
+        return replace(self, spread=relative)
 
     def prunes(self, group: Group) -> bool:
         """Whether the scheme removes channels of this kind."""

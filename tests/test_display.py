@@ -65,7 +65,7 @@ def beginning(*, relative: bool = False, notes: tuple[str, ...] = (), timeout_s:
     data = (torch.zeros(40, 2), torch.zeros(40, dtype=torch.long))
     task = ac.Task(nn.Linear(2, 2), data, data, data, name="[red]digits")
     settings = Settings(
-        scheme=ac.parse_scheme("StructPrune"),
+        schemes=(ac.parse_scheme("StructPrune"),),
         bound=Bound(0.015, relative),
         objective=Objective("density", lambda m: m.density),
         trials=5,

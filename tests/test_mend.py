@@ -11,12 +11,16 @@ from optuna.trial import TrialState
 
 from autocompress.lc import LearningCompression
 from autocompress.mend import LOST, restore, set_aside_if_damaged
-from autocompress.search import add_dense, adopt, failures, finished, open_study
+from autocompress.schemes import StructPrune
+from autocompress.search import add_dense, adopt, failures, open_study
+from autocompress.selection import finished
+from autocompress.space import Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialSpec, run_trial
 
 BOUND = Bound(0.05)
 DENSITIES = (0.5, 0.25, 0.4)
+SPACE = Space((StructPrune(),), LearningCompression(), (0.1,))
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def folder(tmp_path: Path, make_spec: Callable[..., TrialSpec]) -> Iterator[Stud
 def opened(folder: StudyFolder) -> optuna.Study:
     study = open_study(folder.journal_file, "minimize")
     study.sampler = optuna.samplers.RandomSampler(seed=0)
-    add_dense(study, 1.0, BOUND)
+    add_dense(study, SPACE, 1.0, BOUND)
     return study
 
 
@@ -53,7 +57,7 @@ def test_a_whole_journal_is_left_alone(folder: StudyFolder) -> None:
     assert set_aside_if_damaged(folder) is None
     assert folder.journal_file.read_bytes() == before
     study = open_study(folder.journal_file)
-    restore(study, BOUND, folder)
+    restore(study, SPACE, BOUND, folder)
     assert len(finished(study)) == 3
     folder.journal_file.write_bytes(b"")
     assert set_aside_if_damaged(folder) is None
@@ -87,7 +91,7 @@ def test_a_damaged_journal_is_made_again_from_the_records(
     assert re.search(said, problem), problem
     assert journal.with_name("journal.log.damaged").read_bytes() == damaged
     study = opened(folder)
-    restore(study, BOUND, folder)
+    restore(study, SPACE, BOUND, folder)
     assert content(study) == before
     assert set_aside_if_damaged(folder) is None
 
@@ -98,7 +102,7 @@ def test_a_trial_whose_record_is_damaged_too_counts_as_failed(folder: StudyFolde
     folder.journal_file.write_bytes(b"nothing\n")
     assert "line 1" in str(set_aside_if_damaged(folder))
     study = opened(folder)
-    restore(study, BOUND, folder)
+    restore(study, SPACE, BOUND, folder)
     assert [trial.state for trial in study.trials][2] == TrialState.FAIL
     assert failures(study) == [(2, LOST)]
     assert [trial.number for trial in finished(study)] == [1, 3]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autocompress.cli import cli
 from autocompress.options import options_of, write_config
 from autocompress.recovery import RECOVERIES
-from autocompress.sampler import SAMPLERS
+from autocompress.samplers import SAMPLERS
 from autocompress.training import Optimizer
 
 TUNE = cli.commands["tune"]

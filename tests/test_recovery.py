@@ -18,7 +18,7 @@ from autocompress.recovery import (
     Recovery,
     make_recovery,
     settings_of,
-    with_epochs,
+    with_settings,
 )
 from autocompress.scheme import Scheme
 from autocompress.task import Task, TensorSplit
@@ -145,12 +145,12 @@ def test_layerwise_pruning_goes_from_the_first_layer_to_the_last(
 def test_settings_are_plain_and_make_the_same_recovery_again(method: str) -> None:
     given = {} if method == "none" else {"lr": 0.03, "distill": 0.25, "optimizer": "adamw"}
     given |= {"rounds": 6} if method == "iterative" else {}
-    recovery = with_epochs(make_recovery(method, **given), 7.0)
+    recovery = with_settings(make_recovery(method, **given), epochs=7.0)
     settings = json.loads(json.dumps(settings_of(recovery), allow_nan=False))
     assert settings["method"] in RECOVERIES
     assert settings["epochs"] == 7.0
     again = make_recovery(settings["method"], **{name: settings[name] for name in given})
-    assert with_epochs(again, settings["epochs"]) == recovery
+    assert with_settings(again, epochs=settings["epochs"]) == recovery
 
 
 def test_unknown_methods_and_settings_out_of_range_are_refused() -> None:

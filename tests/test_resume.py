@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from autocompress.lc import LearningCompression
-from autocompress.sampler import make_sampler
-from autocompress.search import Plan, add_dense, adopt, finished, open_study, search
+from autocompress.samplers import make_sampler
+from autocompress.schemes import StructPrune
+from autocompress.search import Plan, add_dense, adopt, open_study, search
+from autocompress.selection import finished
+from autocompress.space import Configuration, Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialSpec
 from autocompress.workers import InProcess
@@ -25,6 +28,7 @@ BOUND = Bound(0.05)
 LOW = 0.15
 TRIALS = 3
 QUICK = LearningCompression(epochs=1, c_steps=1, lr=0.05)
+SPACE = Space((StructPrune(),), QUICK, (LOW,))
 
 
 class Quiet:
@@ -41,11 +45,14 @@ def run_study(path: Path, make_spec: Callable[..., TrialSpec], sampler: str) -> 
     """Begins the study, or goes on with it."""
     folder = StudyFolder(path)
     study = open_study(folder.journal_file, "minimize")
-    study.sampler = make_sampler(sampler, low=LOW, max_drop=BOUND.max_drop, seed=3)
-    add_dense(study, 1.0, BOUND)
+    study.sampler = make_sampler(sampler, SPACE, BOUND.max_drop, 3)
+    add_dense(study, SPACE, 1.0, BOUND)
     adopt(study, BOUND, folder)
-    plan = Plan(LOW, BOUND, TRIALS)
-    search(study, plan, lambda n, d: make_spec(n, d, bound=BOUND, recovery=QUICK), InProcess(), folder, Quiet())
+
+    def spec(number: int, chosen: Configuration) -> TrialSpec:
+        return make_spec(number, chosen.density, bound=BOUND, recovery=QUICK)
+
+    search(study, Plan(SPACE, BOUND, TRIALS), spec, InProcess(), folder, Quiet())
     folder.close()
 
 

@@ -10,16 +10,16 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autocompress.sampler import (
-    SAMPLERS,
-    BisectionSampler,
-    ThresholdSampler,
-    make_sampler,
-)
+from autocompress.lc import LearningCompression
+from autocompress.sampler import BisectionSampler, ThresholdSampler
+from autocompress.samplers import SAMPLERS, make_sampler
+from autocompress.schemes import StructPrune
+from autocompress.space import Space
 
 LOW, BOUND = 0.02, 0.01
 KINDS = ("exponential", "hockey stick", "bump")
 DENSITY = FloatDistribution(LOW, 1.0, log=True)
+SPACE = Space((StructPrune(),), LearningCompression(), (LOW,))
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +179,7 @@ def test_with_noise_the_estimate_is_no_worse_than_that_of_a_gaussian_process() -
     errors = []
     for kind, seed in cases:
         simulation = Simulation(kind, 1000 + seed, 2000)
-        study = search(make_sampler("gp", low=LOW, max_drop=BOUND, seed=seed), simulation, 16)
+        study = search(make_sampler("gp", SPACE, BOUND, seed), simulation, 16)
         errors.append(log_error(study.best_trial.params["density"], simulation))
     # The estimate, not the 90% answer: that stays on the safe side on purpose, which these give up.
     assert np.mean([noisy(*case, shared=0.0)[2] for case in cases]) <= np.mean(errors)
@@ -372,27 +372,27 @@ def test_bisection_without_noise_halves_its_bracket() -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_runs_with_ask_and_tell(name: str) -> None:
-    study = search(make_sampler(name, low=LOW, max_drop=BOUND, seed=0), Simulation("exponential", 3, 2000), 6)
+    study = search(make_sampler(name, SPACE, BOUND, 0), Simulation("exponential", 3, 2000), 6)
     densities = [t.params["density"] for t in study.trials]
     assert len(set(densities)) == len(densities)
     assert all(LOW <= d <= 1 for d in densities)
 
 
 def test_the_grid_tries_each_of_twenty_densities_once() -> None:
-    study = search(make_sampler("grid", low=LOW, max_drop=BOUND, seed=0), Simulation("exponential", 3), 20)
+    study = search(make_sampler("grid", SPACE, BOUND, 0), Simulation("exponential", 3), 20)
     densities = sorted(t.params["density"] for t in study.trials)
     assert densities == pytest.approx(np.geomspace(LOW, 1, 21))
 
 
 def test_an_unknown_sampler_is_answered_with_near_matches() -> None:
     with pytest.raises(ValueError, match=r"unknown sampler 'treshold'; did you mean threshold\?.*bisection"):
-        make_sampler("treshold", low=LOW, max_drop=BOUND, seed=0)
+        make_sampler("treshold", SPACE, BOUND, 0)
 
 
 def test_proposals_at_the_lowest_density_are_taken_by_optuna() -> None:
     # exp(log(low)) falls short of low by one bit for some of these
     for low in np.random.default_rng(0).uniform(0.001, 0.1, 12):
-        study = optuna.create_study(sampler=make_sampler("threshold", low=low, max_drop=0.01, seed=0))
+        study = optuna.create_study(sampler=ThresholdSampler(low, 0.01))
         for _ in range(4):
             trial = study.ask()
             density = trial.suggest_float("density", low, 1.0, log=True)

@@ -21,12 +21,11 @@ from autocompress.search import (
     Plan,
     add_dense,
     adopt,
-    answer,
-    finished,
     open_study,
-    posterior,
     search,
 )
+from autocompress.selection import answer, finished, posterior
+from autocompress.space import Configuration, Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
 from autocompress.workers import InProcess
@@ -35,6 +34,11 @@ MakeSpec = Callable[..., TrialSpec]
 BOUND = Bound(0.05)
 LOW = 0.15  # the tiny network can go to 0.131
 QUICK = LearningCompression(epochs=1, c_steps=1, lr=0.05)
+
+
+def space(low: float = LOW) -> Space:
+    """The density alone."""
+    return Space((StructPrune() if low < 1 else Quantize16(),), QUICK, (low,))
 
 
 class Log:
@@ -60,7 +64,7 @@ class Home:
         self.folder = StudyFolder(path)
         self.log = Log()
         self.study = self.opened()
-        add_dense(self.study, 1.0, BOUND)
+        add_dense(self.study, space(), 1.0, BOUND)
 
     def opened(self, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
         study = open_study(self.path / "journal.log", "minimize")
@@ -71,11 +75,15 @@ class Home:
         return self._make_spec(number, density, bound=BOUND, **({"recovery": QUICK} | changes))
 
     def search(self, trials: int, executor: Executor | None = None, **plan: Any) -> str:
-        changes = plan.pop("spec", {})
+        changes, low = plan.pop("spec", {}), plan.pop("low", LOW)
+
+        def make_spec(number: int, chosen: Configuration) -> TrialSpec:
+            return self.spec(number, chosen.density, **changes)
+
         return search(
             self.study,
-            Plan(**({"low": LOW, "bound": BOUND, "trials": trials} | plan)),
-            lambda number, density: self.spec(number, density, **changes),
+            Plan(**({"space": space(low), "bound": BOUND, "trials": trials} | plan)),
+            make_spec,
             executor or InProcess(),
             self.folder,
             self.log,
@@ -121,8 +129,8 @@ def test_a_constraint_makes_a_trial_infeasible_and_pushes_the_search_to_denser_m
         assert trial.constraints["drop"] == pytest.approx(result.drop - 0.05)
         assert trial.user_attrs["drop"] == max(result.drop, 0.05 + checked.excess) > 0.05
         assert home.folder.load_trial(trial.number) == replace(result, model=None)
-    assert answer(home.study, Plan(LOW, BOUND, 2)) is None
-    belief = posterior(home.study, Plan(LOW, BOUND, 2))
+    assert answer(home.study, space(), BOUND) is None
+    belief = posterior(home.study, space(), BOUND)
     assert belief is not None and belief.p_feasible(min(r.density for r in home.log.results)) < 0.2
 
 
@@ -134,7 +142,7 @@ def test_a_constraint_that_is_met_with_room_changes_nothing(home: Home, make_spe
 
 
 def test_the_dense_model_is_trial_zero_and_free(home: Home) -> None:
-    add_dense(home.study, 1.0, BOUND)  # as on resuming
+    add_dense(home.study, space(), 1.0, BOUND)  # as on resuming
     (dense,) = home.study.trials
     assert (dense.number, dense.value, dense.state) == (0, 1.0, TrialState.COMPLETE)
     assert dense.params == {"density": 1.0}
@@ -166,9 +174,9 @@ def test_a_scheme_without_a_density_is_tried_once(home: Home) -> None:
     assert stopped == "the scheme has no density to search over"
     (result,) = home.log.results
     assert result.density == result.density_asked == 1.0
-    plan = Plan(1.0, BOUND, 5)
-    assert posterior(home.study, plan) is None
-    chosen = answer(home.study, plan)
+    plan = space(1.0), BOUND
+    assert posterior(home.study, *plan) is None
+    chosen = answer(home.study, *plan)
     assert (chosen is not None) == result.feasible
 
 
@@ -178,7 +186,7 @@ def test_a_search_that_knows_ends_with_a_trial_at_its_answer(home: Home) -> None
     stopped = home.search(20, low=0.5, bound=Bound(0.9), spec={"recovery": LearningCompression(epochs=2)})
     assert stopped != BUDGET_SPENT
     assert len(home.log.results) < 10
-    chosen = answer(home.study, Plan(0.5, Bound(0.9), 20))
+    chosen = answer(home.study, space(0.5), Bound(0.9))
     assert chosen is not None and chosen.user_attrs["density"] <= 0.5 * (1 + TOLERANCE)
 
 
@@ -192,7 +200,7 @@ def test_a_diverged_trial_is_recorded_and_the_search_goes_on(home: Home) -> None
     assert [number for number, _ in home.log.failures] == [1, 2]
     assert all("diverged" in reason for _, reason in home.log.failures)
     assert "diverged" in home.study.trials[1].user_attrs["reason"]
-    assert answer(home.study, Plan(LOW, BOUND, 2)) is None
+    assert answer(home.study, space(), BOUND) is None
     assert home.search(3) == BUDGET_SPENT  # failed trials count against the budget
     assert [result.number for result in home.log.results] == [3]
 
@@ -314,8 +322,8 @@ def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
         told(home.study, density, drop)
     safe = told(home.study, 0.4, 0.004)
     lucky = told(home.study, 0.2, 0.049)
-    plan = Plan(LOW, BOUND, 10)
-    belief, chosen = posterior(home.study, plan), answer(home.study, plan)
+    plan = space(), BOUND
+    belief, chosen = posterior(home.study, *plan), answer(home.study, *plan)
     assert home.study.best_trial.number == lucky
     assert belief is not None and belief.p_feasible(0.2) < 0.9 <= belief.p_feasible(0.4)
     assert chosen is not None and chosen.number == safe
@@ -324,10 +332,10 @@ def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
 def test_among_the_probable_the_objective_decides_in_its_direction(tmp_path: Path) -> None:
     for direction, expected in (("minimize", 0.7), ("maximize", 0.9)):
         study = open_study(tmp_path / f"{direction}.log", direction)
-        add_dense(study, 0.5, BOUND)
+        add_dense(study, space(), 0.5, BOUND)
         for density, value in ((0.7, 1.0), (0.8, 2.0), (0.9, 3.0)):
             told(study, density, 0.0, value=value)
-        chosen = answer(study, Plan(LOW, BOUND, 10))
+        chosen = answer(study, space(), BOUND)
         assert chosen is not None and chosen.params["density"] == expected
 
 
@@ -335,7 +343,7 @@ def test_of_trials_that_are_as_good_the_one_that_lost_least_answers(home: Home) 
     told(home.study, 0.7, 0.002, value=0.700)
     safer = told(home.study, 0.7, 0.0, value=0.703)
     told(home.study, 0.7, -0.01, value=0.710)
-    chosen = answer(home.study, Plan(LOW, BOUND, 10))
+    chosen = answer(home.study, space(), BOUND)
     assert chosen is not None and chosen.number == safer
 
 
@@ -344,17 +352,17 @@ def test_without_a_probable_trial_the_most_probable_answers(home: Home) -> None:
     likelier = told(home.study, 0.8, 0.0499)
     told(home.study, 0.7, 0.12)
     told(home.study, 0.6, 0.0499)
-    plan = Plan(LOW, BOUND, 10)
-    belief, chosen = posterior(home.study, plan), answer(home.study, plan)
+    plan = space(), BOUND
+    belief, chosen = posterior(home.study, *plan), answer(home.study, *plan)
     assert belief is not None and belief.p_feasible(0.6) < belief.p_feasible(0.8) < 0.9
     assert chosen is not None and chosen.number == likelier
 
 
 def test_the_dense_model_is_no_answer(home: Home) -> None:
-    plan = Plan(LOW, BOUND, 10)
-    assert answer(home.study, plan) is None
+    plan = space(), BOUND
+    assert answer(home.study, *plan) is None
     told(home.study, 0.5, 0.2)
-    assert answer(home.study, plan) is None
+    assert answer(home.study, *plan) is None
 
 
 def test_structured_densities_are_met_from_below(home: Home) -> None:

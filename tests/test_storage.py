@@ -62,17 +62,17 @@ def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path, content: b
 
 
 def test_a_trial_starts_from_the_sparsest_model_that_is_denser(folder: StudyFolder, result: TrialResult) -> None:
-    assert folder.start(0.1) is None
+    assert folder.start(0.1, range(100)) is None
     weights = {density: {"w": torch.full((3,), density)} for density in (0.3, 0.1234567890123, 0.05)}
     folder.save_trial(replace(result, starts=weights))
     folder.save_trial(replace(result, number=4, starts={0.2: {"w": torch.ones(3)}}))
     for asked, trial, found in ((0.01, 3, 0.05), (0.1, 3, 0.1234567890123), (0.15, 4, 0.2), (0.3, 3, 0.3)):
-        start = folder.start(asked)
+        start = folder.start(asked, range(100))
         assert start is not None and (start.trial, start.density) == (trial, found)
-    assert torch.equal(folder.start(0.1).weights["w"], weights[0.1234567890123]["w"])  # type: ignore[union-attr]
-    assert folder.start(0.31) is None
+    assert torch.equal(folder.start(0.1, range(100)).weights["w"], weights[0.1234567890123]["w"])  # type: ignore[union-attr]
+    assert folder.start(0.31, range(100)) is None
     (folder.trial(4) / "trial.json").unlink()  # a trial without its record was cut short
-    assert folder.start(0.15).density == 0.3  # type: ignore[union-attr]
+    assert folder.start(0.15, range(100)).density == 0.3  # type: ignore[union-attr]
     assert folder.load_trial(3) == replace(result, model=None)
 
 

@@ -380,7 +380,7 @@ def test_an_objective_without_a_number_leaves_no_study_behind(task, out, value):
 
 
 def test_settings_check_themselves_and_name_the_study(task):
-    asked = {"scheme": ac.parse_scheme("StructPrune"), "bound": Bound(0.01), "objective": as_objective("size")}
+    asked = {"schemes": (ac.parse_scheme("StructPrune"),), "bound": Bound(0.01), "objective": as_objective("size")}
     for wrong, message in [({"trials": 0}, "trials=0"), ({"timeout_s": -1.0}, "timeout=-1")]:
         with pytest.raises(ValueError, match=message):
             Settings(**asked, **wrong)
@@ -403,3 +403,66 @@ def test_a_validation_loader_that_shuffles_is_refused_in_words(task, out):
     )
     with pytest.raises(ValueError, match="shuffle"):
         ac.tune(shuffled, "StructPrune", out=out, name="shuffled", **SHORT)
+
+
+# More than the density
+
+
+def test_a_search_over_schemes_criteria_and_settings_from_the_question_to_the_result(task, out):
+    search = {"criterion": ["l2", "l1"], "lr": [0.05, 0.1]}
+    asked = {"scheme": ["Prune", "StructPrune"], "search": search, "objective": "size"} | SHORT | {"trials": 3}
+    result = ac.tune(task, out=out, name="arms", **asked)
+    rows = result.trials
+    tried = list(zip(rows["scheme"], rows["criterion"], rows["lr"], strict=True))
+    assert tried[:2] == [("Prune", "l2", 0.05), ("Prune", "l2", 0.1)]  # each combination once to begin with
+    found = json.loads((result.folder / "result.json").read_text())
+    answer = rows[rows["number"] == result.answer].iloc[0]
+    assert found["params"] == {name: answer[name] for name in ("scheme", "criterion", "lr")}
+    plan = json.loads((result.folder / "best" / "plan.json").read_text())
+    assert plan["scheme"].startswith(f"Prune(criterion='{answer['criterion']}'")
+    again = ac.load(result.folder / "best", copy.deepcopy(task.model))
+    x = task.test.x
+    with torch.inference_mode():
+        assert torch.allclose(again(x), result.model(x), atol=1e-5)
+    resumed = ac.tune(task, out=out, resume="arms", **asked | {"trials": 4})
+    assert list(resumed.trials["number"]) == [1, 2, 3, 4]
+    assert "scheme=Prune, criterion=l2, lr=0.1" in (result.folder / "report.md").read_text().replace("\\", "")
+    with pytest.raises(ValueError, match="was made with search"):
+        ac.tune(task, out=out, resume="arms", **asked | {"search": {"criterion": ["l2"]}})
+
+
+def test_stage_densities_and_a_learning_rate_are_searched_by_a_sampler_of_optuna(task, out):
+    asked = {"search": "stage-density; lr=0.01..0.2", **SHORT, "trials": 3}
+    result = ac.tune(task, scheme="Prune", out=out, name="stages", **asked)
+    assert {"lr", "stage-density.2"} <= set(result.trials.columns)
+    assert result.trials["lr"].nunique() == 3
+    assert json.loads((result.folder / "study.json").read_text())["sampler"] == "gp"
+    assert result.threshold is None  # there is no one curve
+    runs = mlflow_runs(out, "stages")
+    assert {"lr", "stage-density.2"} <= set.intersection(*(set(run.data.params) for run in runs))
+
+
+def mlflow_runs(out, name):
+    """The child runs of a study's trials."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{out.resolve() / 'mlflow.db'}")
+    (parent,) = client.search_runs(
+        [e.experiment_id for e in client.search_experiments()], f"attributes.run_name = '{name}'"
+    )
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.role = 'trial'"
+    return client.search_runs([parent.info.experiment_id], query)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"search": "criterium"}, "nothing called 'criterium'"),
+        ({"search": "lr", "sampler": "threshold"}, "lr is a range"),
+        ({"scheme": ["Prune", "StructPrune"], "sampler": "bisection"}, "bisection searches the density alone"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_made(task, tmp_path, asked, message):
+    with pytest.raises(ValueError, match=message):
+        ac.tune(task, out=tmp_path / "runs", **asked)
+    assert not list(tmp_path.glob("runs/*/study.json"))

@@ -1,0 +1,83 @@
+"""Selection: which of a study's trials is its answer, and how probable it is that it holds what it promises."""
+
+import math
+from collections.abc import Collection
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
+
+from autocompress.arms import ArmSampler, of_arm
+from autocompress.posterior import SE_FLOOR, TRAINING_NOISE, Posterior
+from autocompress.sampler import ThresholdSampler, asked_density
+from autocompress.space import Arm, Space
+from autocompress.trial import Bound
+
+PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
+ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """The study's finished trials without the dense model."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in trials if not trial.user_attrs.get("dense")]
+
+
+def posterior(study: optuna.Study, space: Space, bound: Bound, arm: Arm | None = None) -> Posterior | None:
+    """What an arm's trials say about its lowest feasible density.
+
+    Args:
+        study: The study.
+        space: What it searches.
+        bound: What may be lost.
+        arm: One of the space's arms; may be left out where it has just one.
+
+    Returns:
+        None where there is no curve to believe in: no density, or none of its own because a dimension is a range.
+    """
+    if arm is None:
+        arm = space.arms[0] if len(space.arms) == 1 else None
+    if arm is None or arm.low == 1:
+        return None
+    seed = study.sampler.seed if isinstance(study.sampler, ThresholdSampler | ArmSampler) else 0
+    return ThresholdSampler(arm.low, bound.max_drop, seed).posterior(of_arm(arm, study.get_trials(deepcopy=False)))
+
+
+def p_feasible(study: optuna.Study, space: Space, bound: Bound, trial: FrozenTrial) -> float:
+    """The probability that a finished trial's true drop is within the bound.
+
+    From the drop curve of its arm; where there is none, from its own observed drop and the noise in that.
+    """
+    belief = posterior(study, space, bound, space.arm_of(trial.params))
+    if belief is not None:
+        return belief.p_feasible(asked_density(trial))
+    noise = math.hypot(max(SE_FLOOR, trial.user_attrs.get("drop_se") or 0.0), TRAINING_NOISE)
+    return float(ndtr((bound.max_drop - trial.user_attrs["drop"]) / noise))
+
+
+def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int] = ()) -> FrozenTrial | None:
+    """The trial that the search answers with; None if none is feasible on val.
+
+    Not the study's best trial, which its own selection has made look better than it is, but the best of those
+    whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
+    as that to a percent, or to what their latencies are known to, the one that lost least. Failing that the most
+    probable one.
+
+    Args:
+        study: The study.
+        space: What it searches.
+        bound: What may be lost.
+        lost: Trials whose record or weights are damaged: what they found counts, but they cannot be the answer.
+    """
+    feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
+    if not feasible:
+        return None
+    p = {trial.number: p_feasible(study, space, bound, trial) for trial in feasible}
+    probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]
+    if not probable:
+        return max(feasible, key=lambda trial: p[trial.number])
+    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+    best = min(sign * (trial.value or 0.0) for trial in probable)
+    noise = {trial.number: max(ALIKE, trial.user_attrs.get("noise", 0.0)) for trial in probable}
+    alike = [t for t in probable if sign * (t.value or 0.0) - best <= noise[t.number] * abs(best)]
+    return min(alike, key=lambda trial: trial.user_attrs["drop"])
