@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -95,6 +96,8 @@ def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
         made: nn.Module = _create_timm(name.removeprefix("timm/"), classes, in_channels)
         return made
     known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known and _is_timm(name):
+        return make_named(f"timm/{name}", classes, in_channels)
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -106,6 +109,11 @@ def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
     auxiliary = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **auxiliary)
     return with_first_conv(model, in_channels)
+
+
+def _is_timm(name: str) -> bool:
+    """Whether timm is installed and knows the name."""
+    return importlib.util.find_spec("timm") is not None and bool(importlib.import_module("timm").is_model(name))
 
 
 def _create_timm(name: str, classes: int, in_channels: int) -> Any:
