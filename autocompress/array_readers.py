@@ -1,6 +1,7 @@
 """Labelled images that lie in arrays: ``.npz`` files, torchvision's data sets, and the digits."""
 
 import inspect
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ SCALES = {"uint8": 1 / 255, "uint16": 1 / 65535}  # what brings whole numbers to
 
 def read_npz(path: Path, reading: Reading) -> Found:
     """Arrays ``train_images``, ``train_labels`` and the same of val and test, which may be missing."""
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not what its name says: an .npz file, as numpy.savez_compressed writes it")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             wanted = [f"{part}_{what}" for part in PARTS for what in ("images", "labels")]

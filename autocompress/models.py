@@ -62,9 +62,8 @@ def build(description: str | Mapping[str, Any]) -> nn.Module:
     """An untrained network from the description that is stored with what was compressed from it.
 
     Args:
-        description: A name of `ARCHITECTURES`, or ``{"model": name, "classes": n, "in_channels": c}`` where
-        the name
-            is ``small_resnet``, one of torchvision's classifiers, or ``timm/`` and one of timm's.
+        description: A name of `ARCHITECTURES`, or ``{"model": name, "classes": n, "in_channels": c}`` where the
+            name is ``small_resnet``, one of torchvision's classifiers, or one of timm's.
 
     Raises:
         ValueError: If it names nothing known.
@@ -103,8 +102,7 @@ def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
             f"unknown model {name!r}{hint} (small_resnet, a classifier of torchvision, timm/NAME, "
-            f"file.py:factory or "
-            "package.module:factory)"
+            "file.py:factory or package.module:factory)"
         )
     auxiliary = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **auxiliary)

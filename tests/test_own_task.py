@@ -202,11 +202,29 @@ def test_a_factory_in_a_package(npz: str) -> None:
     assert isinstance(task.model, SmallResNet) and task.model.classifier.out_features == 2
 
 
+def test_a_model_of_timm(npz: str) -> None:
+    pytest.importorskip("timm")
+    named, bare = (ac.make_task(data=npz, model=name, train_epochs=0) for name in ("timm/resnet10t", "resnet10t"))
+    assert named.example_input.shape[1] == 1 and named.model.conv1[0].in_channels == 1
+    assert named.model.fc.out_features == 2
+    assert bare.architecture == {"model": "resnet10t", "classes": 2, "in_channels": 1}
+    assert build(bare.architecture).state_dict().keys() == named.model.state_dict().keys()
+    with pytest.raises(ValueError, match="timm cannot make 'resnet10tt': Unknown model"):
+        ac.make_task(data=npz, model="timm/resnet10tt")
+
+
+def test_timm_that_is_not_installed(npz: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="timm is not installed; pip install"):
+        ac.make_task(data=npz, model="timm/resnet18")
+    with pytest.raises(ValueError, match="unknown model 'resnet10t'"):
+        ac.make_task(data=npz, model="resnet10t")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"model": "resnet81"}, "unknown model 'resnet81'; did you mean"),
-        ({"model": "timm/resnet18"}, "timm is not installed; pip install 'autocompress.timm.'"),
         ({"model": "MINE:absent"}, "has no 'absent'"),
         ({"model": "MINE:fails"}, "raised RuntimeError: no weights"),
         ({"model": "MINE:text"}, "gives a str; it must give a torch.nn.Module"),
