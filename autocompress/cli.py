@@ -191,7 +191,9 @@ def cli() -> None:
 def tune(
     ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, save_config: Path | None, **options: Any
 ) -> None:
-    """Search for the smallest model within the bound, prove it on test, save it.
+    """Find the smallest model within the bound.
+
+    It is searched for on val, proven on test, and saved.
 
     Without --model and --data it runs on scikit-learn's scanned digits and a small ResNet.
 

@@ -20,7 +20,7 @@ FAILED = 1
 @OUT
 @click.option("--port", type=click.IntRange(1, 65535), help="[default: a free one]")
 def ui(out: Path, port: int | None) -> None:
-    """Open the MLflow UI on the studies, to compare schemes and trials."""
+    """Open MLflow on the studies, to compare schemes and trials."""
     from autocompress.ui import serve_ui
 
     sys.exit(serve_ui(out, port=port))
@@ -57,7 +57,7 @@ def _print_item(name: str, doc: str, parameters: list[str]) -> None:
 @click.command("list")
 @OUT
 def list_studies(out: Path) -> None:
-    """List the studies: when they began, how they ended, what they found."""
+    """List the studies with what they found."""
     from autocompress.record import read_record, study_folders
     from autocompress.show import make_console, show_list
 
@@ -110,7 +110,9 @@ def _without_result(record: "Record") -> str:
 @RUN
 @OUT
 def report(run: str, out: Path) -> None:
-    """Write a study's report, or a sweep's table and figure, again, from what lies on disk.
+    """Write a study's report, or a sweep's table, again.
+
+    From what lies on disk.
 
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """
@@ -138,7 +140,9 @@ def report(run: str, out: Path) -> None:
 @OUT
 @TRACKING_URI
 def replay(run: str, out: Path, tracking_uri: str | None) -> None:
-    """Log a finished study to MLflow again: when that failed, or to another server.
+    """Log a finished study to MLflow again.
+
+    For when that failed, or for another server.
 
     RUN is a study's name, a beginning that only it has, or "last", which is the default.
     """

@@ -45,6 +45,7 @@ def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
     Where a latency is not known to within 3% when the budget is spent, its interval says so.
     """
     from autocompress.comparison import conditions, costs
+    from autocompress.display import Display
     from autocompress.profile import profile as measure_all
     from autocompress.runtimes import check_runtime, installed
     from autocompress.show import make_console, show_table
@@ -55,9 +56,11 @@ def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
     for name in runtimes:
         checked("--runtime", check_runtime, name, device)
     profiled = _profiled(run, out, options)
-    measured = measure_all(
-        profiled, device, runtimes=runtimes, batch_sizes=options["batches"], budget_s=options["budget"]
-    )
+    with Display(make_console(stderr=True)) as display:
+        display.doing(f"measuring in {', '.join(runtimes)}")
+        measured = measure_all(
+            profiled, device, runtimes=runtimes, batch_sizes=options["batches"], budget_s=options["budget"]
+        )
     found = {name: asdict(measurement) for name, measurement in measured.items()}
     if as_json:
         click.echo(json.dumps(found))

@@ -61,7 +61,7 @@ SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed,
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors.")
 @click.pass_context
 def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
-    """Compress with every scheme to every density; make the table and the figure.
+    """Compress with every scheme to every density: a table.
 
     Nothing is searched: this shows how accuracy falls as the network shrinks. Results go to --out as sweep.csv,
     sweep.md and figures/sweep.svg, and to MLflow.

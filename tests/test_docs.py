@@ -171,13 +171,17 @@ def test_links_and_options_exist(document):
     for target in re.findall(r"\]\(([^)#]+)", text):
         if "://" not in target:
             assert ((ROOT / document).parent / target).exists(), target
-    everywhere = {flag for command in cli.commands.values() for option in command.params for flag in option.opts}
+    flags = {
+        name: {"--help", "-h"}
+        | {flag for option in command.params for flag in option.opts + option.secondary_opts}
+        for name, command in cli.commands.items()
+    }
+    everywhere = set().union(*flags.values())
     for flag in re.findall(r"(?<=`)--[a-z][\w-]+", text):
         assert flag in everywhere, flag
     for command, words in re.findall(r"(?:`|^\$ )autocompress (\w+)([^`\n]*)", text, re.MULTILINE):
-        known = {"--help", "-h"} | {flag for option in cli.commands[command].params for flag in option.opts}
         for flag in re.findall(r"(?<= )--[\w-]+", words):
-            assert flag in known, f"autocompress {command} {flag}"
+            assert flag in flags[command], f"autocompress {command} {flag}"
 
 
 @pytest.mark.slow
