@@ -55,6 +55,7 @@ def test_every_study_is_run_here() -> None:
     assert {file.stem for file in STUDIES.glob("*.py")} == {*run_here, "common"}
 
 
+@pytest.mark.slow
 def test_pruning_ratio(study) -> None:
     done = study("pruning_ratio", "--model", "small_resnet", "--ratios", "20,50")
     dense, *pruned = rows(done.said, "small_resnet on spots")
@@ -66,6 +67,7 @@ def test_pruning_ratio(study) -> None:
     assert "pruning ratio [%]" in svg and "MACs [M]" in svg
 
 
+@pytest.mark.slow
 def test_sparsity(study) -> None:
     line = "--models small_resnet --sparsities 50,90 --searches 2"
     done = study("sparsity", *line.split())
