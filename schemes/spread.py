@@ -164,7 +164,8 @@ class Layer:
     Attributes:
         channels: Their numbers among all the channels of the network, shape ``(n,)``.
         floor: How many stay at least, fewer than n.
-        step: How many leave at a time, but for the first ones, so that a multiple of it stays, as the floor is.
+        step: How many leave at a time, but for the first ones, so that a multiple of it stays.
+        fine: The width from which on they leave one by one.
         relative: The layer's relative density, for the spreads that go by it.
     """
 
@@ -172,6 +173,7 @@ class Layer:
     floor: int
     step: int
     relative: float
+    fine: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,13 @@ def removal_order(scores: Tensor, dead: Tensor, layers: Sequence[Layer], spread:
         n_leaving = len(layer.channels) - layer.floor
         ranked = scores[layer.channels].masked_fill(dead[layer.channels], -1).sort(stable=True)
         leaving.append(layer.channels[ranked.indices[:n_leaving]])
-        first = n_leaving % layer.step or layer.step  # what a width that is no multiple has too much
-        ends = torch.arange(first, n_leaving + 1, layer.step)
+        widths = torch.arange(len(layer.channels) - 1, layer.floor - 1, -1)
+        ends = len(layer.channels) - widths[(widths % layer.step == 0) | (widths <= layer.fine)]
         key = _keys(ranked.values.clamp_min(0).double(), spread, layer.relative)[:n_leaving]
-        means = torch.cat([key[:first].mean(0, keepdim=True), key[first:].view(-1, layer.step).mean(1)])
-        sizes.append(torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long)))
+        together = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long))
+        step_of_key = torch.arange(len(ends)).repeat_interleave(together)
+        means = torch.zeros(len(ends), dtype=key.dtype).index_add_(0, step_of_key, key) / together
+        sizes.append(together)
         keys.append(means.cummax(0).values)  # equal keys may have means that differ in the last bit
         is_dead.append(ranked.values[ends - 1] < 0)
     dead_steps = torch.cat(is_dead)

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from .roles import Roles
 from .spread import Layer, Order, Spread, as_lamp, checked_spread, relative_density, removal_order
 
 MIN_KEEP = 2
+WIDE, SUITS_HARDWARE = 32, 8  # above which width it is to be a multiple of which number
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class StructPrune:
             the share of channels that layer1 keeps, as far as no layer is more than whole. Modules without a
             match have 1; of coupled layers the largest counts; the sum always meets the density asked for.
         align: The number of channels that a layer is left with is a multiple of it (8 suits most hardware).
-            Layers that are too narrow for that are left whole, with a warning that names them.
+            Layers that are too narrow for that are left whole, with a warning that names them. ``auto``: widths
+            above 32 are multiples of 8, as a width of 31 or 33 is slower than one of 32; below, where eight
+            channels are a large share of a layer, any width will do.
         min_keep: Channels that every layer keeps at least; or by module, as ``{"layer1.*": 16}``, and 2
             elsewhere.
         skip: Layers whose channels are all kept, and with them those coupled to them: names of modules, globs
@@ -83,7 +86,7 @@ class StructPrune:
 
     criterion: ChannelCriterion = "l2"
     spread: Spread = "global"
-    align: int = 1
+    align: int | Literal["auto"] = "auto"
     min_keep: int | Mapping[str, int] = MIN_KEEP
     skip: Sequence[str] = ()
     normalize: Normalization = "mean"
@@ -100,8 +103,9 @@ class StructPrune:
         check_criterion(self, self.criterion, CHANNEL_CRITERIA)
         if self.normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize={self.normalize!r}; it must be one of {', '.join(NORMALIZATIONS)}")
-        if not isinstance(self.align, int) or self.align < 1:
-            raise ValueError(f"align={self.align!r}; widths can be multiples of a whole number from 1 up")
+        if self.align != "auto" and (not isinstance(self.align, int) or self.align < 1):
+            allowed = "widths can be multiples of a whole number from 1 up, or auto"
+            raise ValueError(f"align={self.align!r}; {allowed}")
         object.__setattr__(self, "spread", checked_spread(self.spread))
         object.__setattr__(self, "min_keep", checked_min_keep(self.min_keep, "channel"))
         object.__setattr__(self, "skip", checked_skip(self.skip))
@@ -130,7 +134,8 @@ class StructPrune:
         )
         found = [g for g in found if rated[g.root]]
         steps = {g.root: self._step(g, roles) for g in found}
-        floors = {g.root: math.ceil(least_of(g) / steps[g.root]) * steps[g.root] for g in found}
+        fine = WIDE if self.align == "auto" else 0
+        floors = {g.root: _floor(least_of(g), steps[g.root], fine) for g in found}
         narrow = (g for g in found if any(least_of(g) < len(part) <= floors[g.root] for part in g.parts))
         _warn_of_whole(narrow, f"align={self.align} leaves them no narrower width")
         groups = tuple(g for g in found if any(len(part) > floors[g.root] for part in g.parts))
@@ -140,7 +145,7 @@ class StructPrune:
                 "criterion, skip, align and min_keep leave every layer whole"
             )
         layers = [
-            Layer(part + start, floors[group.root], steps[group.root], relative_of(group))
+            Layer(part + start, floors[group.root], steps[group.root], relative_of(group), fine)
             for group, start in zip(groups, first_channels(groups), strict=False)
             for part in group.parts
             if len(part) > floors[group.root]
@@ -151,7 +156,8 @@ class StructPrune:
     def _step(self, group: Group, roles: Roles) -> int:
         """How many channels of a group go at a time: fewer where each is several of a layer's, as a head is."""
         counts = [torch.bincount(s.channels)[s.channels] for s in roles.filters(group)]
-        return self.align // math.gcd(self.align, *set(torch.cat(counts).tolist())) if counts else self.align
+        align = SUITS_HARDWARE if self.align == "auto" else self.align
+        return align // math.gcd(align, *set(torch.cat(counts).tolist())) if counts else align
 
     def _floors(self, model: nn.Module, roles: Roles) -> Callable[[Group], int]:
         """Tells what the layers of a group keep at least."""
@@ -235,6 +241,11 @@ class NeuronPrune(StructPrune):
     def prunes(self, group: Group) -> bool:
         """Only groups whose channels are neurons."""
         return not group.is_filter
+
+
+def _floor(least: int, step: int, fine: int) -> int:
+    """The lowest width that a layer may have."""
+    return least if least <= fine else math.ceil(least / step) * step
 
 
 def _warn_of_whole(groups: Iterable[Group], why: str) -> None:

@@ -1,4 +1,5 @@
 import os
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import torch
 
 from autocompress import gpu
 from autocompress.gpu import GpuUsage, GpuWindow
+from autocompress.system_metrics import system_metrics
 
 FIELDS = [
     "memory_bytes",
@@ -180,6 +182,61 @@ def test_process_memory_that_the_driver_hides_is_none() -> None:
     with GpuWindow(CUDA, nvml) as window:
         pass
     assert window.usage.process_memory_bytes is None
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_slice_of_a_gpu_has_memory_of_its_own_and_nothing_else() -> None:
+    """As the driver answers under MIG: by the slice's own UUID, and not on what the slices share."""
+    shared = (
+        "UtilizationRates",
+        "PowerUsage",
+        "ClockInfo",
+        "CurrentClocksThrottleReasons",
+        "TotalEnergyConsumption",
+    )
+    nvml = FakeNvml(*(f"nvmlDeviceGet{name}" for name in (*shared, "TotalEnergyConsumption")))
+    by_uuid = nvml.nvmlDeviceGetHandleByUUID
+
+    def only_mig(uuid: str) -> str:
+        if not uuid.startswith("MIG-"):
+            raise nvml.NotSupported(uuid)
+        return by_uuid(uuid)
+
+    nvml.nvmlDeviceGetHandleByUUID = only_mig
+    with GpuWindow(CUDA, nvml) as window:
+        pass
+    assert nvml.handles == [f"MIG-{UUID}"]
+    known = [name for name in FIELDS if getattr(window.usage, name) is not None]
+    assert known == ["memory_bytes", "process_memory_bytes"]
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_calls_that_an_older_binding_lacks_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetCurrentClocksThrottleReasons")
+    with GpuWindow(CUDA, FakeNvml()) as window:
+        pass
+    assert window.usage.throttled is None
+    assert window.usage.clock_mhz == 1980
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_long_window_is_read_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "MAX_SAMPLES", 8)
+    with GpuWindow(CUDA, FakeNvml(), every_s=0.005) as window:
+        time.sleep(0.5)
+    assert 4 <= len(window.usage.timeline) <= 8
+    seconds = [moment.seconds for moment in window.usage.timeline]
+    assert seconds[-1] >= 0.5 and seconds == sorted(seconds)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_study_logs_load_memory_used_and_free_and_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    metrics = system_metrics("cuda:0")
+    assert metrics["system/gpu_utilization_percentage"] == 80
+    assert metrics["system/gpu_memory_usage_megabytes"] == 1_000
+    assert metrics["system/gpu_memory_free_megabytes"] == 79_000
+    assert metrics["system/gpu_power_usage_watts"] == 200
 
 
 @pytest.mark.usefixtures("one_gpu")

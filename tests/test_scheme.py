@@ -73,7 +73,7 @@ def test_describe_leaves_out_defaults() -> None:
         ("FilterPrune(criterion=best)", r"criterion='best'; FilterPrune takes l1, l2, .*beta_rank, random$"),
         ("StructPrune(spread=even)", r"spread='even'; it must be global, uniform, erk, lamp, or a mapping"),
         ("Prune(spread={'fc': 0.0})", r"spread=\{'fc': 0.0\}; it must be"),
-        ("StructPrune(align=0)", r"align=0; widths can be multiples of a whole number from 1 up"),
+        ("StructPrune(align=0)", r"align=0; widths can be multiples of a whole number from 1 up, or auto"),
         ("StructPrune(skip=3)", r"skip=3; it must be a list of modules' names, globs or types"),
         ("Prune(min_keep=2*3)", r"'2\*3' is not a plain value"),
         ("Prune(min_keep=__import__('os'))", r"is not a plain value"),

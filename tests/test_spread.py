@@ -198,7 +198,7 @@ def test_uniform_widths_of_resnet18_have_the_published_counts() -> None:
     """A ResNet-18 of nine classes, thinned uniformly, as torch-pruning counts it."""
     torch.manual_seed(0)
     model, x = torchvision.models.resnet18(num_classes=9).eval(), torch.randn(1, 3, 224, 224)
-    scheme = StructPrune(spread="uniform")
+    scheme = StructPrune(spread="uniform", align=1)
     facts = scheme.analyze(model, torch.randn(1, 3, 64, 64))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for params, macs in PUBLISHED.values():
@@ -294,6 +294,27 @@ def test_widths_are_multiples(align: int, spread: Any) -> None:
     assert widths == {align}
     with pytest.raises(ValueError, match=f"lowest possible here is {lowest:.4g}"):
         scheme.pi(weights, 0.99 * lowest, facts)
+
+
+def test_wide_layers_are_multiples_of_eight_and_narrow_ones_any_width() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 75, 3), nn.ReLU(), nn.Conv2d(75, 20, 3), nn.Flatten(), nn.Linear(320, 4)
+    ).eval()
+    scheme = StructPrune()
+    facts = scheme.analyze(model, torch.zeros(1, 3, 8, 8))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    seen: set[tuple[int, int]] = set()
+    for density in torch.linspace(scheme.lowest_density(facts), 0.99, 80).tolist():
+        theta = scheme.pi(weights, density, facts)
+        again = scheme.pi(theta.values, density, facts)
+        assert again.plan == theta.plan
+        realized = scheme.realize(model, theta, facts)
+        seen.add((realized[0].out_channels, realized[2].out_channels))
+    wide, narrow = {width for width, _ in seen}, {width for _, width in seen}
+    assert {width for width in wide if width > 32} <= {75, 72, 64, 56, 48, 40}
+    assert len({width for width in wide if width <= 32}) > 8
+    assert len(narrow) > 8
 
 
 def odd() -> tuple[nn.Module, Tensor]:
