@@ -151,6 +151,8 @@ class Tracker:
             "drop_pp": 0.0,
             "drop_se_pp": 0.0,
             "feasible": 1.0,
+            "rejected": 0.0,
+            "steps": 0.0,
             "value": value,
             "seconds": seconds,
         }
@@ -186,7 +188,8 @@ class Tracker:
             "seconds": result.seconds,
             **(scores or {}),
         }
-        tags = {"role": "trial", "state": "complete", "feasible": str(result.feasible).lower()}
+        state = "rejected" if result.rejected else "complete"
+        tags = {"role": "trial", "state": state, "feasible": str(result.feasible).lower()}
         if not result.feasible:
             tags["reason"] = _reason(result)
         self._open_runs.child(

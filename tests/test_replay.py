@@ -55,7 +55,7 @@ def test_a_study_without_a_result_or_in_use_is_refused(recorded, tmp_path):
     with pytest.raises(ValueError, match="has no result yet; finish it with autocompress tune --resume killed"):
         replay(folder)
     held = StudyFolder(folder)
-    with pytest.raises(ValueError, match="is being run by another process"):
+    with pytest.raises(ValueError, match="is being run by process"):
         replay(folder)
     held.close()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,8 @@ def runs(out, experiment="digits"):
 def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     tracker.dense(0.96, DENSE, value=1.0, seconds=0.1)
     tracker.trial(trial_result(0, 0.25), best_density=0.25, posterior={"q50": 0.2, "q90": 0.22})
-    tracker.trial(trial_result(1, 0.125, feasible=False), best_density=0.25, posterior={"q50": 0.21, "q90": 0.22})
+    given_up = replace(trial_result(1, 0.125, feasible=False), given_up_at=0.5)
+    tracker.trial(given_up, best_density=0.25, posterior={"q50": 0.21, "q90": 0.22})
     tracker.failed(2, "the worker died")
     tracker.finish("FINISHED", "4 times smaller, certified.", {"compressed_density": 0.25, "dense_density": 1.0})
 
@@ -153,6 +155,8 @@ def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
         0.3,
     ]
     assert found[second].data.metrics["feasible"] == 0.0
+    assert found[second].data.tags["state"] == "rejected"
+    assert found[second].data.tags["reason"].startswith("given up early: ")
     assert set(found["dense"].data.metrics) == set(child.data.metrics) - {"curves/loss"}
     assert found["dense"].data.tags["role"] == "dense"
     (dense,) = found["dense"].outputs.model_outputs
