@@ -49,7 +49,7 @@ def cli() -> None:
     "--scheme",
     default="StructPrune",
     show_default=True,
-    help="How to compress: NAME, NAME(key=value), A+B; the best of A,B.",
+    help="How to compress: NAME, NAME(key=value), A+B; A,B or auto for the best of several.",
 )
 @click.option(
     "--max-drop",
@@ -67,9 +67,8 @@ def cli() -> None:
 )
 @click.option(
     "--objective",
-    default="density",
-    show_default=True,
-    help="What to optimize: NAME, FILE.py:NAME, or several as product(size, latency).",
+    help="What to optimize: NAME, FILE.py:NAME, or several as product(size, latency).  "
+    "[default: density; size where schemes are compared]",
 )
 @click.option("--trials", type=click.IntRange(min=1), default=6, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
@@ -220,14 +219,15 @@ def tune(
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])
-    options["scheme"] = checked("--scheme", parse_schemes, options["scheme"])
-    options["objective"] = checked("--objective", as_objective, options["objective"])
+    schemes = checked("--scheme", parse_schemes, options["scheme"])
+    if options["objective"] is not None:
+        options["objective"] = checked("--objective", as_objective, options["objective"])
     training = {name: options.pop(name) for name in TRAINING}
     given = {name: value for name, value in training.items() if value is not None}
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["formats"] = checked("--export", check_formats, options["formats"])
     trained = with_settings(options["recovery"], epochs=options["epochs"])
-    checked("--search", parse_dimensions, options["search"], options["scheme"], trained)
+    checked("--search", parse_dimensions, options["search"], schemes, trained)
     options["device"] = checked("--device", study.usable_device, options["device"])
     if options["profile_device"]:
         options["profile_device"] = checked("--profile-device", study.usable_device, options["profile_device"])
@@ -305,10 +305,10 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
 def _is_same(name: str, given: Any, asked: Any) -> bool:
     """Whether an option says what was asked; a scheme and a recovery may be written in several ways."""
     from autocompress.recovery import make_recovery
-    from autocompress.scheme import describe, parse_schemes
+    from autocompress.scheme import AUTO, describe, parse_schemes
 
     if name == "scheme":
-        given = ", ".join(map(describe, checked("--scheme", parse_schemes, given)))
+        given = given if given == AUTO else ", ".join(map(describe, checked("--scheme", parse_schemes, given)))
     if name == "recovery":
         given = make_recovery(given).method
     return bool(given == asked)

@@ -20,7 +20,7 @@ from autocompress.measurement import Measurement
 from autocompress.per_class import PerClass
 from autocompress.posterior import Posterior
 from autocompress.recovery import Recovery, settings_of
-from autocompress.scheme import Scheme, describe
+from autocompress.scheme import AUTO, Scheme, describe
 from autocompress.search import INTERRUPTED, TOLERANCE
 from autocompress.task import Task
 from autocompress.trial import Bound, TrialResult
@@ -56,6 +56,7 @@ class Settings:
         runtime: What runs the model where objectives measure latency, see `autocompress.runtimes.RUNTIMES`.
         profile_device: Where measurements are taken, if not on ``device``.
         dimensions: What is varied beside the density and the scheme.
+        is_auto: Whether the schemes are those of ``auto``: one that cannot compress the model is left out.
     """
 
     schemes: tuple[Scheme, ...]
@@ -77,11 +78,12 @@ class Settings:
     runtime: str = "eager"
     profile_device: str | None = None
     dimensions: tuple[Dimension, ...] = ()
+    is_auto: bool = False
 
     @property
     def scheme(self) -> str:
         """The scheme, or the schemes that are searched, in words."""
-        return ", ".join(map(describe, self.schemes))
+        return AUTO if self.is_auto else ", ".join(map(describe, self.schemes))
 
     @property
     def search(self) -> str:

@@ -248,12 +248,27 @@ def register_scheme(make: MakesScheme) -> MakesScheme:
     return make
 
 
+AUTO = "auto"  # in the place of schemes: those that were registered with `automatic`
+AUTOMATIC: dict[str, Callable[..., Scheme]] = {}
+
+
+def automatic(make: MakesScheme) -> MakesScheme:
+    """Has ``--scheme auto`` try a registered scheme, where it finds something to compress. A decorator."""
+    AUTOMATIC[make.__name__] = make
+    return make
+
+
 def parse_schemes(spec: str) -> tuple[Scheme, ...]:
     """The schemes that ``spec`` lists, each as `parse_scheme` takes it: ``StructPrune, Prune+Quantize16``.
+
+    ``auto`` lists all those that are `automatic`.
 
     Raises:
         ValueError: As `parse_scheme`, or if one is listed twice.
     """
+    if spec.strip() == AUTO:
+        list(SCHEMES)  # loads the plugins
+        return as_schemes([make() for _, make in sorted(AUTOMATIC.items())])
     try:
         listed = ast.parse(f"[{spec.strip()}]", mode="eval").body
     except SyntaxError:

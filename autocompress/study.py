@@ -38,7 +38,7 @@ from autocompress.report import write_report
 from autocompress.result import DEFAULT_TRIALS, Beginning, Result, Settings, Silent, Watcher
 from autocompress.runtimes import check_runtime, shown_runtimes
 from autocompress.samplers import check_sampler
-from autocompress.scheme import Facts, Scheme, Weights, as_schemes, describe
+from autocompress.scheme import AUTO, Facts, Scheme, Weights, as_schemes, describe
 from autocompress.search import (
     TOLERANCE,
     Plan,
@@ -78,7 +78,7 @@ def tune(
     *,
     constraints: Sequence[str | Constraint] = (),
     drop: Literal["absolute", "relative"] = "absolute",
-    objective: str | Objective | Callable[[Measurement], float] = "density",
+    objective: str | Objective | Callable[[Measurement], float] | None = None,
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
     tolerance: float = TOLERANCE,
@@ -107,11 +107,13 @@ def tune(
 
     Args:
         task: What to compress; by default the digits, see `autocompress.digits`.
-        scheme: How to compress: a name, a sum of names, or a `Scheme`; of several the search chooses one.
+        scheme: How to compress: a name, a sum of names, or a `Scheme`; of several the search chooses one,
+            and ``"auto"`` is a choice of those that suit the model.
         max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
         constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``.
         drop: Whether ``max_drop`` counts points or shares of the dense model's score.
-        objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`.
+        objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`; by
+            default the density, of several schemes the size, by which they compare.
         trials: How many trials, at most.
         timeout: Seconds after which no further trial begins.
         tolerance: The search ends when the lowest feasible density is known to within this share of it, with 80%
@@ -157,7 +159,8 @@ def tune(
         schemes=schemes,
         dimensions=dimensions,
         bound=Bound(max_drop, relative=_is_relative(drop)),
-        objective=as_objective(objective),
+        objective=as_objective(objective or ("density" if len(schemes) == 1 else "size")),
+        is_auto=scheme == AUTO,
         # An unknown name is refused before the training; what the space is on the model is not known yet.
         sampler=check_sampler(sampler, Space(schemes, recovery, (0.5,) * len(schemes), dimensions)),
         recovery=recovery,
@@ -304,14 +307,29 @@ class Study:
     def _open_space(self) -> tuple[Space, tuple[str, ...]]:
         """What the search may choose from on this model, and what the schemes cannot compress in it."""
         settings, lows, notes = self.settings, [], dict[str, None]()
+        schemes = []
         for scheme in settings.schemes:
-            facts, said = analyze(scheme, self.task)
+            try:
+                facts, said = analyze(scheme, self.task)
+            except ValueError as error:
+                if not settings.is_auto:
+                    raise
+                notes[f"{describe(scheme)} is left out: {error}"] = None
+                continue
+            schemes.append(scheme)
             self._facts[describe(scheme)] = facts
             lows.append(max(scheme.lowest_density(facts), LOWEST_DENSITY) if scheme.takes_density else 1.0)
             notes |= dict.fromkeys(said)
         dimensions = on_model(settings.dimensions, self.task.model)
-        space = Space(settings.schemes, settings.recovery, tuple(lows), dimensions)
+        if not schemes:
+            raise ValueError(f"no scheme of {AUTO} finds anything in this model that it can compress")
+        space = Space(tuple(schemes), settings.recovery, tuple(lows), dimensions)
         check_sampler(settings.sampler, space)
+        if len(space.arms) > 1 and settings.trials < 2 * len(space.arms):
+            notes[
+                f"{len(space.arms)} combinations are tried; {settings.trials} trials are few, "
+                f"{2 * len(space.arms)} or more can tell them apart"
+            ] = None
         return space, tuple(notes)
 
     def _facts_of(self, scheme: Scheme) -> Facts:

@@ -1,6 +1,6 @@
 """Compositions that have a name of their own."""
 
-from autocompress.scheme import Compose, register_scheme
+from autocompress.scheme import Compose, automatic, register_scheme
 
 from .prune import Prune
 from .quantize import Quantize16
@@ -14,6 +14,7 @@ def PruneQuantize16() -> Compose:
     return Compose(Prune(), Quantize16())
 
 
+@automatic
 @register_scheme
 def StructPruneQuantize16() -> Compose:
     """StructPrune, then Quantize16."""
@@ -26,12 +27,14 @@ def FilterPruneQuantize16() -> Compose:
     return Compose(FilterPrune(), Quantize16())
 
 
+@automatic
 @register_scheme
 def PruneQuantize8() -> Compose:
     """Prune, then Quantize8."""
     return Compose(Prune(), Quantize8())
 
 
+@automatic
 @register_scheme
 def StructPruneQuantize8() -> Compose:
     """StructPrune, then Quantize8."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Theta, Weights, automatic, density_error, register_scheme
 from autocompress.task import device_of, evaluating
 
 from .patterns import checked_skip, modules_matching
@@ -49,6 +49,7 @@ class Matrices:
         return (self.full_size(layer) - 1) // sum(self.shapes[layer])
 
 
+@automatic
 @register_scheme
 @dataclass(frozen=True)
 class LowRank:

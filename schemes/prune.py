@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, automatic, density_error, register_scheme
 
 from .criteria import (
     ENTRY_CRITERIA,
@@ -98,6 +98,7 @@ class Layers:
         return sum(self.sizes) + self.n_others
 
 
+@automatic
 @register_scheme
 @dataclass(frozen=True)
 class Prune:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, automatic, density_error, register_scheme
 
 from .criteria import Observed, check_criterion
 from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, sizes_along
@@ -52,6 +52,7 @@ class Structure:
     observed: Observed | None = None
 
 
+@automatic
 @register_scheme
 @dataclass(frozen=True)
 class StructPrune:

@@ -120,6 +120,12 @@ def test_schemes_are_listed_with_commas() -> None:
             as_schemes(given)
 
 
+def test_auto_is_what_registers_for_it() -> None:
+    found = {describe(scheme) for scheme in parse_schemes("auto")}
+    assert {"StructPrune", "Prune", "LowRank", "StructPrune+Quantize8"} <= found
+    assert all(scheme.takes_density for scheme in parse_schemes("auto"))
+
+
 # Stages
 
 

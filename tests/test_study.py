@@ -466,3 +466,11 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_made(task, tmp_pa
     with pytest.raises(ValueError, match=message):
         ac.tune(task, out=tmp_path / "runs", **asked)
     assert not list(tmp_path.glob("runs/*/study.json"))
+
+
+def test_auto_compares_schemes_by_size(task, out):
+    result = ac.tune(task, scheme="auto", out=out, name="auto", **SHORT | {"trials": 1})
+    asked = json.loads((result.folder / "study.json").read_text())
+    assert (asked["scheme"], asked["objective"]) == ("auto", "size")
+    assert list(result.trials["scheme"]) == [result.trials["scheme"][0]]
+    assert result.trials["value"][0] == result.trials["size_bytes"][0]
