@@ -92,6 +92,7 @@ ARCHITECTURES = {
     "convnext_tiny": zoo("convnext_tiny"),
     "vit_b_16": zoo("vit_b_16", 224),
     "swin_t": zoo("swin_t"),
+    "swin_v2_t": zoo("swin_v2_t", full_side=256),
     "maxvit_t": zoo("maxvit_t", 224),
 }
 QUICK = (
