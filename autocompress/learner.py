@@ -169,7 +169,7 @@ class Learner:
 
     def evidence(self) -> Evidence:
         """What a scheme may look at before a C step."""
-        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.squared_gradients)
+        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.gradient_moments)
 
     def _some_batches(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self._seed)

@@ -103,14 +103,14 @@ class Evidence:
         model: The network as it is now, on its device. It is looked at, not changed.
         batches: Serves some training batches ``(x, y)``, the same ones at every call.
         loss: Maps logits and targets to a scalar.
-        squared_gradients: Returns per weight a running mean of its squared gradient (the diagonal of the
-            empirical Fisher matrix, up to a factor). Training keeps it from the first call on; empty until then.
+        gradient_moments: Returns per weight a running mean of its gradient to a power: 1, or 2 (the diagonal of
+            the empirical Fisher matrix, up to a factor). Training keeps it from the first call; empty until then.
     """
 
     model: nn.Module
     batches: Callable[[], Iterable[Batch]]
     loss: Loss
-    squared_gradients: Callable[[], Weights] = dict
+    gradient_moments: Callable[[int], Weights] = lambda power: {}
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ Optimizer: TypeAlias = Literal["sgd", "adamw"]
 
 MAX_GRADIENT = 1.0  # norm at which gradients are clipped: one bad batch shall not throw a trained network away
 SLOWER = 0.1  # factor on the learning rate after a step that could not be taken
-FISHER_DECAY = 0.98  # of the running mean of squared gradients: it looks back some fifty steps
+MOMENT_DECAY = 0.98  # of the running means of gradients: they look back some fifty steps
 WORTH_SHARING = 200_000_000  # multiply-accumulates of a batch: some milliseconds of one core
 
 
@@ -98,18 +98,16 @@ class Descent:
             self._optimizer = torch.optim.AdamW(
                 self._trainable, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
             )
-        self._squares: dict[str, Tensor] | None = None  # None: nobody has asked for them
+        self._moments: dict[int, dict[str, Tensor]] = {}  # those that somebody has asked for, by power
 
     @property
     def steps_left(self) -> int:
         """Steps to the end of the cycle."""
         return self.steps - self.taken
 
-    def squared_gradients(self) -> dict[str, Tensor]:
-        """The running mean of the squared gradients, by name; it is kept from the first call on."""
-        if self._squares is None:
-            self._squares = {}
-        return self._squares
+    def gradient_moments(self, power: int) -> dict[str, Tensor]:
+        """The running mean of the gradients to a power of 1 or 2, by name; it is kept from the first call on."""
+        return self._moments.setdefault(power, {})
 
     def step(self, loss: Tensor) -> float:
         """One step down the gradient of ``loss``; returns the learning rate it was taken with.
@@ -127,8 +125,8 @@ class Descent:
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT))
         is_finite = math.isfinite(norm)
-        if is_finite and self._squares is not None:
-            self._remember_gradients(norm)
+        if is_finite:
+            self._remember_gradients(max(1.0, norm / MAX_GRADIENT))
         if is_finite or self._scaler.is_enabled():
             self._scaler.step(self._optimizer)  # which leaves out, by itself, what overflowed in fp16
             self._scaler.update()
@@ -141,15 +139,18 @@ class Descent:
         return lr
 
     @torch.no_grad()
-    def _remember_gradients(self, norm: float) -> None:
-        gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        squares = self.squared_gradients()
-        squares |= {name: torch.zeros_like(g) for name, g in gradients.items() if name not in squares}
-        means = [squares[name] for name in gradients]
-        clipped = max(1.0, norm / MAX_GRADIENT)
-        torch._foreach_mul_(means, FISHER_DECAY)
-        values = list(gradients.values())
-        torch._foreach_addcmul_(means, values, values, (1 - FISHER_DECAY) * clipped**2)
+    def _remember_gradients(self, clipped: float) -> None:
+        """Enters gradients that were divided by ``clipped`` into the running means."""
+        for power, moments in self._moments.items():
+            gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+            moments |= {name: torch.zeros_like(g) for name, g in gradients.items() if name not in moments}
+            means, values = [moments[name] for name in gradients], list(gradients.values())
+            share = (1 - MOMENT_DECAY) * clipped**power
+            torch._foreach_mul_(means, MOMENT_DECAY)
+            if power == 1:
+                torch._foreach_add_(means, values, alpha=share)
+            else:
+                torch._foreach_addcmul_(means, values, values, share)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the optimizer remembers, as tensors by name."""
@@ -157,17 +158,19 @@ class Descent:
         for name, p in self._named.items():
             for key, value in self._optimizer.state.get(p, {}).items():
                 state[f"{key}/{name}"] = torch.as_tensor(value)
-        return state | {f"fisher/{name}": value for name, value in (self._squares or {}).items()}
+        for power, moments in self._moments.items():
+            state |= {f"moment{power}/{name}": value for name, value in moments.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor], taken: int, slowed: float) -> None:
         """Goes on where another optimizer was when it gave its `state_dict`."""
         self.taken, self.slowed = taken, slowed
-        self._squares = None
+        self._moments = {}
         for entry, value in state.items():
             key, name = entry.split("/", 1)
             p = self._named[name]
-            if key == "fisher":
-                self.squared_gradients()[name] = value.to(p.device).clone()
+            if key in ("moment1", "moment2"):
+                self.gradient_moments(int(key[-1]))[name] = value.to(p.device).clone()
             else:
                 self._optimizer.state[p][key] = value.clone() if value.dim() == 0 else value.to(p.device).clone()
 

@@ -18,6 +18,8 @@ from autocompress.task import Batch, device_of, evaluating
 EntryCriterion: TypeAlias = Literal["l1", "l2", "lamp", "taylor", "obd", "random"]
 ENTRY_CRITERIA: tuple[str, ...] = get_args(EntryCriterion)
 
+POWERS: Mapping[str, int] = {"taylor": 1, "obd": 2}  # of the gradient, whose mean a criterion wants to know
+
 Observed: TypeAlias = Mapping[str, Tensor]
 """What a criterion saw of the data: a tensor by the name of the weight, or of the group, that it is about."""
 
@@ -35,7 +37,7 @@ def entry_scores(
             - ``lamp``: w² over the sum of the squares that are no smaller in its layer (Lee et al.,
               "Layer-Adaptive Sparsity for the Magnitude-Based Pruning", ICLR 2021).
             - ``taylor``: (g·w)², the change of the loss to first order (Molchanov et al., "Importance
-              Estimation for Neural Network Pruning", CVPR 2019), g over all the observed batches.
+              Estimation for Neural Network Pruning", CVPR 2019), g the mean over batches.
             - ``obd``: w²·F, the change of the loss to second order with the diagonal of the empirical Fisher
               matrix F = E[g²] for the Hessian (LeCun et al., "Optimal Brain Damage", NeurIPS 1989; Theis et
               al., "Faster Gaze Prediction with Dense Networks and Fisher Pruning", 2018).
@@ -64,9 +66,9 @@ def _scores(criterion: str, name: str, w: Tensor, seen: Tensor | None) -> Tensor
             ranked = w.square().flatten().sort()
             return torch.empty_like(ranked.values).scatter_(0, ranked.indices, lamp(ranked.values)).view_as(w)
         case "taylor" if seen is not None:
-            return (w * seen).square()
+            return (w * seen).square_()
         case "obd" if seen is not None:
-            return w.square() * seen
+            return w.square().mul_(seen)
         case "random":
             return draw(name, w.numel()).to(w).view_as(w)
     raise AssertionError(f"no criterion {criterion!r} for single weights")
@@ -75,15 +77,13 @@ def _scores(criterion: str, name: str, w: Tensor, seen: Tensor | None) -> Tensor
 def observe_entries(criterion: str, evidence: Evidence, names: Collection[str]) -> Observed | None:
     """What `entry_scores` needs to know of the data; None for a criterion that looks at weights alone.
 
-    The mean of the gradient over the batches for ``taylor``. The mean of its square for ``obd``: the one that
-    training has already gathered, if there is one. The model is left as it was.
+    The mean of the gradient for ``taylor``, of its square for ``obd``: the one that training has already gathered,
+    if there is one, or over the batches. The model is left as it was.
     """
-    if criterion == "taylor":
-        return _mean_gradients(evidence, names, power=1)
-    if criterion == "obd":
-        gathered = evidence.squared_gradients()
-        return gathered if set(names) <= gathered.keys() else _mean_gradients(evidence, names, power=2)
-    return None
+    if criterion not in POWERS:
+        return None
+    gathered = evidence.gradient_moments(POWERS[criterion])
+    return gathered if set(names) <= gathered.keys() else _mean_gradients(evidence, names, POWERS[criterion])
 
 
 def check_criterion(scheme: object, criterion: str, allowed: Collection[str]) -> None:

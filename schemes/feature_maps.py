@@ -15,6 +15,7 @@ from .groups import Group, Slices
 from .roles import Roles, cover, module_of
 
 MAP_CRITERIA = ("activation", "hrank", "beta_rank")
+SAMPLES = 64  # that are looked at: a C step is to cost little beside the training that it follows
 RANKED_SAMPLES = 16  # of a batch: Lin et al. find that the rank hardly depends on which they are
 
 
@@ -59,8 +60,12 @@ def observe_maps(criterion: str, evidence: Evidence, groups: Sequence[Group], ro
             module = evidence.model.get_submodule(module_of(s))
             hooks.append(module.register_forward_hook(partial(note, key, s)))
         with looking_at(evidence) as batches, torch.no_grad():
+            left = SAMPLES
             for x, _ in batches:
-                evidence.model(x)
+                evidence.model(x[:left])
+                left -= len(x)
+                if left <= 0:
+                    break
     finally:
         for hook in hooks:
             hook.remove()

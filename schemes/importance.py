@@ -18,6 +18,7 @@ ChannelCriterion: TypeAlias = Literal[
 ]
 CHANNEL_CRITERIA: tuple[str, ...] = get_args(ChannelCriterion)
 Normalization: TypeAlias = Literal["parameters", "mean", "none"]
+BLOCK = 64  # filters whose distances from others are computed at a time
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
 
@@ -149,4 +150,11 @@ def _along(entries: Tensor, s: Slices) -> Tensor:
 def _distances(weight: Tensor, s: Slices) -> Tensor:
     """For each filter, the sum of its Euclidean distances from all others; shape ``(filters,)``."""
     filters = weight.movedim(s.dim, 0).flatten(1)
-    return torch.cdist(filters, filters).sum(1)
+    squares, total = filters.square().sum(1), torch.zeros_like(filters[:, 0])
+    for start in range(0, len(filters), BLOCK):  # each pair once
+        rows, others = slice(start, start + BLOCK), slice(start, None)
+        apart = squares[rows, None] + squares[others] - 2 * filters[rows] @ filters[others].T
+        apart = apart.fill_diagonal_(0).clamp_min_(0).sqrt_()
+        total[rows] += apart.sum(1)
+        total[start + BLOCK :] += apart[:, BLOCK:].sum(0)
+    return total

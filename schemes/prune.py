@@ -180,9 +180,8 @@ class Prune:
         criterion, spread = as_lamp(self.criterion, self.spread)
         scores = list(entry_scores(criterion, weights, facts.prunable, facts.observed).values())
         if criterion not in ("l1", "l2"):  # what is zero already goes first: pruning again changes nothing
-            scores = [
-                s.masked_fill(weights[name] == 0, -1) for name, s in zip(facts.prunable, scores, strict=True)
-            ]
+            for name, score in zip(facts.prunable, scores, strict=True):
+                score.masked_fill_(weights[name] == 0, -1)
         if spread == "global":
             masks = best_with_floors(scores, n_kept, facts.floors)
         else:

@@ -9,15 +9,17 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .criteria import lamp
 from .patterns import PerModule
 
+SAMPLED = 64  # of so many scores one is in the sample that tells where the threshold lies
 SpreadName: TypeAlias = Literal["global", "uniform", "erk", "lamp"]
 Spread: TypeAlias = SpreadName | Mapping[str, float]
 
@@ -147,8 +149,24 @@ def _flat(entries: Tensor) -> Tensor:
 def _nth_highest(scores: Tensor, n: int) -> Tensor:
     k = len(scores) - n
     if scores.device.type == "cpu":
-        return torch.from_numpy(np.partition(scores.numpy(), k)[k : k + 1])
+        return torch.from_numpy(_kth_lowest(scores.numpy(), k)[None])
     return scores.kthvalue(k + 1, keepdim=True).values
+
+
+def _kth_lowest(scores: NDArray[Any], k: int) -> Any:
+    """The value at place ``k`` in rising order; of many scores, only those near it are looked at closely.
+
+    Floyd & Rivest, "Expected Time Bounds for Selection" (1975): a sample tells between which values it lies.
+    """
+    if len(scores) > SAMPLED * SAMPLED:
+        sample = np.sort(scores[::SAMPLED])
+        place, margin = k // SAMPLED, int(2 * math.sqrt(len(sample))) + 1
+        low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
+        near = scores[(scores >= low) & (scores <= high)]
+        rank = k - np.count_nonzero(scores < low)
+        if 0 <= rank < len(near):
+            return np.partition(near, rank)[rank]
+    return np.partition(scores, k)[k]
 
 
 def _rising(scores: Tensor) -> Tensor:

@@ -99,21 +99,27 @@ def test_obd_of_single_samples_is_the_empirical_fisher_of_a_logistic_regression(
     torch.testing.assert_close(observed["weight"], fisher)
 
 
-def test_obd_takes_the_squared_gradients_that_training_gathered() -> None:
+@pytest.mark.parametrize(("criterion", "power"), [("taylor", 1), ("obd", 2)])
+def test_what_training_gathered_of_gradients_is_not_measured_again(criterion: str, power: int) -> None:
     model = network()
     gathered = {name: torch.rand_like(w) for name, w in weights_of(model).items()}
 
     def no_batches() -> list[tuple[Tensor, Tensor]]:
         raise AssertionError("there was no need to look at data")
 
-    evidence = Evidence(model, no_batches, nn.functional.cross_entropy, squared_gradients=lambda: gathered)
-    scores = entry_scores("obd", weights_of(model), ["6.weight"], observe_entries("obd", evidence, ["6.weight"]))
-    assert torch.equal(scores["6.weight"], weights_of(model)["6.weight"].square() * gathered["6.weight"])
+    evidence = Evidence(
+        model, no_batches, nn.functional.cross_entropy, gradient_moments={power: gathered}.__getitem__
+    )
+    scores = entry_scores(
+        criterion, weights_of(model), ["6.weight"], observe_entries(criterion, evidence, ["6.weight"])
+    )
+    w, seen = weights_of(model)["6.weight"], gathered["6.weight"]
+    assert torch.equal(scores["6.weight"], (w * seen).square() if power == 1 else w.square() * seen)
 
 
 def test_obd_measures_what_training_did_not_gather() -> None:
     model = network()
-    frozen = evidence_of(model, squared_gradients=lambda: {"6.weight": torch.rand(10, 24)})
+    frozen = evidence_of(model, gradient_moments=lambda power: {"6.weight": torch.rand(10, 24)})
     observed = observe_entries("obd", frozen, ["6.weight", "8.weight"])
     assert observed is not None and observed.keys() == {"6.weight", "8.weight"}
 
@@ -195,6 +201,13 @@ def test_bn_scale_is_the_magnitude_of_the_scales() -> None:
     found = channels("bn_scale", model)
     scales = [model.get_parameter(f"{name}.weight").detach().abs() for name in ("stem.1", "stages.0.bn2")]
     torch.testing.assert_close(found["stem.0"], (scales[0] + scales[1]) / 2)
+
+
+def test_fpgm_of_many_filters_counts_each_pair_twice() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 150, 3), nn.ReLU(), nn.Conv2d(150, 4, 1), nn.Flatten(2))
+    filters = model[0].weight.detach().flatten(1).double()
+    expected = (filters[:, None] - filters).norm(dim=2).sum(1)
+    torch.testing.assert_close(channels("fpgm", model)["0"].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fpgm_is_the_distance_from_all_other_filters() -> None:

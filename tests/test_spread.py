@@ -67,6 +67,17 @@ def test_best_is_the_same_set_in_any_memory_layout() -> None:
     assert best([tied], 17)[0].sum() == 17
 
 
+@pytest.mark.parametrize("scores", ["distinct", "ties", "sorted", "constant"])
+def test_best_of_many_scores_is_what_sorting_them_says(scores: str) -> None:
+    """So many that a sample tells where the threshold lies; in the worst order it tells nothing."""
+    x = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    x = {"distinct": x, "ties": (9 * x).round(), "sorted": x.sort().values, "constant": x * 0}[scores]
+    for n in (1, 7, 5_000, 19_999, 20_000):
+        (mask,) = best([x], n)
+        expected = x.sort(descending=True, stable=True).indices[:n]
+        assert torch.equal(mask.nonzero()[:, 0], expected.sort().values)
+
+
 def test_best_with_floors() -> None:
     masks = best_with_floors([torch.tensor([5.0, 4.0, 3.0]), torch.tensor([0.1, 0.2, 0.3])], 3, [1, 2])
     assert [mask.tolist() for mask in masks] == [[True, False, False], [False, True, True]]

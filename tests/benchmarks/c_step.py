@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
+from autocompress.learner import EVIDENCE_BATCHES
 from autocompress.scheme import Evidence, observe, parse_scheme
 from autocompress.task import TensorSplit, channels_last
 from autocompress.training import fit
@@ -32,7 +33,7 @@ SCHEMES = (
     "StructPrune(spread=uniform, align=8)",
 )
 MAX_SHARE = 0.05
-IMAGES, BATCH, OBSERVED = 1000, 64, 2  # batches that a criterion looks at
+IMAGES, BATCH = 1000, 64
 
 
 def best_of(n: int, action: Callable[[], object]) -> float:
@@ -51,12 +52,12 @@ def main() -> int:
     model = channels_last(torchvision.models.resnet18(num_classes=10)).eval()
     x, y = torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 10
     split = TensorSplit(x, y, BATCH)
-    batches = [batch for batch, _ in zip(split.batches(), range(OBSERVED), strict=False)]
+    batches = [batch for batch, _ in zip(split.batches(), range(EVIDENCE_BATCHES), strict=False)]
     epoch = best_of(2, lambda: fit(model, split, nn.functional.cross_entropy, epochs=1, lr=0.01, seed=0))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     # As recovery has them from the second C step on.
     gathered = {name: torch.rand_like(w) for name, w in weights.items()}
-    evidence = Evidence(model, lambda: batches, nn.functional.cross_entropy, lambda: gathered)
+    evidence = Evidence(model, lambda: batches, nn.functional.cross_entropy, lambda power: gathered)
     missed = 0
     print(f"an epoch: {epoch:.2f} s\n{'scheme':40s}  pi ms  observe ms  % of the epoch")
     for spec in sys.argv[1:] or SCHEMES:
