@@ -22,6 +22,7 @@ ELSEWHERE = (
     "architectures.md",
     "medical.md",
     "recovery.md",
+    "scaling-out.md",
     "studies.md",
     "your-own-model.md",
 )  # documents with tests of their own

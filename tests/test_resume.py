@@ -123,7 +123,7 @@ TUNE = ("tune", "--epochs", "1", "--trials", "3", "--sampler", "random", "--quie
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "autocompress.cli", *TUNE, "--out", str(out), *more]
+    command = [sys.executable, "-c", "from autocompress.cli import main; main()", *TUNE, "--out", str(out), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

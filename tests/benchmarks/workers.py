@@ -1,0 +1,75 @@
+"""How much sooner two workers finish a fixed set of trials than one: the digits, on the CPU.
+
+    python tests/benchmarks/workers.py [TRIALS [EPOCHS]]
+
+The same trials in one process and in two, one CPU thread each, turn about; the time to start the processes counts.
+Prints the seconds of each turn and the ratio of the fastest; exits with 1 where it is below 1.6. For a machine of
+two cores that has nothing else to do.
+"""
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from autocompress.data import digits
+from autocompress.goal import as_objective
+from autocompress.lc import LearningCompression
+from autocompress.parcel import pack_shared
+from autocompress.scheme import parse_scheme
+from autocompress.trial import Bound, TrialSpec, run_trial
+from autocompress.workers import LocalWorkers, Remote
+
+TURNS, LEAST = 2, 1.6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trials", type=int, nargs="?", default=16)
+    parser.add_argument("epochs", type=int, nargs="?", default=15)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    spec = made(given.epochs)
+    fastest = {1: math.inf, 2: math.inf}
+    for turn in range(TURNS):
+        for workers in fastest:
+            seconds = finish(spec, given.trials, workers)
+            fastest[workers] = min(fastest[workers], seconds)
+            print(f"turn {turn}  workers {workers}  {seconds:6.1f} s", flush=True)
+    ratio = fastest[1] / fastest[2]
+    print(f"{given.trials} trials of {given.epochs} epochs: two workers are {ratio:.2f} times as fast as one")
+    return 1 if ratio < LEAST else 0
+
+
+def made(epochs: int) -> TrialSpec:
+    task, scheme = digits(), parse_scheme("StructPrune")
+    return TrialSpec(
+        number=0,
+        density=0.1,
+        task=task,
+        scheme=scheme,
+        facts=scheme.analyze(task.model, task.example_input),
+        recovery=LearningCompression(epochs=epochs),
+        objective=as_objective("density"),
+        bound=Bound(0.01),
+        dense=task.evaluate(task.model, task.val),
+        seed=0,
+    )
+
+
+def finish(spec: TrialSpec, trials: int, workers: int) -> float:
+    """Seconds that so many workers take for all trials."""
+    began = time.perf_counter()
+    shared, payload = pack_shared(vars(spec))
+    with Remote(LocalWorkers(workers, payload, threads=1), shared) as executor:
+        numbered = [replace(spec, number=number, seed=number) for number in range(1, trials + 1)]
+        results = [executor.submit(run_trial, one) for one in numbered]
+        assert [result.result().number for result in results] == [one.number for one in numbered]
+        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())
