@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -155,8 +155,10 @@ def fit_posterior(
     """
     depth_max = math.log(1 / low)
 
+    told = _as_arrays(seen, FAR * max(bound, BOUND_FLOOR))
+
     def log_likelihood(x: Array) -> Array:
-        return _log_likelihood(seen, *_from_normal(x, depth_max, bound), shared)
+        return _log_likelihood(told, *_from_normal(x, depth_max, bound), shared)
 
     x, weights = _sample(log_likelihood, seed, rounds=ROUNDS if seen else 1)
     curves, _, shared_noise = _from_normal(x, depth_max, bound)
@@ -183,20 +185,31 @@ def _from_normal(x: Array, depth_max: float, bound: float) -> tuple[Curves, Arra
     return Curves(threshold, plateau, steepness, bend, bound), training_noise, shared
 
 
-def _log_likelihood(
-    seen: Sequence[Observation], curves: Curves, training_noise: Array, shared_noise: Array, shared: float
-) -> Array:
-    """Log probability of the observations under each draw, shape (n,)."""
-    if not seen:
-        return np.zeros(len(shared_noise))
+class _Told(NamedTuple):
+    """Observations as arrays of shape (m,); ``rejected`` where the drop is at least ``drop``."""
+
+    depth: Array
+    drop: Array
+    se: Array
+    rejected: NDArray[np.bool_]
+
+
+def _as_arrays(seen: Sequence[Observation], far: float) -> _Told:
     depth, drop, se = (np.array([getattr(o, f) for o in seen]) for f in ("depth", "drop", "drop_se"))
-    far = FAR * max(curves.bound, BOUND_FLOOR)
-    rejected = np.array([o.rejected for o in seen]) | (drop > far)
-    drop = np.minimum(drop, far)
+    rejected = np.array([o.rejected for o in seen], dtype=bool) | (drop > far)
     # Standard errors are pooled over neighbouring densities: a trial with bad luck has a larger one than a
     # trial with good luck, and that alone would pull the threshold towards the lucky ones.
     near = np.exp(-(((depth[:, None] - depth) / 0.3) ** 2) / 2)
-    se = np.sqrt(near @ se**2 / near.sum(axis=1))
+    return _Told(depth, np.minimum(drop, far), np.sqrt(near @ se**2 / near.sum(axis=1)), rejected)
+
+
+def _log_likelihood(
+    told: _Told, curves: Curves, training_noise: Array, shared_noise: Array, shared: float
+) -> Array:
+    """Log probability of the observations under each draw, shape (n,)."""
+    depth, drop, se, rejected = told
+    if not len(depth):
+        return np.zeros(len(shared_noise))
     expected = curves(depth)
     misfit = MISFIT * (expected - curves.bound)
     scale = np.sqrt((1 - shared) * se**2 + training_noise**2 + misfit**2)

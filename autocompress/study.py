@@ -281,8 +281,7 @@ class Study:
         add_dense(self.study, self.space, dense_value, settings.bound, self.dense_checked)
         adopt(self.study, settings.bound, self.folder)
         restore(self.study, self.space, settings.bound, self.folder)
-        for trial in finished(self.study):
-            self._again(trial.number)
+        self._go_on()
         with self._executor() as executor, gentle_interrupt(self.watcher.warned) as asked_to_stop:
             plan = replace(self.plan, workers=executor.size)
             stopped = run_search(self.study, plan, self._spec, executor, self.folder, self, asked_to_stop)
@@ -427,14 +426,20 @@ class Study:
             record.number for record in self.records if record.params == chosen.params and self.space.is_finite
         }
 
-    def _again(self, number: int) -> None:
-        """Passes on a trial of an earlier run of the study."""
-        try:
-            result = self.folder.load_trial(number)
-        except ValueError as error:
-            self._lose(number, error)
-        else:
-            self.trial(result)
+    def _go_on(self) -> None:
+        """Passes on the trials of an earlier run of the study."""
+        for trial in finished(self.study):
+            try:
+                self.records.append(self.folder.load_trial(trial.number))
+            except ValueError as error:
+                self._lose(trial.number, error)
+        if self.records:
+            self._remember_run()
+        best = self._best()
+        belief = self._belief(best)
+        for record in self.records:
+            self.watcher.trial(record, best, belief)
+            self.tracker.trial(record)
 
     def _lose(self, number: int, error: Exception) -> None:
         self.lost.add(number)
@@ -451,7 +456,10 @@ class Study:
             beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
         self.tracker.trial(self.records[-1], best.density if best else None, beliefs)
         if len(self.records) == 1:
-            self.folder.update_settings({"mlflow_run": self.tracker.run_id})
+            self._remember_run()
+
+    def _remember_run(self) -> None:
+        self.folder.update_settings({"mlflow_run": self.tracker.run_id})
 
     def failed(self, number: int, reason: str) -> None:
         """Passes a failed trial on."""

@@ -208,7 +208,8 @@ class Tracker:
         progress = {f"posterior/{name}": value for name, value in (posterior or {}).items()}
         if best_density is not None:
             progress["best_density"] = best_density
-        self._open_runs.log(self._open_runs.parent, metrics=progress, step=result.number)
+        if progress:  # a trial of an earlier run has none: what was believed then is there
+            self._open_runs.log(self._open_runs.parent, metrics=progress, step=result.number)
 
     @_queued
     def failed(self, number: int, reason: str, params: Mapping[str, object] | None = None) -> None:

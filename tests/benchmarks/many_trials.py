@@ -1,0 +1,81 @@
+"""What a study of many recorded trials costs: opening, proposing, resuming, reporting.
+
+    python tests/benchmarks/many_trials.py [TRIALS]
+
+The trials are made up. Prints processor seconds of each step, and exits with 1 where resuming takes more than 5 of
+them or the report more than 20.
+"""
+
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from autocompress.lc import LearningCompression
+from autocompress.mend import restore, set_aside_if_damaged
+from autocompress.report import write_report
+from autocompress.schemes import StructPrune
+from autocompress.search import Plan, add_dense, adopt, answer, finished, open_study, posterior, set_sampler
+from autocompress.space import Space
+from autocompress.storage import StudyFolder
+from autocompress.trial import Bound
+
+SPACE = Space((StructPrune(),), LearningCompression(), (0.002,))
+RESUME_S, REPORT_S = 5, 20
+took: dict[str, float] = {}
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    began = time.process_time()
+    yield
+    took[what] = time.process_time() - began
+    print(f"{what:45s}{took[what]:8.3f} s", flush=True)
+
+
+def main() -> int:
+    n = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+    recorded = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "recorded.py")))
+    rng, bound = np.random.default_rng(0), Bound(0.01)
+    trials = []
+    for number in range(1, n + 1):
+        density = float(np.exp(rng.uniform(np.log(0.01), 0)))
+        trials.append(
+            recorded.trial(number, density, float(0.002 * rng.standard_normal() + 0.0015 / density**0.5))
+        )
+    with tempfile.TemporaryDirectory() as home:
+        path = recorded.write_study(Path(home), trials=trials, result=recorded.found(trials))
+        folder, plan = StudyFolder(path), Plan(SPACE, bound, n + 10)
+        study = open_study(folder.journal_file, "minimize")
+        add_dense(study, SPACE, 1.0, bound)
+        with timed("making a journal of the records"):
+            restore(study, SPACE, bound, folder)
+        with timed("resuming"):
+            assert set_aside_if_damaged(folder) is None
+            study = open_study(folder.journal_file, "minimize")
+            set_sampler(study, "threshold", plan, 0)
+            adopt(study, bound, folder)
+            restore(study, SPACE, bound, folder)
+            assert len([folder.load_trial(trial.number) for trial in finished(study)]) == n
+            answer(study, SPACE, bound)
+            posterior(study, SPACE, bound)
+        with timed("a density, with no new result"):
+            SPACE.suggest(study.ask())
+        with timed("a density after a new result"):
+            study.sampler.shared = 0.49  # another posterior
+            SPACE.suggest(study.ask())
+        folder.close()
+        with timed("the report"):
+            write_report(path)
+        print(f"the journal has {(path / 'journal.log').stat().st_size / 1e6:.1f} MB")
+    return 1 if took["resuming"] > RESUME_S or took["the report"] > REPORT_S else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
