@@ -346,5 +346,9 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
+    if "://" in message:  # of a library, which may have an address from an option
+        from autocompress.mlflow_store import without_secrets
+
+        message = without_secrets(message)
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(status)

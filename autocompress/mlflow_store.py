@@ -93,8 +93,11 @@ def check_uri(uri: str) -> str:
 
 def without_secrets(text: str) -> str:
     """The text without the user, the password and the token that an address in it may carry."""
-    text = re.sub(r"(?<=://)[^/@\s'\"]+@", "", text)
-    return re.sub(r"([?&]\w*(?:token|password|secret|key)\w*=)[^&\s'\"]*", r"\1...", text, flags=re.IGNORECASE)
+    # A password may have an @ or a / itself: better a piece of a path too few than one of a password too many.
+    text = re.sub(r"(?<=://)(?:[^/@:\s'\"]*:[^\s'\"]*|[^/\s'\"]+)@", "", text)
+    return re.sub(
+        r"([?&]\w*(?:token|password|passwd|pwd|secret|key)\w*=)[^&\s'\"]*", r"\1...", text, flags=re.IGNORECASE
+    )
 
 
 def database_uri(out: Path) -> str:

@@ -442,7 +442,8 @@ def test_a_server_that_does_not_answer_is_said_once_in_short_and_without_the_pas
         ("failed for postgresql+psycopg://me:s@host/db, sorry", "failed for postgresql+psycopg://host/db, sorry"),
         ("https://host/?token=abc&x=1", "https://host/?token=...&x=1"),
         ("https://host/?x=1&api_key=abc'", "https://host/?x=1&api_key=...'"),
-        ("write to me@example.org", "write to me@example.org"),
+        ("postgresql://me:p@ss/word@host/db", "postgresql://host/db"),
+        ("write to me@example.org, see http://host:5000", "write to me@example.org, see http://host:5000"),
     ],
 )
 def test_what_is_secret_in_an_address_is_left_out(text, shown):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -26,9 +27,11 @@ sys.exit(serve_ui(Path(sys.argv[1]), say=lambda line: print(line, flush=True)))
 """
 
 
-def ask(url, body=None):
+def ask(url, body=None, host=None):
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
+    if host:
+        request.add_header("Host", host)
     with direct.open(request, timeout=10) as answer:
         return answer.read()
 
@@ -75,6 +78,10 @@ def test_the_ui_shows_the_runs_and_ends_without_a_trace(tmp_path):
         assert {run["info"]["run_name"] for run in found} == {"study", "trial 000 · failed"}
         listed = json.loads(ask(f"{url}/api/2.0/mlflow/artifacts/list?run_id={tracker.run_id}"))
         assert [file["path"] for file in listed["files"]] == [Path(__file__).name]
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # a page elsewhere whose name leads here
+            ask(f"{url}/api/2.0/mlflow/experiments/search?max_results=10", host="rebound.example")
+        with socket.socket() as elsewhere, pytest.raises(ConnectionRefusedError):
+            elsewhere.connect(("127.0.0.2", int(url.rpartition(":")[2])))  # it listens on one address, not on all
         children = Path(f"/proc/{ui.pid}/task/{ui.pid}/children").read_text().split()
         assert children
     finally:
