@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 TRAINING = ("lr", "optimizer", "distill", "rounds")  # options of a trial's recovery, besides its epochs
 # Options that may change when a study is resumed.
-BUDGET = ("trials", "timeout", "tolerance", "device", "profile_device", "workers", "formats")
+BUDGET = ("trials", "timeout", "epochs_total", "tolerance", "device", "profile_device", "workers", "formats")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,6 +72,11 @@ def cli() -> None:
 )
 @click.option("--trials", type=click.IntRange(min=1), default=6, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
+@click.option(
+    "--epochs-total",
+    type=Positive(),
+    help="No trial begins after so many epochs of recovery, all trials together.",
+)
 @click.option(
     "--tolerance",
     type=Share(0, 1),
@@ -275,7 +280,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     restore(options, given, asked)
     recovery = asked["recovery"]
     asked |= {name: recovery.get(name) for name in ("epochs", *TRAINING)} | {"recovery": recovery["method"]}
-    asked.setdefault("search", "")
+    asked = {"search": "", "epochs_total": None} | asked  # of studies that knew neither
     same = (
         "scheme",
         "max_drop",

@@ -20,6 +20,7 @@ _NOT_PARAMS = (
     "tracking_uri",
     "autocompress",
     "timeout",
+    "epochs_total",
     "dense_value",
 )
 

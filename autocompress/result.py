@@ -45,6 +45,7 @@ class Settings:
         seed: Seeds the search and the trials.
         trials: How many trials, at most.
         timeout_s: Seconds after which no further trial begins; None for no limit.
+        epochs_total: Passes over the training data by all trials together after which no further one begins.
         device: Where trials run, as torch names it.
         constraints: What else the compressed model must reach.
         tolerance: The search ends when the lowest feasible density is known to within this share.
@@ -67,6 +68,7 @@ class Settings:
     seed: int = 0
     trials: int = DEFAULT_TRIALS
     timeout_s: float | None = None
+    epochs_total: float | None = None
     device: str = "cpu"
     constraints: tuple[Constraint, ...] = ()
     tolerance: float = TOLERANCE
@@ -107,6 +109,8 @@ class Settings:
             raise ValueError(f"trials={self.trials}; it must be at least 1")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise ValueError(f"timeout={self.timeout_s}; it must be positive")
+        if self.epochs_total is not None and not self.epochs_total > 0:
+            raise ValueError(f"epochs_total={self.epochs_total}; it must be positive")
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance={self.tolerance}; it must be positive (0.1 is a tenth of the density)")
         check_confidence(self.confidence)
@@ -145,6 +149,7 @@ class Settings:
         return {
             "trials": self.trials,
             "timeout": self.timeout_s,
+            "epochs_total": self.epochs_total,
             "tolerance": self.tolerance,
             "device": self.device,
             "workers": self.workers,

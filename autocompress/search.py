@@ -50,6 +50,7 @@ class Plan:
         timeout_s: Seconds after which no further trial begins; None for no limit.
         workers: Trials at a time.
         tolerance: The search ends when the threshold's density is known to within this share.
+        steps: Gradient steps of all trials together after which no further one begins; None for no limit.
     """
 
     space: Space
@@ -58,6 +59,7 @@ class Plan:
     timeout_s: float | None = None
     workers: int = 1
     tolerance: float = TOLERANCE
+    steps: int | None = None
 
 
 class _Held(JournalFileSymlinkLock):
@@ -179,6 +181,8 @@ def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
     left = plan.trials - _begun(study)
     if left <= 0:
         return BUDGET_SPENT
+    if plan.steps is not None and sum(t.user_attrs.get("steps", 0) for t in finished(study)) >= plan.steps:
+        return "the budget of epochs is spent"
     if plan.space.low == 1 and len(plan.space.arms) == 1:
         return "the scheme has no density to search over" if _begun(study) else None
     if isinstance(study.sampler, optuna.samplers.GridSampler) and study.sampler.is_exhausted(study):

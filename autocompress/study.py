@@ -60,7 +60,7 @@ from autocompress.storage import (
 )
 from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker, final_metrics
-from autocompress.training import threads_for
+from autocompress.training import n_steps, threads_for
 from autocompress.trial import Bound, TrialResult, TrialSpec, can_be_cheap
 from autocompress.workers import InProcess, LocalWorkers, Remote, visible_gpus
 
@@ -81,6 +81,7 @@ def tune(
     objective: str | Objective | Callable[[Measurement], float] | None = None,
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
+    epochs_total: float | None = None,
     tolerance: float = TOLERANCE,
     confidence: float = CONFIDENCE,
     epochs: float | None = None,
@@ -116,6 +117,7 @@ def tune(
             default the density, of several schemes the size, by which they compare.
         trials: How many trials, at most.
         timeout: Seconds after which no further trial begins.
+        epochs_total: Passes over the training data by all trials together after which no further one begins.
         tolerance: The search ends when the lowest feasible density is known to within this share of it, with 80%
             probability: 0.15 is 15%.
         confidence: Of the verdict on test, between 0.5 and 1.
@@ -167,6 +169,7 @@ def tune(
         seed=seed,
         trials=trials,
         timeout_s=timeout,
+        epochs_total=epochs_total,
         device=usable_device(device),
         runtime=check_runtime(runtime, usable_device(profile_device or device)),
         profile_device=usable_device(profile_device) if profile_device else None,
@@ -268,7 +271,12 @@ class Study:
         self.dense = task.evaluate(task.model, task.val)
         self.dense_cost, self.timing = self._measure_dense()
         self.plan = Plan(
-            self.space, settings.bound, settings.trials, settings.timeout_s, tolerance=settings.tolerance
+            self.space,
+            settings.bound,
+            settings.trials,
+            settings.timeout_s,
+            tolerance=settings.tolerance,
+            steps=n_steps(task.train, settings.epochs_total) if settings.epochs_total else None,
         )
         dense_value = settings.objective(self.dense_cost)
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)

@@ -23,6 +23,7 @@ ELSEWHERE = (
     "medical.md",
     "recovery.md",
     "scaling-out.md",
+    "searching.md",
     "studies.md",
     "your-own-model.md",
 )  # documents with tests of their own

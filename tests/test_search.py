@@ -169,6 +169,15 @@ def test_no_trial_begins_after_the_time_is_up(home: Home) -> None:
     assert home.search(3, timeout_s=3600) == BUDGET_SPENT
 
 
+def test_no_trial_begins_after_the_steps_are_spent(home: Home) -> None:
+    home.search(1)
+    (first,) = home.log.results
+    assert first.steps > 0
+    assert home.search(9, steps=first.steps + 1) == "the budget of epochs is spent"
+    assert len(home.log.results) == 2
+    assert home.search(3, steps=None) == BUDGET_SPENT
+
+
 def test_a_scheme_without_a_density_is_tried_once(home: Home) -> None:
     stopped = home.search(5, low=1.0, spec={"scheme": Quantize16()})
     assert stopped == "the scheme has no density to search over"
