@@ -23,7 +23,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -39,9 +38,9 @@ from autocompress.task import Split, Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
 AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
-LOOKS = (0.0, 0.5)  # shares of the polish at which a recovery may be given up
+LOOK = 0.5  # share of the polish at which a recovery may be given up
 
-Hopeless: TypeAlias = Callable[[nn.Module, float], bool]
+Hopeless: TypeAlias = Callable[[nn.Module], bool]
 
 
 @torch.no_grad()
@@ -276,8 +275,7 @@ class LearningCompression:
             start: Goes on from there: from a checkpoint of this very recovery, bit for bit, or from a denser
                 model (`State.warm`), whose weights and support are a head start.
             checkpoint: Is handed the state after each L step, and at the end.
-            hopeless: Is shown the compressed model at `LOOKS` into the polish, with that share, and says whether
-                to give it up there.
+            hopeless: Is shown the compressed model in the middle of the polish, and says whether to give it up.
 
         Returns:
             θ; the model carries its decompressed weights and recalibrated BatchNorm statistics.
@@ -379,13 +377,13 @@ def polish(
     if not theta.values.keys() <= learner.weights.keys():
         polish_stored(scheme, learner, theta, facts, task, seed)
         return None
-    penalty, steps = frozen(scheme, theta), learner.descent.steps_left
-    for look, end in pairwise((*LOOKS, 1.0)):
-        if hopeless is not None:
-            recalibrate_batchnorm(learner.model, task.train)
-            if hopeless(learner.model, look):
-                return look
-        learner.l_step(round(end * steps) - round(look * steps), penalty)
+    penalty = frozen(scheme, theta)
+    learner.l_step(round(LOOK * learner.descent.steps_left), penalty)
+    if hopeless is not None:
+        recalibrate_batchnorm(learner.model, task.train)
+        if hopeless(learner.model):
+            return LOOK
+    learner.l_step(learner.descent.steps_left, penalty)
     return None
 
 

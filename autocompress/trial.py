@@ -25,10 +25,10 @@ from autocompress.task import Evaluation, Task, channels_last, device_of, evalua
 
 TRAINING_SHARE = 0.95  # of a trial's time, as a rule; the rest builds, scores and measures the model
 
-# The sequential test that ends a recovery. What it will have lost in the end is at least this share of what the
-# compressed model has lost at a look into the polish: on the digits it was never less.
-REMAINS = {0.0: 0.25, 0.5: 0.7}
-ERROR = 0.01  # probability that a trial at the bound is given up, over all looks
+# The test that ends a recovery. What it will have lost in the end is at least this share of what the compressed
+# model has lost in the middle of the polish: on the digits it was never less than 0.69.
+REMAINS = 0.5
+ERROR = 0.01  # probability that a trial at the bound is given up
 # A recovery from the dense model leaves starts on its way: at these multiples of its density, up to the highest
 # that is worth more than the dense model.
 PATH, PATH_HIGHEST = (2, 4, 8), 0.7
@@ -185,8 +185,7 @@ class TrialResult:
         Of a trial that was rejected it is the least that it would have lost in the end.
         """
         if self.given_up_at is not None:
-            remains = REMAINS[self.given_up_at]
-            return remains * self.drop, remains * self.drop_se
+            return REMAINS * self.drop, REMAINS * self.drop_se
         drops = [(max_drop + one.excess, one.se) for one in self.constraints]
         return max([(self.drop, self.drop_se), *drops])
 
@@ -306,13 +305,13 @@ def _recover(spec: TrialSpec, task: Task, model: nn.Module) -> tuple[Recovered, 
 
 def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
     """Whether a recovery cannot make it: what will remain of its drop is beyond the bound, beyond the noise."""
-    z = float(ndtri(1 - ERROR / len(REMAINS)))
+    z = float(ndtri(1 - ERROR))
 
-    def hopeless(model: nn.Module, look: float) -> bool:
+    def hopeless(model: nn.Module) -> bool:
         evaluation = task.evaluate(model, task.val)
         drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
         error = drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative)
-        return REMAINS[look] * (drop - z * error) > spec.bound.max_drop
+        return REMAINS * (drop - z * error) > spec.bound.max_drop
 
     return hopeless
 

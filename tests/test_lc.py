@@ -541,21 +541,19 @@ def test_a_head_start_needs_fewer_steps(tiny_task: Task) -> None:
         assert (short.steps, short.c_steps, short.alternating) == (400 * share, 32 * share, 0.3)
 
 
-@pytest.mark.parametrize(("at", "taken"), [(0.0, 3), (0.5, 4), (None, 5)])
+@pytest.mark.parametrize(("at", "taken"), [(0.5, 4), (None, 5)])
 def test_a_hopeless_recovery_is_given_up_in_its_polish(tiny_task: Task, at: float | None, taken: int) -> None:
-    scheme, looks = StructPrune(), []
+    scheme = StructPrune()
     facts = scheme.analyze(tiny_task.model, tiny_task.example_input)
     model = copy.deepcopy(tiny_task.model)
 
-    def hopeless(shown: nn.Module, look: float) -> bool:
+    def hopeless(shown: nn.Module) -> bool:
         assert sum(p.count_nonzero() for p in shown.parameters()) <= 0.4 * count_params(shown)
-        looks.append(look)
-        return look == at
+        return at is not None
 
     config = LearningCompression(steps=5, c_steps=3)
     found = config.recover(model, scheme, facts, 0.4, tiny_task, 0, hopeless=hopeless)
     assert (found.given_up_at, found.steps) == (at, taken)
-    assert looks == [0.0, 0.5][: 1 if at == 0 else 2]
     assert found.theta.kept <= 0.4 * count_params(model)  # it is compressed all the same
 
 
