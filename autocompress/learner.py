@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Weights
-from autocompress.task import Batch, Split, Task, device_of
+from autocompress.task import Batch, Split, Task, device_of, kept_on
 from autocompress.training import Descent, Optimizer, TaughtStream, distillation_loss
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
@@ -136,11 +136,12 @@ class Learner:
             weight_decay=recipe.weight_decay,
             scaler=torch.amp.GradScaler(self._device.type) if self._precision == "fp16" else None,
         )
+        self._train = kept_on(task.train, self._device)
         self._stream = self._serve(0, 0)
 
     def _serve(self, epoch: int, position: int) -> TaughtStream:
         teacher = self._task.model if self.recipe.distill else None
-        return TaughtStream(self._task.train, teacher, self._seed, epoch, position)
+        return TaughtStream(self._train, teacher, self._seed, epoch, position)
 
     def l_step(self, steps: int, penalty: Penalty) -> float:
         """Takes gradient steps under ``penalty``; returns their mean loss (without the penalty).

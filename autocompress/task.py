@@ -71,6 +71,19 @@ class TensorSplit:
             yield self.x[chosen], self.y[chosen]
 
 
+def kept_on(split: Split, device: torch.device) -> Split:
+    """The split with its samples on the device, if it holds them as tensors that take a quarter of the room there.
+
+    What is read from files, or augmented, is served as it is.
+    """
+    if device.type != "cuda" or not isinstance(split, TensorSplit):
+        return split
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if split.x.nbytes > free_bytes // 4:
+        return split
+    return TensorSplit(split.x.to(device), split.y.to(device), split.batch_size)
+
+
 @dataclass(frozen=True)
 class LoaderSplit:
     """Data served by a DataLoader of ``(x, y)`` batches, shuffled or not as the loader was made."""

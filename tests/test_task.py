@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.metrics import balanced_accuracy
-from autocompress.task import LoaderSplit, Task, TensorSplit, as_split, device_of, evaluating, predict
+from autocompress.task import LoaderSplit, Task, TensorSplit, as_split, device_of, evaluating, kept_on, predict
 
 
 def data(n: int = 10) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,22 @@ def test_three_forms_of_data_make_the_same_task() -> None:
     }
     assert len(scores) == 1
     assert Task(model, splits, splits, splits).train is splits
+
+
+def test_on_the_cpu_a_split_stays_what_it_is() -> None:
+    for split in (TensorSplit(*data()), LoaderSplit(loader())):
+        assert kept_on(split, torch.device("cpu")) is split
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_fits_is_kept_on_the_gpu_and_served_in_the_same_order() -> None:
+    split, device = TensorSplit(*data(), batch_size=4), torch.device("cuda")
+    kept = kept_on(split, device)
+    orders = (torch.Generator().manual_seed(3) for _ in range(2))
+    for (x, y), (on_gpu, y_on_gpu) in zip(
+        *(s.batches(g) for s, g in zip((split, kept), orders, strict=True)), strict=True
+    ):
+        assert on_gpu.is_cuda and torch.equal(x, on_gpu.cpu()) and torch.equal(y, y_on_gpu.cpu())
 
 
 @pytest.mark.parametrize(
