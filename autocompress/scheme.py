@@ -121,6 +121,18 @@ class Observer(Protocol):
         """The facts, with what `Scheme.pi` needs to know of the data in them. Called before every C step."""
 
 
+@runtime_checkable
+class Choosy(Protocol):
+    """A scheme that cannot be composed with every other."""
+
+    def check_parts(self, parts: tuple[Scheme, ...]) -> None:
+        """Checks a composition that it is to be a part of.
+
+        Raises:
+            ValueError: If it cannot be one.
+        """
+
+
 def observe(scheme: Scheme, evidence: Evidence, facts: Facts) -> Facts:
     """The facts as `Observer.observe` completes them; unchanged for a scheme that looks at weights alone."""
     return scheme.observe(evidence, facts) if isinstance(scheme, Observer) else facts
@@ -144,7 +156,8 @@ class Compose:
     """Several schemes, applied in order; ``A+B`` on the command line. Only the first may take a density.
 
     Raises:
-        ValueError: If there are no parts, several of them take a density, or one that does is not the first.
+        ValueError: If there are no parts, several of them take a density, one that does is not the first, or a
+            part refuses the others.
     """
 
     parts: tuple[Scheme, ...]
@@ -160,6 +173,9 @@ class Compose:
             raise ValueError(
                 f"{with_density[0]} takes a density and must come first; begin the composition with it"
             )
+        for part in parts:
+            if isinstance(part, Choosy):
+                part.check_parts(parts)
         object.__setattr__(self, "parts", parts)
 
     @property

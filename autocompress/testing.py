@@ -80,7 +80,6 @@ __all__ = [
 ]
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
-ROUNDS = 5
 
 
 class SchemeConformance:
@@ -94,6 +93,7 @@ class SchemeConformance:
     densities: ClassVar[tuple[float, ...]] = DENSITIES
     models: ClassVar[Mapping[str, Callable[[], nn.Module]]] = MODELS
     input_shape: ClassVar[tuple[int, ...]] = INPUT_SHAPE
+    trials: ClassVar[int] = 50  # after which nothing of them may be left
     _cases: ClassVar[dict[str, Case | ValueError]]
 
     def __init_subclass__(cls) -> None:
@@ -394,4 +394,4 @@ class SchemeConformance:
                 run(scheme.realize(masked_model(scheme, case.model, theta), theta, case.facts), case.x)
 
         trials(1)  # what is cached once may stay
-        assert count_left_behind(lambda: trials(ROUNDS)) < ROUNDS
+        assert count_left_behind(lambda: trials(self.trials)) < self.trials

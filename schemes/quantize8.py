@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.scheme import Evidence, Theta, Weights, register_scheme
+from autocompress.scheme import Evidence, Scheme, Theta, Weights, describe, register_scheme
 from autocompress.task import device_of
 
 from .grid import dequantize_weight, quantize_weight
 from .integer_graph import LEVELS, Ranges, find_layers, find_points, operators, with_integers
+from .lowrank import LowRank
+from .quantize import Quantize16
 from .traced import trace
 
 # With fewer bits weights are drawn to their grid while they are trained; with as many, what that costs them in
@@ -64,6 +66,19 @@ class Quantize8:
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9):
             raise ValueError(f"bits={self.bits!r}; a weight has 2 to 8 bits")
+
+    def check_parts(self, parts: tuple[Scheme, ...]) -> None:
+        """Integers come last, in a network that still has the dense model's operators: there they were found."""
+        if parts[-1] is not self:
+            raise ValueError(
+                f"Quantize8 must come last, not before {describe(parts[-1])}: nothing works on integers"
+            )
+        for part in parts[:-1]:
+            if isinstance(part, LowRank | Quantize16):
+                raise ValueError(
+                    f"Quantize8 cannot come behind {describe(part)}, which puts other operators in a network; "
+                    "compose it with schemes that prune"
+                )
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Integers:
         """Traces the model and finds where integers can flow."""

@@ -19,6 +19,7 @@ from autocompress.schemes import StructPrune
 from autocompress.testing import masked_model
 
 CLASSES = 10
+SCHEME = StructPrune(criterion="l2", align=1)  # any width will do: what is asked is met to a channel
 
 
 class PaddedResNet(nn.Module):
@@ -134,15 +135,14 @@ class Pruned:
 
 def prune(model: nn.Module, x: Tensor, facts: object, density: float) -> Pruned:
     """Prunes to a density, or as low as is possible, and compares with the masked model."""
-    scheme = StructPrune(criterion="l2")
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    lowest = scheme.lowest_density(facts)
+    lowest = SCHEME.lowest_density(facts)
     if density < lowest:
         with pytest.raises(ValueError, match=f"the lowest possible here is {lowest:.4g}"):
-            scheme.pi(weights, density, facts)
-    theta = scheme.pi(weights, max(density, lowest), facts)
-    masked = masked_model(scheme, model, theta)
-    realized = scheme.realize(masked, theta, facts)
+            SCHEME.pi(weights, density, facts)
+    theta = SCHEME.pi(weights, max(density, lowest), facts)
+    masked = masked_model(SCHEME, model, theta)
+    realized = SCHEME.realize(masked, theta, facts)
     with torch.no_grad():
         expected, outputs = masked(x), realized(x)
     assert outputs.shape == expected.shape == (len(x), CLASSES)
@@ -163,7 +163,7 @@ def assert_usable(pruned: Pruned, model: nn.Module, x: Tensor, facts: object, ex
     for name, p in clone.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
     plan = json.loads(json.dumps(dict(pruned.theta.plan)))
-    again = StructPrune(criterion="l2").realize(model, Theta({}, {}, 0, plan), facts)
+    again = SCHEME.realize(model, Theta({}, {}, 0, plan), facts)
     again.load_state_dict(realized.state_dict())
     with torch.no_grad():
         expected = realized(x)
@@ -182,11 +182,11 @@ def examine(name: str, side: int, export: bool = True) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left whole has tests of its own
         began = time.monotonic()
-        facts = StructPrune(criterion="l2").analyze(model, x[:1])
+        facts = SCHEME.analyze(model, x[:1])
         assert time.monotonic() - began < 30
     for density in (0.5, 0.1):
         pruned = prune(model, x, facts, density)
-        assert pruned.density <= max(density, StructPrune(criterion="l2").lowest_density(facts))
+        assert pruned.density <= max(density, SCHEME.lowest_density(facts))
         assert pruned.error < 1e-5
         assert_usable(pruned, model, x, facts, export and density == 0.5)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_architectures import ARCHITECTURES, alive, assert_usable, prune
+from test_architectures import ARCHITECTURES, SCHEME, alive, assert_usable, prune
 
 from autocompress.macs import count_macs
-from autocompress.schemes import StructPrune
 
 
 def main(names: list[str]) -> int:
@@ -35,7 +34,7 @@ def row(name: str) -> bool:
     side = ARCHITECTURES[name].full_side
     x = torch.randn(2, 3, side, side)
     model = alive(ARCHITECTURES[name].make(), x)
-    scheme = StructPrune(criterion="l2")
+    scheme = SCHEME
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         analyzing = time.process_time()
