@@ -10,6 +10,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from autocompress.certify import paired_bounds
 from autocompress.lc import LearningCompression
 from autocompress.sampler import BisectionSampler, ThresholdSampler
 from autocompress.samplers import SAMPLERS, make_sampler
@@ -183,6 +184,46 @@ def test_with_noise_the_estimate_is_no_worse_than_that_of_a_gaussian_process() -
         errors.append(log_error(study.best_trial.params["density"], simulation))
     # The estimate, not the 90% answer: that stays on the safe side on purpose, which these give up.
     assert np.mean([noisy(*case, shared=0.0)[2] for case in cases]) <= np.mean(errors)
+
+
+# The verdict on what a search answers with.
+
+
+def false_certificates(cases: list[tuple[str, int]], n_test: int, trials: int = 6) -> tuple[int, int]:
+    """Of many test sets for each search's answer: how many certify it, and how many of these wrongly."""
+    certified, wrong = 0, 0
+    for kind, seed in cases:
+        simulation, sampler = Simulation(kind, 2000 + seed, 2000, 0.5, 0.002), ThresholdSampler(LOW, BOUND, seed)
+        study = search(sampler, simulation, trials)
+        depth = math.log(1 / sampler.posterior(study.trials).threshold(0.9))
+        # The network of that density, whose training had its own luck.
+        drop = simulation.curve(depth) + simulation.training_noise * simulation.rng.normal()
+        p_gained = 0.008 * -math.expm1(-2 * depth) + max(0.0, -drop)
+        p = [p_gained + drop, p_gained, 1 - 2 * p_gained - drop]
+        counts, repeats = np.unique(
+            simulation.rng.multinomial(n_test, p, size=2000)[:, :2], axis=0, return_counts=True
+        )
+        passed = sum(
+            int(n)
+            for (b, c), n in zip(counts, repeats, strict=True)
+            if paired_bounds(b, c, n_test, 0.95)[1] <= BOUND
+        )
+        certified, wrong = certified + passed, wrong + passed * (drop > BOUND)
+    return certified, wrong
+
+
+def test_of_the_answers_called_certified_few_drop_more_than_the_bound() -> None:
+    certified, wrong = false_certificates([(kind, seed) for kind in KINDS for seed in range(5)], n_test=5000)
+    assert certified > 0
+    assert wrong <= 0.05 * certified
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_test", [1000, 5000, 10_000])
+def test_of_many_answers_called_certified_at_most_five_in_a_hundred_drop_more_than_the_bound(n_test: int) -> None:
+    certified, wrong = false_certificates([(kind, seed) for kind in KINDS for seed in range(40)], n_test)
+    assert certified > 0
+    assert wrong <= 0.05 * certified
 
 
 # The posterior.
