@@ -70,7 +70,7 @@ def cli() -> None:
     help="What to optimize: NAME, FILE.py:NAME, or several as product(size, latency).  "
     "[default: density; size where schemes are compared]",
 )
-@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Trials at most.")
+@click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
 @click.option(
     "--epochs-total",

@@ -28,7 +28,7 @@ from autocompress.trial import Bound, TrialResult
 if TYPE_CHECKING:
     import pandas as pd
 
-DEFAULT_TRIALS = 5
+DEFAULT_TRIALS = 8
 GRID = 64  # points at which the believed drop is written down
 
 
