@@ -108,7 +108,7 @@ def cli() -> None:
 @click.option(
     "--lr",
     type=Positive(),
-    help="Peak learning rate of a trial's recovery.  [default: 0.1; 0.01 for finetune]",
+    help="Peak learning rate of a trial's recovery.  [default: 0.1, with adamw 0.001; finetune: a tenth]",
 )
 @click.option(
     "--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="Of a trial."

@@ -288,7 +288,7 @@ def _distribution(name: str, values: Any, now: Any) -> BaseDistribution:
         if not low < high:
             raise ValueError(f"search: {name}={low:g}..{high:g}; the first end must be below the second")
         log = low > 0 and high / low >= WIDE
-        if all(isinstance(one, int) and not isinstance(one, bool) for one in (low, high, now)):
+        if isinstance(low, int) and isinstance(high, int) and not isinstance(now, float | bool):
             return IntDistribution(low, high, log=log)
         return FloatDistribution(float(low), float(high), log=log)
     if not isinstance(values, list) or not values:

@@ -37,6 +37,7 @@ from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, observe
 from autocompress.task import Split, Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
+PEAK_LR = {"sgd": 0.1, "adamw": 0.001}
 AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
 LOOK = 0.5  # share of the polish at which a recovery may be given up
 
@@ -200,7 +201,7 @@ class LearningCompression:
         mu_growth: Factor on μ from one C step to the next, as long as w and θ differ.
         augmented: Whether there are multipliers: the augmented Lagrangian; without them the quadratic penalty.
         optimizer: ``"sgd"`` or ``"adamw"``.
-        lr: Peak learning rate; it follows one cosine over all the steps.
+        lr: Peak learning rate; it follows one cosine over all the steps. None is 0.1 for SGD, 0.001 for AdamW.
         momentum: Nesterov momentum of SGD; the first moment's decay of AdamW.
         weight_decay: L2 penalty of SGD; decoupled decay of AdamW.
         distill: Weight of distillation from the dense model, against the task's own loss.
@@ -220,7 +221,7 @@ class LearningCompression:
     mu_growth: float = 1.07
     augmented: bool = True
     optimizer: Optimizer = "sgd"
-    lr: float = 0.1
+    lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     distill: float = 0.5
@@ -231,7 +232,7 @@ class LearningCompression:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "c_steps", "mu", "mu_growth", "lr", "temperature"):
-            if not getattr(self, name) > 0:
+            if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)}; it must be positive")
         for name in ("alternating", "distill", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
@@ -249,6 +250,11 @@ class LearningCompression:
         if not self.alternating:
             return "rewind"
         return "gradual" if math.isinf(self.mu) else "lc"
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate, which the optimizer settles where none is given."""
+        return PEAK_LR[self.optimizer] if self.lr is None else self.lr
 
     def recover(
         self,
@@ -291,7 +297,7 @@ class LearningCompression:
         hard: Penalty | None = None
         while state.c_steps < c_steps and not state.has_agreed(density):
             target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
-            mu = self.mu * state.growth / (self.lr * max(1, steps))
+            mu = self.mu * state.growth / (self.peak_lr * max(1, steps))
             facts = observe(scheme, learner.evidence(), facts)
             penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
             logged = {"lc_density": target, "lc_residual": apart, "lc_loss": learner.l_step(steps, penalty)}

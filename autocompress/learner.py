@@ -26,7 +26,7 @@ class Recipe(Protocol):
     @property
     def optimizer(self) -> Optimizer: ...  # noqa: D102
     @property
-    def lr(self) -> float: ...  # noqa: D102
+    def peak_lr(self) -> float: ...  # noqa: D102
     @property
     def momentum(self) -> float: ...  # noqa: D102
     @property
@@ -130,7 +130,7 @@ class Learner:
         self.descent = Descent(
             model,
             recipe.n_steps(task.train),
-            recipe.lr,
+            recipe.peak_lr,
             optimizer=recipe.optimizer,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from autocompress import progress
-from autocompress.lc import LearningCompression, Recovered, frozen, settle
+from autocompress.lc import PEAK_LR, LearningCompression, Recovered, frozen, settle
 from autocompress.learner import Learner
 from autocompress.scheme import Facts, Scheme, observe
 from autocompress.task import Task
+from autocompress.training import Optimizer
 
 
 class Recovery(Protocol):
@@ -48,12 +49,12 @@ def rewind(**settings: Any) -> LearningCompression:
     return LearningCompression(mu=math.inf, alternating=0.0, **settings)
 
 
-def finetune(lr: float = 0.01, **settings: Any) -> LearningCompression:
-    """One-shot pruning, then fine-tuning at a small learning rate.
+def finetune(lr: float | None = None, optimizer: Optimizer = "sgd", **settings: Any) -> LearningCompression:
+    """One-shot pruning, then fine-tuning at a small learning rate: a tenth of what others begin with.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015).
     """
-    return rewind(lr=lr, **settings)
+    return rewind(lr=PEAK_LR[optimizer] / 10 if lr is None else lr, optimizer=optimizer, **settings)
 
 
 @dataclass(frozen=True)
@@ -208,5 +209,8 @@ def settings_of(recovery: Recovery) -> dict[str, Any]:
     """What a recovery was made with, the settings of its training among them: JSON types only."""
     settings: dict[str, Any] = asdict(recovery)  # type: ignore[call-overload]  # recoveries are dataclasses
     settings |= settings.pop("training", {})
+    training = getattr(recovery, "training", recovery)
+    if isinstance(training, LearningCompression):
+        settings["lr"] = training.peak_lr
     plain = {name: "inf" if value == math.inf else value for name, value in settings.items()}
     return {"method": recovery.method, **plain}
