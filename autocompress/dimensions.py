@@ -280,7 +280,7 @@ def _stage_dimension(name: str, values: Any, schemes: Sequence[Scheme], recovery
 
 
 def _distribution(name: str, values: Any, now: Any) -> BaseDistribution:
-    """The distribution of a list or a range: one of whole numbers between whole ends, unless ``now`` is a fraction."""
+    """The distribution of a list or a range: of whole numbers between whole ends, unless ``now`` is a fraction."""
     if isinstance(values, tuple):
         if len(values) != 2 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
             raise ValueError(f"search: {name}={values!r}; a range is two finite numbers (low, high)")
