@@ -126,9 +126,9 @@ def cli() -> None:
     help="Rounds of --recovery iterative.  [default: 4]",
 )
 @click.option(
-    "--full-trials",
+    "--cheap-trials",
     is_flag=True,
-    help="Recover in every trial from the dense model and to the end; by default trials start from denser ones.",
+    help="Start trials from the nearest denser model with fewer steps, and give up what cannot meet the bound.",
 )
 @click.option(
     "--sampler",
@@ -293,7 +293,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         "search",
         "sampler",
         "seed",
-        "full_trials",
+        "cheap_trials",
         "confidence",
     )
     for name in (*same, *BUDGET):

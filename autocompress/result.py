@@ -53,7 +53,7 @@ class Settings:
         workers: Trials at a time on this machine.
         cluster: The address of a Dask scheduler whose workers run the trials; None for none.
         formats: In which formats the answer is written besides the usual ones.
-        full_trials: Whether every trial recovers from the dense model and to its end.
+        cheap_trials: Whether trials start from denser ones, with fewer steps, and may be given up.
         runtime: What runs the model where objectives measure latency, see `autocompress.runtimes.RUNTIMES`.
         profile_device: Where measurements are taken, if not on ``device``.
         dimensions: What is varied beside the density and the scheme.
@@ -75,7 +75,7 @@ class Settings:
     confidence: float = CONFIDENCE
     workers: int = 1
     formats: tuple[str, ...] = ()
-    full_trials: bool = False
+    cheap_trials: bool = False
     cluster: str | None = None
     runtime: str = "eager"
     profile_device: str | None = None
@@ -141,7 +141,7 @@ class Settings:
             "seed": self.seed,
             "recovery": settings_of(self.recovery),
             "confidence": self.confidence,
-            "full_trials": self.full_trials,
+            "cheap_trials": self.cheap_trials,
         }
 
     def budget(self) -> dict[str, Any]:

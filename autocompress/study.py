@@ -86,7 +86,7 @@ def tune(
     confidence: float = CONFIDENCE,
     epochs: float | None = None,
     recovery: str | Recovery = "lc",
-    full_trials: bool = False,
+    cheap_trials: bool = False,
     search: Search = "",
     sampler: str | None = None,
     seed: int = 0,
@@ -124,9 +124,9 @@ def tune(
         epochs: Gradient steps of one trial's recovery, in passes over the training data.
         recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a
             `LearningCompression` with settings of your own; ``epochs`` replaces its budget.
-        full_trials: Whether every trial recovers from the dense model, with the whole budget and to its end. By
-            default a trial starts from the nearest denser model, with fewer steps, and gives up when it cannot
-            meet the bound any more.
+        cheap_trials: Whether a trial starts from the nearest denser model, with fewer steps, and gives up when it
+            cannot meet the bound any more. By default each recovers from the dense model, with the whole budget
+            and to its end.
         search: What to vary beside the density: ``{"criterion": ["l1", "l2"], "lr": (0.01, 0.3),
             "stage-density": None}`` with a list of values, a range, or None for those that make sense; or in a
             line, ``"criterion=l1,l2; lr=0.01..0.3; stage-density"``.
@@ -177,7 +177,7 @@ def tune(
         confidence=confidence,
         workers=workers,
         formats=check_formats(formats),
-        full_trials=full_trials,
+        cheap_trials=cheap_trials,
         cluster=cluster,
     )
     watcher = watcher or Silent()
@@ -401,7 +401,7 @@ class Study:
     def _spec(self, number: int, chosen: Configuration) -> TrialSpec:
         settings, facts = self.settings, self._facts_of(chosen.scheme)
         density = max(chosen.density, chosen.scheme.lowest_density(facts))
-        cheap = not settings.full_trials and can_be_cheap(settings.recovery) and self.space.low < 1
+        cheap = settings.cheap_trials and can_be_cheap(settings.recovery) and self.space.low < 1
         return TrialSpec(
             number=number,
             density=density,

@@ -2,14 +2,14 @@
 
 For every seed, of data split, dense network, search and training, the digits are compressed twice: by an
 exhaustive grid of 20 densities, each recovered from the dense model with the whole budget, and by the search as it
-ships. Printed are what the search cost, as a share of the grid's gradient steps (all trials, the answer's among
-them), and the density of its answer over that of
+ships, or with ``--cheap`` by cheap trials. Printed are what the search cost, as a share of the grid's gradient
+steps (all trials, the answer's among them), and the density of its answer over that of
 
 - the grid's answer: the same rule, 90% probability to be within the bound, given the grid's 20 trials;
 - the oracle: the lowest density of the grid whose network was observed within the bound on val. Knowing all
   twenty it takes the luckiest.
 
-Promised: a share of at most 0.125, and a median density of at most 1.15 times the oracle's. Exit status 1 if not.
+The goal: a share of at most 0.125, and a median density of at most 1.15 times the oracle's. Exit status 1 if not.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import autocompress as ac
 
 MAX_SHARE, MAX_RATIO = 0.125, 1.15
-GRID = {"sampler": "grid", "trials": 20, "full_trials": True}
+GRID = {"sampler": "grid", "trials": 20}
 
 
 def study(out: Path, name: str, seed: int, scheme: str, **settings: object) -> ac.Result:
@@ -36,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--scheme", default="StructPrune")
+    parser.add_argument("--cheap", action="store_true", help="search by cheap trials")
     parser.add_argument("--out", type=Path, help="keeps the studies, and goes on with those that are there")
     given = parser.parse_args()
     shares, ratios, of_rule = [], [], []
@@ -44,7 +45,7 @@ def main() -> int:
         out = given.out or Path(temporary)
         for seed in range(given.seeds):
             grid = study(out, f"grid-{given.scheme}-{seed}", seed, given.scheme, **GRID)
-            found = study(out, f"search-{given.scheme}-{seed}", seed, given.scheme)
+            found = study(out, f"search-{given.scheme}-{seed}", seed, given.scheme, cheap_trials=given.cheap)
             oracle = min(record.density for record in grid.records if record.feasible)
             shares.append(sum(r.steps for r in found.records) / sum(r.steps for r in grid.records))
             ratios.append(found.density / oracle)
@@ -55,8 +56,8 @@ def main() -> int:
                 flush=True,
             )
     share, ratio = statistics.mean(shares), statistics.median(ratios)
-    print(f"mean share of the grid's steps {share:.3f} (promised: {MAX_SHARE})")
-    print(f"median density over the oracle's {ratio:.2f} (promised: {MAX_RATIO}), ", end="")
+    print(f"mean share of the grid's steps {share:.3f} (goal: {MAX_SHARE})")
+    print(f"median density over the oracle's {ratio:.2f} (goal: {MAX_RATIO}), ", end="")
     print(f"over that of the grid's answer {statistics.median(of_rule):.2f}")
     return 0 if share <= MAX_SHARE and ratio <= MAX_RATIO else 1
 
