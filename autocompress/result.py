@@ -257,7 +257,7 @@ class Result:
             "stopped": self.stopped,
             "seconds": self.seconds,
             "answer": self.answer,
-            "params": next((dict(record.params) for record in self.records if record.number == self.answer), {}),
+            "chosen": next((dict(record.params) for record in self.records if record.number == self.answer), {}),
             "trials": [trial_row(record) for record in self.records],
             "failed": [{"number": number, "reason": reason} for number, reason in self.failures],
             "layers": [asdict(layer) for layer in self.layers],

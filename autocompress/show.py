@@ -51,8 +51,8 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     console.print()
     colours = {"certified": "bold green", "not met": "bold red"}
     say(found["sentence"], colours.get(found["verdict"], "bold yellow"))
-    if params := found.get("params"):
-        say(f"Chosen: {in_words(params)}.")
+    if chosen := found.get("chosen"):
+        say(f"Chosen: {in_words(chosen)}.")
     n = len(found["trials"])
     say(f"{n} trial{'' if n == 1 else 's'} in {found['seconds']:.0f} s; {found['stopped']}.")
     for name, file in found["artifacts"].items():

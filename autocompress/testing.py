@@ -372,7 +372,10 @@ class SchemeConformance:
     def test_composes(self, model_name: str) -> None:
         """What comes behind it in a composition works on its result, and both are undone in reverse order."""
         case = self.case(model_name)
-        both, facts = Compose(case.scheme, Rounded()), [case.facts, None]
+        try:
+            both, facts = Compose(case.scheme, Rounded()), [case.facts, None]
+        except ValueError as error:
+            raise SkipTest(f"nothing may come behind it: {error}") from None
         if isinstance(case.scheme, Compose):
             facts = [*case.facts, None]
         alone, theta = case.pi(case.middle), both.pi(case.weights, case.middle, facts)

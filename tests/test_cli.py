@@ -623,7 +623,7 @@ REFUSED = {
     "no scheme at all": ("--scheme Prune(", "'--scheme'", "'Prune('"),
     "unknown parameter": ("--scheme Prune(x=1)", "'--scheme'", "'x'", "min_keep"),
     "two densities": ("--scheme Prune+StructPrune", "'--scheme'", "Prune and StructPrune each take a density"),
-    "unknown objective": ("--objective densty", "'--objective'", "'densty'", "did you mean density?"),
+    "unknown objective": ("--objective densty", "'--objective'", "'densty'", "did you mean density"),
     "no file": ("--objective none.py:f", "'--objective'", "'none.py:f'", "there is no file"),
     "a file that raises": ("--objective raises.py:f", "'--objective'", "'raises.py:f'", "ZeroDivisionError"),
     "a name not in the file": ("--objective bad.py:zzz", "'--objective'", "'zzz'", "empty, text"),
@@ -738,7 +738,7 @@ def test_an_error_after_an_import_of_everything_is_one_line_too(place):
     [
         ((), ("tune", "ui", "schemes", "objectives")),
         (("tune",), ("[default: StructPrune]", "[default: 1%]", "; x>=1]", "[default: absolute]")),
-        (("tune",), ("[default: threshold]", "[default: density]", "[default: 0; ", "130 interrupted")),
+        (("tune",), ("[default: threshold;", "[default: density;", "[default: 0; ", "130 interrupted")),
         (("ui",), ("[default: autocompress-runs]", "[default: a free one]")),
         (("schemes",), ("--help",)),
         (("objectives",), ("--help",)),

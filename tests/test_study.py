@@ -417,7 +417,8 @@ def test_a_search_over_schemes_criteria_and_settings_from_the_question_to_the_re
     assert tried[:2] == [("Prune", "l2", 0.05), ("Prune", "l2", 0.1)]  # each combination once to begin with
     found = json.loads((result.folder / "result.json").read_text())
     answer = rows[rows["number"] == result.answer].iloc[0]
-    assert found["params"] == {name: answer[name] for name in ("scheme", "criterion", "lr")}
+    assert found["chosen"] == {name: answer[name] for name in ("scheme", "criterion", "lr")}
+    assert found["params"]["compressed"] == answer["params"]
     plan = json.loads((result.folder / "best" / "plan.json").read_text())
     assert plan["scheme"].startswith(f"Prune(criterion='{answer['criterion']}'")
     again = ac.load(result.folder / "best", copy.deepcopy(task.model))
