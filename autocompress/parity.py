@@ -21,6 +21,9 @@ Arrays: TypeAlias = list[NDArray[Any]]
 
 TIMEOUT_S = 300.0
 
+# ONNX Runtime's telemetry would leave files in the home directory; its import reads either name.
+NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
+
 
 class FreshProcess:
     """A second Python that runs exported files while this one is still exporting. A context manager.
@@ -40,15 +43,13 @@ class FreshProcess:
     def __enter__(self) -> Self:
         # -P keeps this script's folder off the path: a module of autocompress must not stand in for another.
         command = [sys.executable, "-P", __file__, str(self._folder)]
-        # ONNX Runtime's telemetry would leave files in the home directory; both names are in use.
-        quiet = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | quiet,
+            env=os.environ | NO_TELEMETRY,
         )
         return self
 

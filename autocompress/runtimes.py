@@ -1,5 +1,6 @@
 """Runtimes: what runs a model where it is deployed, and so what its latency is measured in."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from autocompress.comparison import RUNTIMES as NAMES
 from autocompress.onnx_export import quietly, weight_dtype, write_onnx
+from autocompress.parity import NO_TELEMETRY
 
 Runtime: TypeAlias = Literal["eager", "compile", "onnxruntime"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
@@ -96,6 +98,8 @@ def _compiled(model: nn.Module, x: Tensor) -> Run:
 
 def _session(model: nn.Module, x: Tensor) -> Run:
     """ONNX Runtime with its default settings and as many threads as torch has here."""
+    for name, value in NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
