@@ -30,9 +30,7 @@ class ClusterWorkers:
     def __init__(self, address: str) -> None:
         self.address = address
         try:
-            self._client = Client(  # type: ignore[no-untyped-call]
-                address, timeout=CONNECT_S, set_as_default=False, name="autocompress"
-            )
+            self._client = Client(address, timeout=CONNECT_S, set_as_default=False, name="autocompress")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"cluster={address!r} does not answer ({_first_line(error)}); begin one with: dask "
@@ -41,14 +39,12 @@ class ClusterWorkers:
         try:
             resources = self._resources()
         except BaseException:
-            self._client.close()  # type: ignore[no-untyped-call]
+            self._client.close()
             raise
         gpus = sum(int(one.get("GPU", 0)) for one in resources)
         self.size = gpus or len(resources)
         self.device = "cuda" if gpus else "cpu"
-        self._executor = self._client.get_executor(  # type: ignore[no-untyped-call]
-            pure=False, resources={"GPU": 1} if gpus else None
-        )
+        self._executor = self._client.get_executor(pure=False, resources={"GPU": 1} if gpus else None)
         self._name = f"autocompress-{uuid.uuid4().hex}"
         self._opened = self._closed = False
 
@@ -101,8 +97,8 @@ class ClusterWorkers:
         self._closed = True
         self._executor.shutdown(wait=False)
         if self._opened and self._client.status == "running":
-            self._client.unregister_worker_plugin(self._name)  # type: ignore[no-untyped-call]
-        self._client.close()  # type: ignore[no-untyped-call]
+            self._client.unregister_worker_plugin(self._name)
+        self._client.close()
 
 
 def _first_line(error: Exception) -> str:
@@ -115,7 +111,7 @@ _studies: dict[str, bytes | list[object]] = {}
 _one_at_a_time = threading.Lock()  # trials set torch's own random numbers
 
 
-class _Study(WorkerPlugin):
+class _Study(WorkerPlugin):  # type: ignore[misc]  # an extra: mypy does not look into it
     """Keeps what all calls of a study share in each worker, from when it joins until the study ends."""
 
     def __init__(self, name: str, payload: bytes) -> None:
