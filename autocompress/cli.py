@@ -23,14 +23,13 @@ from autocompress.options import (
     read_config,
     write_config,
 )
-from autocompress.sweep_command import OF_A_TRIAL, sweep
+from autocompress.sweep_command import OF_A_TRIAL, OF_RECOVERY, sweep
 from autocompress.task_options import restore, take_options, task_options
 
 if TYPE_CHECKING:
     from autocompress.result import Result, Watcher
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
-TRAINING = ("lr", "optimizer", "distill", "rounds")  # options of a trial's recovery, besides its epochs
 # Options that may change when a study is resumed.
 BUDGET = ("trials", "timeout", "epochs_total", "tolerance", "device", "profile_device", "workers", "formats")
 
@@ -227,7 +226,7 @@ def tune(
     schemes = checked("--scheme", parse_schemes, options["scheme"])
     if options["objective"] is not None:
         options["objective"] = checked("--objective", as_objective, options["objective"])
-    training = {name: options.pop(name) for name in TRAINING}
+    training = {name: options.pop(name) for name in OF_RECOVERY}
     given = {name: value for name, value in training.items() if value is not None}
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["formats"] = checked("--export", check_formats, options["formats"])
@@ -279,7 +278,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     restore(options, given, asked)
     recovery = asked["recovery"]
-    asked |= {name: recovery.get(name) for name in ("epochs", *TRAINING)} | {"recovery": recovery["method"]}
+    asked |= {name: recovery.get(name) for name in ("epochs", *OF_RECOVERY)} | {"recovery": recovery["method"]}
     asked = {"search": "", "epochs_total": None} | asked  # of studies that knew neither
     same = (
         "scheme",
@@ -288,7 +287,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         "objective",
         "recovery",
         "epochs",
-        *TRAINING,
+        *OF_RECOVERY,
         "runtime",
         "search",
         "sampler",

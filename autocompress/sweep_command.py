@@ -22,7 +22,7 @@ OF_A_TRIAL = (
     "seed",
     "device",
 )  # options, as of tune
-OF_RECOVERY = ("lr", "optimizer", "distill", "rounds")
+OF_RECOVERY = ("lr", "optimizer", "distill", "rounds")  # of a trial, besides its epochs
 SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed, under their own names
 
 

@@ -161,6 +161,7 @@ class TrialResult:
     start_density: float = 1.0
     given_up_at: float | None = None
     starts: Mapping[float, Weights] = field(default_factory=dict, compare=False, repr=False)
+    params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rejected(self) -> bool:
@@ -171,8 +172,6 @@ class TrialResult:
     def standing(self) -> str:
         """Whether it is feasible, in a word for tables."""
         return "rejected" if self.rejected else "yes" if self.feasible else "no"
-
-    params: Mapping[str, Any] = field(default_factory=dict)
 
     def effective_drop(self, max_drop: float) -> tuple[float, float]:
         """The drop as the search counts it, with its standard error: beyond the bound by what is missed most.
