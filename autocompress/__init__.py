@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from autocompress.own_task import make_task
     from autocompress.result import Result, Watcher
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
-    from autocompress.study import tune
     from autocompress.sweep_result import Sweep
     from autocompress.sweeping import sweep
     from autocompress.task import Task, TensorSplit
+    from autocompress.tuning import tune
 
 # Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
 _HOMES = {
@@ -37,7 +37,7 @@ _HOMES = {
     "goal": ("Objective", "objective"),
     "result": ("Result", "Watcher"),
     "scheme": ("Compose", "Scheme", "Theta", "parse_scheme", "register_scheme"),
-    "study": ("tune",),
+    "tuning": ("tune",),
     "sweep_result": ("Sweep",),
     "sweeping": ("sweep",),
     "task": ("Task", "TensorSplit"),

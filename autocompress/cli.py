@@ -202,7 +202,8 @@ def tune(
 
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
-    from autocompress import study
+    from autocompress import tuning
+    from autocompress.devices import usable_device
     from autocompress.dimensions import parse_dimensions
     from autocompress.display import Display
     from autocompress.export import check_formats
@@ -232,9 +233,9 @@ def tune(
     options["formats"] = checked("--export", check_formats, options["formats"])
     trained = with_settings(options["recovery"], epochs=options["epochs"])
     checked("--search", parse_dimensions, options["search"], schemes, trained)
-    options["device"] = checked("--device", study.usable_device, options["device"])
+    options["device"] = checked("--device", usable_device, options["device"])
     if options["profile_device"]:
-        options["profile_device"] = checked("--profile-device", study.usable_device, options["profile_device"])
+        options["profile_device"] = checked("--profile-device", usable_device, options["profile_device"])
     checked("--runtime", check_runtime, options["runtime"], options["profile_device"] or options["device"])
     if save_config is not None:
         write_config(ctx, save_config)
@@ -245,7 +246,7 @@ def tune(
     def run(watcher: "Watcher") -> "Result":
         where = {name: options[name] for name in ("out", "device", "constraints")}
         task = None if asked.is_default else make_task(asked, **where, progress=watcher.doing)
-        return study.tune(task, **options, watcher=watcher)
+        return tuning.tune(task, **options, watcher=watcher)
 
     try:
         if quiet:

@@ -45,11 +45,11 @@ def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
     Where a latency is not known to within 3% when the budget is spent, its interval says so.
     """
     from autocompress.comparison import conditions, costs
+    from autocompress.devices import usable_device
     from autocompress.display import Display
     from autocompress.profile import profile as measure_all
     from autocompress.runtimes import check_runtime, installed
     from autocompress.show import make_console, show_table
-    from autocompress.study import usable_device
 
     device = checked("--device", usable_device, options["device"])
     runtimes = options["runtimes"] or installed(device)

@@ -69,12 +69,12 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     Exit status: 0 done, 2 bad usage, 130 interrupted.
     """
     from autocompress import sweeping
+    from autocompress.devices import usable_device
     from autocompress.mlflow_store import check_uri, without_secrets
     from autocompress.own_task import make_task
     from autocompress.recovery import make_recovery
     from autocompress.show import make_console, show_sweep
     from autocompress.storage import check_name, prepare_out
-    from autocompress.study import usable_device
 
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress.analysis import analyze
 from autocompress.bundle import rebuild
 from autocompress.data import digits
+from autocompress.devices import usable_device
 from autocompress.environment import provenance
 from autocompress.files import read_json, write_json
 from autocompress.goal import as_objective
@@ -26,7 +28,6 @@ from autocompress.recovery import Recovery, make_recovery, settings_of, with_set
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
 from autocompress.search import INTERRUPTED
 from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
-from autocompress.study import analyze, usable_device
 from autocompress.sweep_files import write_sweep
 from autocompress.sweep_result import DENSE, Sweep
 from autocompress.task import Evaluation, Task

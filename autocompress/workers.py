@@ -173,13 +173,6 @@ def _how_it_died(error: BrokenExecutor) -> str:
     return f"its process was ended{by}{memory}, {ATTEMPTS} times"
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
-
-
 # What runs in a worker.
 
 _payload = b""

@@ -14,10 +14,10 @@ import pytest
 import autocompress as ac
 from autocompress.lc import LearningCompression
 from autocompress.parcel import pack_shared
-from autocompress.study import connect
 from autocompress.task import Task
 from autocompress.trial import TrialSpec, run_trial
 from autocompress.workers import Remote
+from autocompress.workplace import connect
 
 distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests

@@ -10,7 +10,18 @@ ROOT = Path(__file__).parents[1]
 
 # From left to right. Modules of one tier do not import each other.
 ENGINE = (
-    ("plugins", "weights", "parity", "gpu", "cpu_energy", "progress", "memory", "onnx_integers", "task_options"),
+    (
+        "plugins",
+        "weights",
+        "devices",
+        "parity",
+        "gpu",
+        "cpu_energy",
+        "progress",
+        "memory",
+        "onnx_integers",
+        "task_options",
+    ),
     ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency"),
     ("task", "onnx_export", "executorch_export"),
     ("deployed", "macs", "runtimes"),
@@ -28,10 +39,10 @@ ENGINE = (
     ("selection", "samplers"),
     ("search", "tracking", "ui"),
     ("result", "record", "sweep_result", "mend"),
-    ("figures", "words", "show"),
-    ("report", "doctor"),
+    ("figures", "words", "show", "analysis", "prospect", "workplace"),
+    ("report", "doctor", "conclusion"),
     ("study", "display", "replay", "sweep_files", "profile"),
-    ("sweeping",),
+    ("tuning", "sweeping"),
     ("options", "testing_tools"),
     ("sweep_command", "profile_command"),
     ("commands",),

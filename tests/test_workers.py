@@ -15,11 +15,12 @@ import cloudpickle
 import pytest
 import torch
 
+from autocompress.devices import visible_gpus
 from autocompress.goal import as_objective
 from autocompress.parcel import opened, pack, pack_shared, run_packed, unpack, unpack_shared
 from autocompress.plugins import load_from_file
 from autocompress.trial import TrialResult, TrialSpec, run_trial
-from autocompress.workers import LocalWorkers, Remote, visible_gpus
+from autocompress.workers import LocalWorkers, Remote
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
 

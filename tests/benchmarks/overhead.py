@@ -64,7 +64,7 @@ def main() -> int:
     import importlib
 
     split = Split()
-    from autocompress import study
+    from autocompress import tuning
 
     split.seconds["import"] = time.perf_counter() - began
     for part, names in PARTS.items():
@@ -79,7 +79,7 @@ def main() -> int:
                 print(f"note: there is no {module_name}.{name} to time")
     with tempfile.TemporaryDirectory() as out:
         epochs = float(sys.argv[1]) if len(sys.argv) > 1 else None
-        result = study.tune(out=out, epochs=epochs)
+        result = tuning.tune(out=out, epochs=epochs)
     wall = time.perf_counter() - began
     for part in PARTS:
         print(f"{part:24s}{split.seconds[part]:8.2f} s {split.seconds[part] / wall:7.1%}")

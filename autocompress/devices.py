@@ -1,0 +1,31 @@
+"""The devices that a user may name."""
+
+import os
+
+import torch
+
+
+def usable_device(device: str) -> str:
+    """The device that was asked for; ``auto`` is the first GPU where there is one.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device={device!r}; it must be auto, cpu, cuda or cuda:i") from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}; it must be auto, cpu, cuda or cuda:i")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but this machine has no GPU that torch can use; try cpu")
+    return device
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]

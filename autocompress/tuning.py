@@ -1,0 +1,192 @@
+"""`autocompress.tune`: what is asked is checked, and a study made of it."""
+
+import functools
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from autocompress.certify import CONFIDENCE
+from autocompress.constraint import Constraint, parse_constraints
+from autocompress.data import digits
+from autocompress.devices import usable_device
+from autocompress.dimensions import Search, parse_dimensions
+from autocompress.environment import provenance
+from autocompress.export import check_formats
+from autocompress.files import read_json
+from autocompress.goal import Objective, as_objective
+from autocompress.measurement import Measurement
+from autocompress.mlflow_store import without_secrets
+from autocompress.recovery import Recovery, make_recovery, with_settings
+from autocompress.result import DEFAULT_TRIALS, Result, Settings, Silent, Watcher
+from autocompress.runtimes import check_runtime
+from autocompress.samplers import check_sampler
+from autocompress.scheme import AUTO, Scheme, as_schemes
+from autocompress.search import TOLERANCE
+from autocompress.space import Space
+from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
+from autocompress.study import Study
+from autocompress.task import Task
+from autocompress.tracking import MEANWHILE, Tracker
+from autocompress.trial import Bound
+
+
+def tune(
+    task: Task | None = None,
+    scheme: str | Scheme | Sequence[str | Scheme] = "StructPrune",
+    max_drop: float = 0.01,
+    *,
+    constraints: Sequence[str | Constraint] = (),
+    drop: Literal["absolute", "relative"] = "absolute",
+    objective: str | Objective | Callable[[Measurement], float] | None = None,
+    trials: int = DEFAULT_TRIALS,
+    timeout: float | None = None,
+    epochs_total: float | None = None,
+    tolerance: float = TOLERANCE,
+    confidence: float = CONFIDENCE,
+    epochs: float | None = None,
+    recovery: str | Recovery = "lc",
+    cheap_trials: bool = False,
+    search: Search = "",
+    sampler: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    workers: int = 1,
+    cluster: str | None = None,
+    runtime: str = "eager",
+    profile_device: str | None = None,
+    out: str | Path = "autocompress-runs",
+    name: str | None = None,
+    resume: str | None = None,
+    watcher: Watcher | None = None,
+    tracking_uri: str | None = None,
+    register: str | None = None,
+    formats: Sequence[str] = (),
+    command: str | None = None,
+) -> Result:
+    """Finds the best compressed model that loses at most ``max_drop``, proves it on test, and saves it.
+
+    Args:
+        task: What to compress; by default the digits, see `autocompress.digits`.
+        scheme: How to compress: a name, a sum of names, or a `Scheme`; of several the search chooses one,
+            and ``"auto"`` is a choice of those that suit the model.
+        max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
+        constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``.
+        drop: Whether ``max_drop`` counts points or shares of the dense model's score.
+        objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`; by
+            default the density, of several schemes the size, by which they compare.
+        trials: How many trials, at most.
+        timeout: Seconds after which no further trial begins.
+        epochs_total: Passes over the training data by all trials together after which no further one begins.
+        tolerance: The search ends when the lowest feasible density is known to within this share of it, with 80%
+            probability: 0.15 is 15%.
+        confidence: Of the verdict on test, between 0.5 and 1.
+        epochs: Gradient steps of one trial's recovery, in passes over the training data.
+        recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a
+            `LearningCompression` with settings of your own; ``epochs`` replaces its budget.
+        cheap_trials: Whether a trial starts from the nearest denser model, with fewer steps, and gives up when it
+            cannot meet the bound any more. By default each recovers from the dense model, with the whole budget
+            and to its end.
+        search: What to vary beside the density: ``{"criterion": ["l1", "l2"], "lr": (0.01, 0.3),
+            "stage-density": None}`` with a list of values, a range, or None for those that make sense; or in a
+            line, ``"criterion=l1,l2; lr=0.01..0.3; stage-density"``.
+        sampler: What to try next: threshold, gp, tpe, bisection, grid or random; by default threshold, or gp where
+            ``search`` has a range.
+        seed: Seeds the search and the trials.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        workers: Trials at a time, each in a process of its own with a GPU or a share of the CPU's threads; 1 runs
+            them in this process.
+        cluster: The address of a Dask scheduler whose workers run the trials, such as ``"tcp://scheduler:8786"``.
+        runtime: What runs the model where objectives measure latency: ``"eager"``, ``"compile"`` or
+            ``"onnxruntime"``.
+        profile_device: Where latency, memory and energy are measured; by default ``device``.
+        out: The folder for all studies; nothing is written outside it.
+        name: The study's name; by default made of the task, the scheme and the time.
+        resume: The name of a study to go on with, in place of ``name``.
+        watcher: Is told how it goes.
+        tracking_uri: An MLflow server to log to in place of the database in ``out``. A study that is resumed
+            goes on with its own.
+        register: Registers the answer, which is logged as an MLflow model, under this name.
+        formats: In which formats to write the answer besides the usual ones: ``("executorch",)``.
+        command: What was typed, for the report.
+
+    Raises:
+        ValueError: If an argument is not usable; the message says what is allowed.
+    """
+    recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
+    recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
+    schemes = as_schemes(scheme)
+    dimensions = parse_dimensions(search, schemes, recovery)
+    settings = Settings(
+        schemes=schemes,
+        dimensions=dimensions,
+        bound=Bound(max_drop, relative=_is_relative(drop)),
+        objective=as_objective(objective or ("density" if len(schemes) == 1 else "size")),
+        is_auto=scheme == AUTO,
+        # An unknown name is refused before the training; what the space is on the model is not known yet.
+        sampler=check_sampler(sampler, Space(schemes, recovery, (0.5,) * len(schemes), dimensions)),
+        recovery=recovery,
+        seed=seed,
+        trials=trials,
+        timeout_s=timeout,
+        epochs_total=epochs_total,
+        device=usable_device(device),
+        runtime=check_runtime(runtime, usable_device(profile_device or device)),
+        profile_device=usable_device(profile_device) if profile_device else None,
+        tolerance=tolerance,
+        confidence=confidence,
+        workers=workers,
+        formats=check_formats(formats),
+        cheap_trials=cheap_trials,
+        cluster=cluster,
+    )
+    watcher = watcher or Silent()
+    if name is not None:
+        check_name(name)
+    home = prepare_out(Path(out))
+    if task is None:
+        watcher.doing("training the dense model, or taking it from the cache")
+        task = digits(cache=home / "cache")
+    task.check()
+    settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
+    folder = _open_folder(home, name, resume, settings, task, command)
+    tracking_uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
+    folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
+    elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
+    meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
+    tracker = functools.partial(
+        Tracker,
+        home,
+        task.name,
+        uri=tracking_uri,
+        device=settings.device,
+        meanwhile=meanwhile,
+        on_warning=watcher.warned,
+    )
+    try:
+        return Study(settings, task.on(settings.device), folder, watcher, tracker, register).run()
+    finally:
+        if resume or folder.journal_file.exists():
+            folder.close()
+        else:  # it ended before its first trial: the name shall be free again
+            folder.discard()
+
+
+def _open_folder(
+    home: Path, name: str | None, resume: str | None, settings: Settings, task: Task, command: str | None
+) -> StudyFolder:
+    """The folder of the study that is resumed, or a new one."""
+    identity = settings.identity(task)
+    asked = {**settings.budget(), "task_options": task.options}
+    if not resume:
+        return new_folder(home, name, {**identity, "provenance": provenance(task, command), **asked})
+    folder = resume_folder(home, resume, identity)
+    folder.update_settings(asked)
+    return folder
+
+
+def _is_relative(drop: str) -> bool:
+    if drop not in ("absolute", "relative"):
+        raise ValueError(f"drop={drop!r}; it must be 'absolute' or 'relative'")
+    return drop == "relative"
