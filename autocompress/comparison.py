@@ -40,8 +40,10 @@ def costs(measured: Found, *, throughput: bool = False) -> list[tuple[str, ...]]
     rows = [_row("density", [m["density"] for m in models], lambda x: f"{x:.4f}", compare=False)]
     for name, key, show in COSTS:
         values = [m.get(key) for m in models]
-        if key not in DETAILS or any(value is not None for value in values):
+        if key in ALWAYS or any(value is not None for value in values):
             rows.append(_row(name, values, show))
+        elif key == ON_GPU[-1] and not any(m.get(one) is not None for m in models for one in ON_GPU):
+            rows.append(_row("GPU memory, utilization, power", values, show))
     for (runtime, batch), *found in timed(measured):
         ms = [at and at["p50_ms"] for at in found]
         shown = [_time(at) for at in found]
@@ -101,7 +103,20 @@ def conditions(measured: Found) -> list[str]:
         lines += [
             f"no time of the {who} model in {RUNTIMES[at]}: {why}" for at, why in m.get("not_run", {}).items()
         ]
-    return lines
+    return lines + slower(measured)
+
+
+def slower(measured: Found) -> list[str]:
+    """Where the compressed model takes longer than the dense one beyond the noise: a sentence, or none."""
+    found = []
+    for (runtime, batch), *pair in timed(measured):
+        if len(pair) == 2 and all(at and at.get("interval") is not None for at in pair):
+            before, after = pair
+            least, most = after["p50_ms"] * (1 - after["interval"]), before["p50_ms"] * (1 + before["interval"])
+            if least > most:
+                times = f"{_digits(after['p50_ms'])} ms instead of {_digits(before['p50_ms'])} ms"
+                found.append(f"in {RUNTIMES.get(runtime, runtime)} at batch {batch} ({times})")
+    return [f"slower than the dense model {' and '.join(found)}"] if found else []
 
 
 def classes_that_lost(found: Found) -> list[tuple[str, str, str, str, str]]:
@@ -149,8 +164,6 @@ def as_count(n: float) -> str:
 
 
 RUNTIMES = {"eager": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime"}
-# Left out where no model has them.
-DETAILS = ("activation_memory_bytes", "gpu_process_memory_bytes", "gpu_clock_mhz")
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # name, field of a Measurement, how to write it
     ("parameters", "params", lambda n: f"{n:,.0f}"),
     ("weights on disk", "size_bytes", as_bytes),
@@ -164,3 +177,5 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # name, field of
     ("GPU clock", "gpu_clock_mhz", lambda x: f"{x:.0f} MHz"),
     ("energy an inference", "energy_j", lambda x: f"{1000 * x:.3f} mJ"),
 )
+ALWAYS = ("params", "size_bytes", "macs", "peak_memory_bytes", "energy_j")  # the others where a model has them
+ON_GPU = ("gpu_memory_bytes", "gpu_utilization_pct", "gpu_power_w")

@@ -74,15 +74,6 @@ class Conclusion:
         )
         judged = tuple(constraint.judge(test) for constraint in settings.constraints)
         outcome, sentence = conclude(certificate, judged)
-        self.watcher.doing("measuring the answer beside the dense model")
-        costs = compare(
-            [task.model, rebuilt],
-            task.example_input,
-            settings.measured_on,
-            dense_params=self.dense_cost.params,
-            params=[None, best.measurement.params],
-            runtimes=shown_runtimes(settings.runtime, settings.measured_on),
-        )
         scores = {
             "dense": {"val": self.dense.score, "test": dense_test.score},
             "compressed": {"val": best.score, "test": test.score},
@@ -91,6 +82,18 @@ class Conclusion:
         model = model.cpu()
         self.watcher.doing("exporting the answer")
         results = {"metric": task.metric.name, "scores": scores, "verdict": sentence}
+        exported = self._export(rebuilt, answer, results)
+        onnx = next((one.path for one in exported.artifacts if one.format == "onnx"), None)
+        self.watcher.doing("measuring the answer beside the dense model")
+        costs = compare(
+            [task.model, rebuilt],
+            task.example_input,
+            settings.measured_on,
+            dense_params=self.dense_cost.params,
+            params=[None, best.measurement.params],
+            runtimes=shown_runtimes(settings.runtime, settings.measured_on),
+            onnx_files=[None, onnx],
+        )
         return {
             "verdict": outcome,
             "sentence": sentence,
@@ -100,7 +103,7 @@ class Conclusion:
             "drop_val": best.drop,
             "measurements": dict(zip(("dense", "compressed"), costs, strict=True)),
             "scores": scores,
-            "exported": self._export(rebuilt, answer, results),
+            "exported": exported,
             "per_class": per_class(dense_test, test, task.classes),
             "constraints": tuple(zip(best.constraints, judged, strict=True)),
             "answer": best.number,

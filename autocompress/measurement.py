@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,6 +149,7 @@ def compare(
     timing: bool = True,
     budget_s: float = 0.6,
     runtimes: Sequence[str] = ("eager",),
+    onnx_files: Sequence[Path | None] | None = None,
 ) -> list[Measurement]:
     """What several models cost. Their forward passes take turns, so that drift meets all of them alike.
 
@@ -163,6 +165,7 @@ def compare(
             has 20 repeats behind it.
         runtimes: Where latency is measured, see `autocompress.runtimes.RUNTIMES`; the first is the one that
             objectives see. A runtime that does not take a model is named in `Measurement.not_run`.
+        onnx_files: Of models that are exported already, the file that ships, which ONNX Runtime then runs.
 
     Raises:
         ValueError: If the device or a runtime is not there or a batch size is not positive.
@@ -184,7 +187,8 @@ def compare(
     with ExitStack() as modes:
         for model in ships:
             modes.enter_context(evaluating(model))
-        latencies, reasons = _latencies(ships, batches, named, budget_s)
+        files = onnx_files or [None] * len(models)
+        latencies, reasons = _latencies(ships, files, batches, named, budget_s)
         with torch.inference_mode():
             return [
                 _with_resources(
@@ -205,7 +209,11 @@ def compare(
 
 
 def _latencies(
-    models: Sequence[nn.Module], batches: Sequence[Tensor], runtimes: Sequence[Runtime], budget_s: float
+    models: Sequence[nn.Module],
+    onnx_files: Sequence[Path | None],
+    batches: Sequence[Tensor],
+    runtimes: Sequence[Runtime],
+    budget_s: float,
 ) -> tuple[list[list[Latency]], list[dict[str, str]]]:
     """For each model its latencies in every runtime that takes it, and why others do not."""
     latencies: list[list[Latency]] = [[] for _ in models]
@@ -213,9 +221,9 @@ def _latencies(
     parts = len(runtimes) * len(batches)
     for nth, runtime in enumerate(runtimes):
         runs: dict[int, Run] = {}
-        for i, model in enumerate(models):
+        for i, (model, file) in enumerate(zip(models, onnx_files, strict=True)):
             try:
-                runs[i] = prepare(runtime, model, batches[0])
+                runs[i] = prepare(runtime, model, batches[0], file)
             except CannotRun as error:
                 reasons[i][runtime] = str(error)
         with torch.inference_mode():

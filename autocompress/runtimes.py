@@ -65,13 +65,14 @@ def _missing(runtime: Runtime, device: torch.device) -> str:
     return ""
 
 
-def prepare(runtime: Runtime, model: nn.Module, x: Tensor) -> Run:
+def prepare(runtime: Runtime, model: nn.Module, x: Tensor, onnx_file: Path | None = None) -> Run:
     """What runs a model on batches in a runtime, ready to be timed.
 
     Args:
         runtime: Which one.
         model: In eval mode, as it is deployed, see `autocompress.deployed.deployed`.
         x: A batch on the model's device.
+        onnx_file: The model as ONNX where it is written already; ONNX Runtime then runs that very file.
 
     Raises:
         CannotRun: If the runtime is not here or does not take the model.
@@ -84,7 +85,7 @@ def prepare(runtime: Runtime, model: nn.Module, x: Tensor) -> Run:
         return model
     try:
         with quietly():
-            return _compiled(model, x) if runtime == "compile" else _session(model, x)
+            return _compiled(model, x) if runtime == "compile" else _session(model, x, onnx_file)
     except Exception as error:  # a compiler or an exporter may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CannotRun(f"{NAMES[runtime]} does not take this model: {reason[:200]}") from error
@@ -96,7 +97,7 @@ def _compiled(model: nn.Module, x: Tensor) -> Run:
     return compiled
 
 
-def _session(model: nn.Module, x: Tensor) -> Run:
+def _session(model: nn.Module, x: Tensor, file: Path | None) -> Run:
     """ONNX Runtime with its default settings and as many threads as torch has here."""
     for name, value in NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
@@ -106,9 +107,10 @@ def _session(model: nn.Module, x: Tensor) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        plain = x[:1].expand(2, *x.shape[1:]).contiguous()
-        write_onnx(model, torch.zeros_like(plain, memory_format=torch.contiguous_format), file)
+        if file is None:
+            file = Path(folder) / "model.onnx"
+            plain = x[:1].expand(2, *x.shape[1:]).contiguous()
+            write_onnx(model, torch.zeros_like(plain, memory_format=torch.contiguous_format), file)
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(batch: Tensor) -> object:

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autocompress import runtimes
 from autocompress.measurement import compare, measure
+from autocompress.onnx_export import write_onnx
 from autocompress.runtimes import RUNTIMES, CannotRun, check_runtime, installed, prepare
 
 CPU = torch.device("cpu")
@@ -33,6 +36,17 @@ def test_onnx_runtime_computes_what_the_model_computes() -> None:
     for x in (IMAGE, IMAGE[:1], IMAGE.to(memory_format=torch.channels_last)):
         (found,) = run(x)
         assert torch.allclose(torch.from_numpy(found), model(x), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_onnx_runtime_runs_the_file_that_ships_where_there_is_one(tmp_path: Path) -> None:
+    other = nn.Sequential(nn.Flatten(), nn.Linear(192, 7)).eval()
+    write_onnx(other, IMAGE, tmp_path / "model.onnx")
+    (found,) = prepare("onnxruntime", small_net(), IMAGE, tmp_path / "model.onnx")(IMAGE)
+    assert torch.allclose(torch.from_numpy(found), other(IMAGE), atol=1e-5)
+    none = tmp_path / "none.onnx"
+    (timed,) = compare([other], IMAGE, runtimes=("onnxruntime",), onnx_files=[none], budget_s=0.02)
+    assert str(none) in timed.not_run["onnxruntime"]
 
 
 @pytest.mark.slow

@@ -21,14 +21,14 @@ MOST, MOST_OF_LONG, LONG_S, MOST_MEMORY = 0.05, 0.02, 30.0, 1.25
 # What is timed, by the part it belongs to: a module and the name in it, as its user looks it up.
 PARTS = {
     "import": (),
-    "dense model": (("study", "digits"),),
+    "dense model": (("tuning", "digits"),),
     "training": (("learner", "Learner.l_step"), ("lc", "recalibrate_batchnorm")),
     "evaluation": (("task", "Task.evaluate"),),
     "C steps and realizing": (("trial", "realize"), ("lc", "c_step")),
-    "counting and timing": (("trial", "compare"), ("study", "compare"), ("study", "measure")),
+    "counting and timing": (("trial", "compare"), ("conclusion", "compare"), ("study", "measure")),
     "suggesting": (("search", "posterior"), ("search", "answer"), ("study", "posterior"), ("study", "answer")),
     "saving": (("storage", "StudyFolder.save_trial"),),
-    "exporting": (("study", "export"),),
+    "exporting": (("conclusion", "export"),),
     "reporting": (("study", "write_report"),),
     "logging": (("tracking", "Tracker.finish"),),
 }
