@@ -154,6 +154,11 @@ def cli() -> None:
     "--cluster", metavar="ADDRESS", help="Run the trials on a Dask cluster, such as tcp://scheduler:8786."
 )
 @click.option(
+    "--storage",
+    metavar="URL",
+    help="Keep the search in postgresql://USER@HOST/DATABASE: others may join in by --resume.",
+)
+@click.option(
     "--runtime",
     type=click.Choice(["eager", "compile", "onnxruntime"]),
     default="eager",
@@ -209,6 +214,7 @@ def tune(
     from autocompress.export import check_formats
     from autocompress.goal import ObjectiveError, as_objective
     from autocompress.mlflow_store import check_uri, without_secrets
+    from autocompress.optuna_store import check_database
     from autocompress.own_task import make_task
     from autocompress.recovery import make_recovery, with_settings
     from autocompress.result import Silent
@@ -224,6 +230,8 @@ def tune(
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])
+    if options["storage"]:
+        checked("--storage", check_database, options["storage"])
     schemes = checked("--scheme", parse_schemes, options["scheme"])
     if options["objective"] is not None:
         options["objective"] = checked("--objective", as_objective, options["objective"])

@@ -6,7 +6,8 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from autocompress.search import entry_of, open_study
+from autocompress.optuna_store import open_study
+from autocompress.search import entry_of
 from autocompress.selection import finished
 from autocompress.space import DENSITY, Space
 from autocompress.storage import StudyFolder

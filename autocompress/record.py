@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import filelock
 
-from autocompress.files import NAME, read_json
+from autocompress.files import LOCK, NAME, read_json
 
 State = Literal["finished", "interrupted", "running", "unfinished", "damaged"]
 
@@ -150,10 +150,13 @@ def damage_named(name: str) -> Iterator[None]:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process runs the study now."""
-    if not (folder / "lock").exists():
-        return False
-    lock = filelock.FileLock(folder / "lock")
+    """Whether a process runs the study now, or a trial of it."""
+    locks = [folder / LOCK, *folder.glob(f"trials/*/{LOCK}")]
+    return any(_is_locked(file) for file in locks if file.exists())
+
+
+def _is_locked(file: Path) -> bool:
+    lock = filelock.FileLock(file)
     try:
         lock.acquire(timeout=0)
     except (filelock.Timeout, OSError):
@@ -166,7 +169,8 @@ def _failed_in_journal(journal: Path, problems: list[str]) -> Iterable[tuple[int
     """Failed trials of a study that has no result yet, from Optuna's journal."""
     if not journal.is_file():
         return ()
-    from autocompress.search import failures, open_study  # with torch and Optuna, which take a second
+    from autocompress.optuna_store import open_study  # with torch and Optuna, which take a second
+    from autocompress.search import failures
 
     try:
         return failures(open_study(journal))

@@ -22,6 +22,8 @@ _NOT_PARAMS = (
     "timeout",
     "epochs_total",
     "dense_value",
+    "storage",
+    "study_id",
 )
 
 

@@ -2,21 +2,17 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.arms import ArmSampler, of_arm
 from autocompress.constraint import Checked
-from autocompress.goal import Direction
 from autocompress.sampler import ThresholdSampler, asked_density
 from autocompress.samplers import make_sampler
 from autocompress.selection import PROBABILITY, answer, finished, posterior
@@ -27,6 +23,8 @@ from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, 
 TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
+TIME_IS_UP = "the time is up"
+WAIT_FOR_OTHERS_S = 1.0  # between two looks at whether another coordinator's last trials have finished
 
 
 class Events(Protocol):
@@ -60,33 +58,6 @@ class Plan:
     workers: int = 1
     tolerance: float = TOLERANCE
     steps: int | None = None
-
-
-class _Held(JournalFileSymlinkLock):
-    """No lock: the study's folder has one, and Optuna's own would outlive a killed process for half a minute."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
-def open_study(journal: Path, direction: Direction | None = None) -> optuna.Study:
-    """The study kept in ``journal``: as it was left, to be read; or to go on with, where a direction is given."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if direction is None:
-        return optuna.load_study(study_name="study", storage=JournalStorage(JournalFileBackend(str(journal))))
-    _drop_half_line(journal)
-    storage = JournalStorage(JournalFileBackend(str(journal), _Held(str(journal))))
-    return optuna.create_study(storage=storage, direction=direction, study_name="study", load_if_exists=True)
-
-
-def _drop_half_line(journal: Path) -> None:
-    """Takes back a last line that a killed process did not write to its end: another would be appended to it."""
-    if journal.is_file() and not (written := journal.read_bytes()).endswith(b"\n"):
-        with journal.open("r+b") as file:
-            file.truncate(written.rfind(b"\n") + 1)
 
 
 def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
@@ -123,7 +94,8 @@ def search(
     """Runs trials until the answer is known well enough or the budget is spent; returns which, in words.
 
     Trials that run when a search is cut short are left as they are: the next search of the study runs them again,
-    at their densities and with their seeds, and so comes to the same answer.
+    at their densities and with their seeds, and so comes to the same answer. Where several coordinators share the
+    study, each runs those that one that died has left, and returns when no other has any left to wait for.
 
     Args:
         study: An Optuna study with the dense model as trial 0.
@@ -135,40 +107,61 @@ def search(
         asked_to_stop: Whether no further trial shall begin; those that run are waited for.
     """
     deadline = time.monotonic() + plan.timeout_s if plan.timeout_s else None
-    cut_short = _running(study)
     pending: dict[Future[TrialResult], optuna.Trial] = {}
 
-    def reason_to_stop() -> str | None:
+    def begin() -> str | None:
+        """Submits a trial, or says why none shall begin."""
         if asked_to_stop():
             return INTERRUPTED
         if deadline is not None and time.monotonic() > deadline:
-            return "the time is up"
-        return None if cut_short else _reason_to_stop(study, plan)
+            return TIME_IS_UP
+        with folder.turn():
+            adopt(study, plan.bound, folder)
+            trial = next(_abandoned(study, folder), None)
+            if trial is None:
+                if reason := _reason_to_stop(study, plan):
+                    return reason
+                trial = study.ask()
+                folder.claim(trial.number)
+            spec = make_spec(trial.number, plan.space.suggest(trial))
+        pending[executor.submit(run_trial, spec)] = trial
+        return None
 
     try:
         while True:
             stop = None
-            while len(pending) < plan.workers and (stop := reason_to_stop()) is None:
-                trial = cut_short.pop(0) if cut_short else study.ask()
-                spec = make_spec(trial.number, plan.space.suggest(trial))
-                pending[executor.submit(run_trial, spec)] = trial
-            if not pending:
+            while len(pending) < plan.workers and (stop := begin()) is None:
+                pass
+            if pending:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    _tell(study, pending.pop(future), future, plan.bound, folder, events)
+            elif stop in (INTERRUPTED, TIME_IS_UP) or not _states(study, TrialState.RUNNING):
                 return stop or BUDGET_SPENT
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                _tell(study, pending.pop(future), future, plan.bound, folder, events)
+            else:
+                time.sleep(WAIT_FOR_OTHERS_S)
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        folder.give_back()
 
 
 def adopt(study: optuna.Study, bound: Bound, folder: StudyFolder) -> None:
-    """Counts the trials that a killed run had saved but not told the study of."""
-    for trial in _running(study):
+    """Counts the trials that a killed coordinator had saved but not told the study of."""
+    for trial in _abandoned(study, folder):
         with contextlib.suppress(ValueError):  # not saved, or not whole: it will run again
             _record(study, trial, folder.load_trial(trial.number), bound)
+        folder.give_back(trial.number)
 
 
-def _running(study: optuna.Study) -> list[optuna.Trial]:
-    return [optuna.Trial(study, trial._trial_id) for trial in _states(study, TrialState.RUNNING)]
+def _abandoned(study: optuna.Study, folder: StudyFolder) -> Iterator[optuna.Trial]:
+    """Claims, one after the other, the trials that were begun and that nobody runs."""
+    for trial in _states(study, TrialState.RUNNING):
+        if not folder.claim(trial.number):
+            continue
+        if study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING:
+            yield optuna.Trial(study, trial._trial_id)
+        else:  # whoever ran it was done just now
+            folder.give_back(trial.number)
 
 
 def _begun(study: optuna.Study) -> int:
@@ -239,10 +232,12 @@ def _tell(
     except (RealizationError, FloatingPointError, torch.OutOfMemoryError, BrokenExecutor) as error:
         trial.set_user_attr("reason", str(error))
         study.tell(trial, state=TrialState.FAIL)
+        folder.give_back(trial.number)
         events.failed(trial.number, str(error))
         return
     folder.save_trial(result)
     _record(study, trial, result, bound)
+    folder.give_back(trial.number)
     events.trial(result)
 
 

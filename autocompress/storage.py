@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,11 +17,11 @@ import filelock
 
 from autocompress import weights
 from autocompress.constraint import Checked
-from autocompress.files import NAME, read_json, write_json
+from autocompress.files import LOCK, NAME, read_json, write_json
 from autocompress.measurement import Measurement
 from autocompress.trial import Start, TrialResult
 
-_LEFT_BEHIND = ("lock", "holder.json", ".holder.json.tmp", ".study.json.tmp")  # by who was killed as it began
+_LEFT_BEHIND = (LOCK, "holder.json", ".holder.json.tmp", ".study.json.tmp")  # by who was killed as it began
 RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
 
 
@@ -43,19 +43,24 @@ def prepare_out(out: Path) -> Path:
 class StudyFolder:
     """A study's folder: what was asked, the journal, the trials, the best model, the result.
 
-    Held by one process at a time.
+    Held by one process at a time; or shared by several, whose study is in a database: they take turns, and each
+    claims the trials that it runs. Locks are the system's, and so end with the process that has them.
 
     Args:
         path: The folder; made if it is not there.
+        shared: Whether it is.
 
     Raises:
         ValueError: If another process holds it; the message says which.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._lock = filelock.FileLock(path / "lock")
+        self.path, self.shared = path, shared
+        self._lock = filelock.FileLock(path / LOCK)
+        self._claims: dict[int, filelock.FileLock | None] = {}
+        if shared:
+            return
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -78,8 +83,38 @@ class StudyFolder:
         except (OSError, ValueError, KeyError, TypeError):  # not written yet
             return "another process"
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One of those who share the study at a time: to choose a trial, or to write what is not a trial's."""
+        with self._lock if self.shared else contextlib.nullcontext():
+            yield
+
+    def claim(self, number: int) -> bool:
+        """Whether a trial is now this process's to run, and was nobody's before."""
+        if number in self._claims:
+            return False
+        lock = None
+        if self.shared:
+            self.trial(number).mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.trial(number) / LOCK)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                return False
+        self._claims[number] = lock
+        return True
+
+    def give_back(self, *numbers: int) -> None:
+        """Ends the claims to some trials; without any, to all."""
+        for number in numbers or tuple(self._claims):
+            lock = self._claims.pop(number)
+            if lock is not None:
+                (self.trial(number) / LOCK).unlink(missing_ok=True)
+                lock.release()
+
     def close(self) -> None:
         """Lets other processes have the study."""
+        self.give_back()
         if self._lock.is_locked:
             self._holder_file.unlink(missing_ok=True)
         self._lock.release()
@@ -99,12 +134,18 @@ class StudyFolder:
 
     def update_settings(self, more: Mapping[str, Any]) -> None:
         """Adds to what was asked."""
-        write_json(self.settings_file, {**read_json(self.settings_file), **more})
+        with self.turn():
+            write_json(self.settings_file, {**read_json(self.settings_file), **more})
 
     @property
     def journal_file(self) -> Path:
         """Optuna's journal."""
         return self.path / "journal.log"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a search has."""
+        return self.journal_file.exists() or (self.path / "trials").exists()
 
     @property
     def result_file(self) -> Path:
@@ -192,7 +233,7 @@ def new_folder(home: Path, name: str | None, asked: Mapping[str, Any]) -> StudyF
         raise ValueError(f"a study named {name!r} is in {home} already; choose another name, or resume it")
     if path.exists() and any(file.name not in _LEFT_BEHIND for file in path.iterdir()):
         raise ValueError(f"{path} holds something other than a study; choose another name")
-    folder = StudyFolder(path)
+    folder = StudyFolder(path, shared="storage" in asked)
     write_json(folder.settings_file, {**asked, "autocompress": version("autocompress")})
     return folder
 
@@ -228,7 +269,7 @@ def resume_folder(home: Path, name: str, identity: Mapping[str, Any]) -> StudyFo
                 f"the study {name!r} was made with {key} {asked.get(key)!r}, not {value!r}; resume it as it was "
                 "or begin a new one"
             )
-    return StudyFolder(home / name)
+    return StudyFolder(home / name, shared="storage" in asked)
 
 
 def study_settings(home: Path, name: str, kind: str = "study") -> dict[str, Any]:

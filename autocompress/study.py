@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
+from optuna.storages import RDBStorage
 
 from autocompress.analysis import Analyses
 from autocompress.conclusion import Answer, Conclusion
@@ -15,11 +17,12 @@ from autocompress.interrupt import gentle_interrupt
 from autocompress.macs import count_macs
 from autocompress.measurement import Measurement, measure
 from autocompress.mend import restore, set_aside_if_damaged
+from autocompress.optuna_store import open_shared, open_study
 from autocompress.posterior import Posterior
 from autocompress.prospect import nearest_miss, prospect
 from autocompress.report import write_report
 from autocompress.result import Beginning, Result, Settings, Watcher
-from autocompress.search import Plan, add_dense, adopt, failures, open_study, set_sampler
+from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
 from autocompress.selection import answer, finished, posterior
 from autocompress.space import DENSITY, Configuration
@@ -41,6 +44,7 @@ class Study:
         watcher: Is told how it goes.
         make_tracker: Opens MLflow.
         register: Where given, the name under which MLflow registers the answer.
+        database: Keeps what the search knows, in place of a journal in the folder.
     """
 
     def __init__(
@@ -51,10 +55,11 @@ class Study:
         watcher: Watcher,
         make_tracker: Callable[[], Tracker],
         register: str | None = None,
+        database: RDBStorage | None = None,
     ) -> None:
         self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
         self.workplace = Workplace(settings, task)
-        self.register = register
+        self.register, self.database = register, database
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
         self.analyses = Analyses(task)
@@ -93,13 +98,12 @@ class Study:
         self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
         self.folder.update_settings({"dense_value": dense_value})
         self._report_beginning(dense_value)
-        if problem := set_aside_if_damaged(self.folder):
-            self.watcher.warned(problem)
-        self.study = open_study(self.folder.journal_file, settings.objective.direction)
-        set_sampler(self.study, settings.sampler, self.plan, settings.seed)
-        add_dense(self.study, self.space, dense_value, settings.bound, self.dense_checked)
-        adopt(self.study, settings.bound, self.folder)
-        restore(self.study, self.space, settings.bound, self.folder)
+        with self.folder.turn():
+            self.study = self._open_study()
+            set_sampler(self.study, settings.sampler, self.plan, settings.seed)
+            add_dense(self.study, self.space, dense_value, settings.bound, self.dense_checked)
+            adopt(self.study, settings.bound, self.folder)
+            restore(self.study, self.space, settings.bound, self.folder)
         self._go_on()
         any_spec = self._spec(0, self.space.configuration(self.space.dense_params))
         with (
@@ -108,7 +112,19 @@ class Study:
         ):
             plan = replace(self.plan, workers=executor.size)
             stopped = run_search(self.study, plan, self._spec, executor, self.folder, self, asked_to_stop)
-        return self._conclude(stopped)
+        with self.folder.turn():  # who shares the study concludes after this one, or has done so
+            adopt(self.study, settings.bound, self.folder)  # an interrupt may come between saved and told
+            self._catch_up()
+            return self._conclude(stopped)
+
+    def _open_study(self) -> optuna.Study:
+        direction = self.settings.objective.direction
+        if self.database is not None:
+            study_id = read_json(self.folder.settings_file)["study_id"]
+            return open_shared(self.database, f"{self.folder.path.name}-{study_id}", direction)
+        if problem := set_aside_if_damaged(self.folder):
+            self.watcher.warned(problem)
+        return open_study(self.folder.journal_file, direction)
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
         """What the dense model costs, and whether the objective needs more than can be counted."""
@@ -180,13 +196,9 @@ class Study:
         }
 
     def _go_on(self) -> None:
-        """Passes on the trials of an earlier run of the study."""
-        for trial in finished(self.study):
-            try:
-                self.records.append(self.folder.load_trial(trial.number))
-            except ValueError as error:
-                self._lose(trial.number, error)
-        if self.records:
+        """Passes on the trials of an earlier run of the study, or of others who share it."""
+        self._load_records()
+        if self.records or self.folder.shared:
             self._remember_run()
         best = self._best()
         belief = self._belief(best)
@@ -194,20 +206,44 @@ class Study:
             self.watcher.trial(record, best, belief)
             self.tracker.trial(record)
 
+    def _catch_up(self) -> None:
+        """Passes on what has finished without `trial` being told: others who share the study log theirs."""
+        for record in self._load_records():
+            best = self._best()
+            self.watcher.trial(record, best, self._belief(best))
+            if not self.folder.shared:
+                self.tracker.trial(record)
+
+    def _load_records(self) -> list[TrialResult]:
+        """The records of finished trials that were not known here."""
+        known = {record.number for record in self.records} | self.lost
+        found = []
+        for trial in finished(self.study):
+            if trial.number in known:
+                continue
+            try:
+                found.append(self.folder.load_trial(trial.number))
+            except ValueError as error:
+                self._lose(trial.number, error)
+        self.records += found
+        return found
+
     def _lose(self, number: int, error: Exception) -> None:
         self.lost.add(number)
         self.watcher.warned(f"trial {number} cannot be the answer: {error}")
 
     def trial(self, result: TrialResult) -> None:
         """Passes a finished trial on to the watcher and to MLflow."""
-        self.records.append(replace(result, model=None))
+        self.records.append(record := replace(result, model=None))
+        if self.folder.shared:
+            self._catch_up()
         best = self._best()
         belief = self._belief(best)
-        self.watcher.trial(self.records[-1], best, belief)
+        self.watcher.trial(record, best, belief)
         beliefs = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
         if belief is not None and best is not None:
             beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
-        self.tracker.trial(self.records[-1], best.density if best else None, beliefs)
+        self.tracker.trial(record, best.density if best else None, beliefs)
         if len(self.records) == 1:
             self._remember_run()
 

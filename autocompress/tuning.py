@@ -1,7 +1,9 @@
 """`autocompress.tune`: what is asked is checked, and a study made of it."""
 
+import contextlib
 import functools
 import shlex
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from autocompress.files import read_json
 from autocompress.goal import Objective, as_objective
 from autocompress.measurement import Measurement
 from autocompress.mlflow_store import without_secrets
+from autocompress.optuna_store import connected
 from autocompress.recovery import Recovery, make_recovery, with_settings
 from autocompress.result import DEFAULT_TRIALS, Result, Settings, Silent, Watcher
 from autocompress.runtimes import check_runtime
@@ -25,7 +28,7 @@ from autocompress.samplers import check_sampler
 from autocompress.scheme import AUTO, Scheme, as_schemes
 from autocompress.search import TOLERANCE
 from autocompress.space import Space
-from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
+from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder, study_settings
 from autocompress.study import Study
 from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker
@@ -54,6 +57,7 @@ def tune(
     device: str = "auto",
     workers: int = 1,
     cluster: str | None = None,
+    storage: str | None = None,
     runtime: str = "eager",
     profile_device: str | None = None,
     out: str | Path = "autocompress-runs",
@@ -98,6 +102,9 @@ def tune(
         workers: Trials at a time, each in a process of its own with a GPU or a share of the CPU's threads; 1 runs
             them in this process.
         cluster: The address of a Dask scheduler whose workers run the trials, such as ``"tcp://scheduler:8786"``.
+        storage: The address of a database, such as ``"postgresql://user@host/name"``, that keeps what the search
+            knows in place of a journal in the study's folder: processes on several machines, which share ``out``,
+            can then run one study together. The first one begins it, the others resume it.
         runtime: What runs the model where objectives measure latency: ``"eager"``, ``"compile"`` or
             ``"onnxruntime"``.
         profile_device: Where latency, memory and energy are measured; by default ``device``.
@@ -150,37 +157,54 @@ def tune(
         task = digits(cache=home / "cache")
     task.check()
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
-    folder = _open_folder(home, name, resume, settings, task, command)
-    tracking_uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
-    folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
-    elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
-    meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
-    tracker = functools.partial(
-        Tracker,
-        home,
-        task.name,
-        uri=tracking_uri,
-        device=settings.device,
-        meanwhile=meanwhile,
-        on_warning=watcher.warned,
-    )
-    try:
-        return Study(settings, task.on(settings.device), folder, watcher, tracker, register).run()
-    finally:
-        if resume or folder.journal_file.exists():
-            folder.close()
-        else:  # it ended before its first trial: the name shall be free again
-            folder.discard()
+    address = _address(storage, home, resume)
+    with connected(address) if address else contextlib.nullcontext() as database:
+        folder = _open_folder(home, name, resume, settings, task, command, storage)
+        tracking_uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
+        folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
+        elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
+        meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
+        tracker = functools.partial(
+            Tracker,
+            home,
+            task.name,
+            uri=tracking_uri,
+            device=settings.device,
+            meanwhile=meanwhile,
+            on_warning=watcher.warned,
+        )
+        try:
+            return Study(settings, task.on(settings.device), folder, watcher, tracker, register, database).run()
+        finally:
+            if resume or folder.has_begun:
+                folder.close()
+            else:  # it ended before its first trial: the name shall be free again
+                folder.discard()
+
+
+def _address(storage: str | None, home: Path, resume: str | None) -> str | None:
+    """Of the database that keeps the study, if one does; a study that is resumed stays where it is."""
+    kept = study_settings(home, resume).get("storage") if resume else storage
+    if storage and not kept:
+        raise ValueError(f"the study {resume!r} is kept in its folder and stays there; leave storage out")
+    return storage or kept
 
 
 def _open_folder(
-    home: Path, name: str | None, resume: str | None, settings: Settings, task: Task, command: str | None
+    home: Path,
+    name: str | None,
+    resume: str | None,
+    settings: Settings,
+    task: Task,
+    command: str | None,
+    storage: str | None,
 ) -> StudyFolder:
     """The folder of the study that is resumed, or a new one."""
     identity = settings.identity(task)
     asked = {**settings.budget(), "task_options": task.options}
     if not resume:
-        return new_folder(home, name, {**identity, "provenance": provenance(task, command), **asked})
+        kept = {"storage": without_secrets(storage), "study_id": uuid.uuid4().hex} if storage else {}
+        return new_folder(home, name, {**identity, "provenance": provenance(task, command), **asked, **kept})
     folder = resume_folder(home, resume, identity)
     folder.update_settings(asked)
     return folder

@@ -12,9 +12,9 @@ from optuna.trial import FrozenTrial
 from autocompress.arms import ALIKE, ArmSampler, Worths, of_arm
 from autocompress.dimensions import parse_dimensions
 from autocompress.lc import LearningCompression
+from autocompress.optuna_store import open_study
 from autocompress.samplers import SAMPLERS, check_sampler, make_sampler
 from autocompress.schemes import Prune, Quantize16, StructPrune
-from autocompress.search import open_study
 from autocompress.selection import answer, p_feasible
 from autocompress.space import DENSITY, Configuration, Space
 from autocompress.trial import Bound

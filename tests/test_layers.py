@@ -35,7 +35,7 @@ ENGINE = (
     ("export",),
     ("trial", "posterior", "space"),
     ("storage", "sampler", "mlflow_store", "parcel"),
-    ("mlflow_runs", "workers", "cluster", "arms"),
+    ("mlflow_runs", "workers", "cluster", "arms", "optuna_store"),
     ("selection", "samplers"),
     ("search", "tracking", "ui"),
     ("result", "record", "sweep_result", "mend"),

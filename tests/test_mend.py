@@ -11,8 +11,9 @@ from optuna.trial import TrialState
 
 from autocompress.lc import LearningCompression
 from autocompress.mend import LOST, restore, set_aside_if_damaged
+from autocompress.optuna_store import open_study
 from autocompress.schemes import StructPrune
-from autocompress.search import add_dense, adopt, failures, open_study
+from autocompress.search import add_dense, adopt, failures
 from autocompress.selection import finished
 from autocompress.space import Space
 from autocompress.storage import StudyFolder

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from autocompress.constraint import parse_constraint
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
+from autocompress.optuna_store import open_study
 from autocompress.sampler import ThresholdSampler
 from autocompress.schemes import Quantize16, StructPrune
 from autocompress.search import (
@@ -21,7 +22,6 @@ from autocompress.search import (
     Plan,
     add_dense,
     adopt,
-    open_study,
     search,
 )
 from autocompress.selection import answer, finished, posterior

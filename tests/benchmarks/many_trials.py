@@ -19,9 +19,11 @@ import numpy as np
 
 from autocompress.lc import LearningCompression
 from autocompress.mend import restore, set_aside_if_damaged
+from autocompress.optuna_store import open_study
 from autocompress.report import write_report
 from autocompress.schemes import StructPrune
-from autocompress.search import Plan, add_dense, adopt, answer, finished, open_study, posterior, set_sampler
+from autocompress.search import Plan, add_dense, adopt, set_sampler
+from autocompress.selection import answer, finished, posterior
 from autocompress.space import Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound
