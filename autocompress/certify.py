@@ -1,7 +1,7 @@
 """The verdict on held-out data: is the drop within the bound, and with what confidence can that be said."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -143,6 +143,25 @@ def conclude(verdict: Verdict, constraints: Sequence[Judged]) -> tuple[Outcome, 
             f"{outcome.capitalize()}, for a constraint. Of the drop alone: {sentence[0].lower()}{sentence[1:]}"
         )
     return outcome, " ".join([sentence, *(one.sentence for one in constraints)])
+
+
+def certified_in_order(outcomes: Iterable[Outcome]) -> int:
+    """How many of several models are certified: those before the first that is not, at which the testing stops.
+
+    In an order that is fixed before the data are seen, each model may be tested at the full level, and the
+    probability to certify any of them wrongly is still at most 1 - confidence: the first whose true drop is beyond
+    the bound is certified with no more than that, and those after it only where it was (Maurer, Hothorn and
+    Lehmacher 1995; Wiens 2003, A fixed sequence Bonferroni procedure for testing multiple endpoints).
+
+    Args:
+        outcomes: Of the models, in their order; those after the first failure are not asked for.
+    """
+    certified = 0
+    for outcome in outcomes:
+        if outcome != "certified":
+            break
+        certified += 1
+    return certified
 
 
 def paired_bounds(lost: int, gained: int, n: int, confidence: float) -> tuple[float, float]:

@@ -1,19 +1,21 @@
 """The end of a study: the answer is judged on test, measured beside the dense model, and exported."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from autocompress.bundle import Provenance, rebuild
-from autocompress.certify import certify, conclude
+from autocompress.certify import Outcome, Verdict, certified_in_order, certify, conclude
+from autocompress.constraint import Judged
 from autocompress.deployed import deployed
 from autocompress.export import Export, export
 from autocompress.layers import compare_layers
 from autocompress.measurement import Measurement, compare
 from autocompress.per_class import per_class
 from autocompress.progress import span
-from autocompress.result import Settings, Watcher
+from autocompress.result import Settings, Tested, Watcher
 from autocompress.runtimes import shown_runtimes
 from autocompress.scheme import Facts, Scheme, Weights, describe
 from autocompress.storage import StudyFolder
@@ -39,6 +41,43 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What the test data say of one model.
+
+    Attributes:
+        rebuilt: The model as it was trained.
+        model: The model as it is deployed.
+        dense_test: How the dense model does on test.
+        test: How this one does.
+        certificate: Of its drop.
+        constraints: What came of each constraint.
+    """
+
+    rebuilt: nn.Module
+    model: nn.Module
+    dense_test: Evaluation
+    test: Evaluation
+    certificate: Verdict
+    constraints: tuple[Judged, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict on the drop and on all the constraints together."""
+        return conclude(self.certificate, self.constraints)[0]
+
+    @property
+    def sentence(self) -> str:
+        """The same in words."""
+        return conclude(self.certificate, self.constraints)[1]
+
+    def withheld(self) -> "Judgement":
+        """The same where nothing may be certified any more, because a model that came before was not."""
+        if self.outcome != "certified":
+            return self
+        return replace(self, certificate=replace(self.certificate, outcome="not certifiable"))
+
+
+@dataclass(frozen=True)
 class Conclusion:
     """Ends studies.
 
@@ -58,35 +97,28 @@ class Conclusion:
     folder: StudyFolder
     watcher: Watcher
 
-    def of(self, answer: Answer) -> dict[str, Any]:
-        """What `autocompress.result.Result` says of the answer, by the names of its fields."""
-        task, settings, best = self.task, self.settings, answer.trial
-        self.watcher.doing("judging the answer on test")
-        rebuilt = rebuild(answer.scheme, task.model, answer.facts, best.plan, best.density, answer.state)
-        model = deployed(rebuilt, task.example_input)
-        with span(0, 0.5):
-            dense_test = task.evaluate(task.model, task.test)
-        with span(0.5, 1):
-            test = task.evaluate(model, task.test)
-        bound = settings.bound
-        certificate = certify(
-            task.metric, dense_test, test, bound.max_drop, relative=bound.relative, confidence=settings.confidence
-        )
-        judged = tuple(constraint.judge(test) for constraint in settings.constraints)
-        outcome, sentence = conclude(certificate, judged)
+    def of(self, shortlist: Sequence[Answer]) -> dict[str, Any]:
+        """What `autocompress.result.Result` says of the answer, by the names of its fields.
+
+        Args:
+            shortlist: As for `judge`.
+        """
+        task, settings = self.task, self.settings
+        answer, found, told = self.judge(shortlist)
+        best = answer.trial
         scores = {
-            "dense": {"val": self.dense.score, "test": dense_test.score},
-            "compressed": {"val": best.score, "test": test.score},
+            "dense": {"val": self.dense.score, "test": found.dense_test.score},
+            "compressed": {"val": best.score, "test": found.test.score},
         }
-        layers = compare_layers(task.model, rebuilt)
-        model = model.cpu()
+        layers = compare_layers(task.model, found.rebuilt)
+        model = found.model.cpu()
         self.watcher.doing("exporting the answer")
-        results = {"metric": task.metric.name, "scores": scores, "verdict": sentence}
-        exported = self._export(rebuilt, answer, results)
+        results = {"metric": task.metric.name, "scores": scores, "verdict": told["sentence"]}
+        exported = self._export(found.rebuilt, answer, results)
         onnx = next((one.path for one in exported.artifacts if one.format == "onnx"), None)
         self.watcher.doing("measuring the answer beside the dense model")
         costs = compare(
-            [task.model, rebuilt],
+            [task.model, found.rebuilt],
             task.example_input,
             settings.measured_on,
             dense_params=self.dense_cost.params,
@@ -95,20 +127,62 @@ class Conclusion:
             onnx_files=[None, onnx],
         )
         return {
-            "verdict": outcome,
-            "sentence": sentence,
-            "certificate": certificate,
+            **told,
+            "verdict": found.outcome,
+            "certificate": found.certificate,
             "model": model,
             "density": best.density,
             "drop_val": best.drop,
             "measurements": dict(zip(("dense", "compressed"), costs, strict=True)),
             "scores": scores,
             "exported": exported,
-            "per_class": per_class(dense_test, test, task.classes),
-            "constraints": tuple(zip(best.constraints, judged, strict=True)),
+            "per_class": per_class(found.dense_test, found.test, task.classes),
+            "constraints": tuple(zip(best.constraints, found.constraints, strict=True)),
             "answer": best.number,
             "layers": layers,
         }
+
+    def judge(self, shortlist: Sequence[Answer]) -> tuple[Answer, Judgement, dict[str, Any]]:
+        """Judges the shortlist on test in its order, up to the first that is not certified.
+
+        Args:
+            shortlist: Densest first, the search's answer last; fixed before the test data are looked at.
+
+        Returns:
+            The answer, which is the last one that is certified, or else the search's own, of which then nothing is
+            certified; what test says of it; the fields ``sentence`` and ``shortlist`` of the result.
+        """
+        self.watcher.doing("judging the answer on test")
+        with span(0, 0.5):
+            dense = self.task.evaluate(self.task.model, self.task.test)
+        judged: dict[int, Judgement] = {}
+
+        def outcome_of(answer: Answer) -> Outcome:
+            begun, share = 0.5 + len(judged) / len(shortlist) / 2, 0.5 / len(shortlist)
+            with span(begun, begun + share):
+                found = judged[answer.trial.number] = self._judge(answer, dense)
+            return found.outcome
+
+        certified = certified_in_order(map(outcome_of, shortlist))
+        answer = shortlist[certified - 1] if certified else shortlist[-1]
+        if answer.trial.number not in judged:
+            outcome_of(answer)
+        found = judged[answer.trial.number] if certified else judged[answer.trial.number].withheld()
+        trials = [one.trial for one in shortlist]
+        tested = tuple(_tested(one, judged.get(one.number)) for one in trials)
+        sentence = " ".join([found.sentence, *_of_order(trials, certified)])
+        return answer, found, {"sentence": sentence, "shortlist": tested}
+
+    def _judge(self, one: Answer, dense: Evaluation) -> Judgement:
+        task, bound, trial = self.task, self.settings.bound, one.trial
+        rebuilt = rebuild(one.scheme, task.model, one.facts, trial.plan, trial.density, one.state)
+        model = deployed(rebuilt, task.example_input)
+        test = task.evaluate(model, task.test)
+        certificate = certify(
+            task.metric, dense, test, bound.max_drop, relative=bound.relative, confidence=self.settings.confidence
+        )
+        constraints = tuple(constraint.judge(test) for constraint in self.settings.constraints)
+        return Judgement(rebuilt, model, dense, test, certificate, constraints)
 
     def of_none(self, sentence: str) -> dict[str, Any]:
         """The same where no trial met the bound."""
@@ -142,3 +216,30 @@ class Conclusion:
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
         return exported
+
+
+def _tested(trial: TrialResult, judged: Judgement | None) -> Tested:
+    if judged is None:
+        return Tested(trial.number, trial.density, trial.drop)
+    drop, upper = judged.certificate.drop, judged.certificate.upper
+    return Tested(trial.number, trial.density, trial.drop, judged.outcome, drop, upper)
+
+
+def _of_order(shortlist: Sequence[TrialResult], certified: int) -> Iterator[str]:
+    """What came of the shortlist beside the answer, in words; nothing where there was just the one."""
+    if len(shortlist) == 1:
+        return
+    if certified == len(shortlist):
+        yield f"So are the {certified - 1} denser of the shortlist, tested before it."
+        return
+    failed, last = shortlist[certified], shortlist[-1]
+    named = f"trial {failed.number} of density {failed.density:.3g}"
+    if not certified:
+        yield f"The denser {named} was tested first and is not certified, so nothing sparser can be."
+    elif failed is last:
+        yield f"The search's answer, {named}, was tested after it and is not certified."
+    else:
+        yield (
+            f"The next, {named}, is not certified, so the search's answer, trial {last.number} of density "
+            f"{last.density:.3g}, was not tested."
+        )

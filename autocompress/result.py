@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from torch import nn
 
-from autocompress.certify import CONFIDENCE, Verdict, check_confidence
+from autocompress.certify import CONFIDENCE, Outcome, Verdict, check_confidence
 from autocompress.constraint import Checked, Constraint, Judged
 from autocompress.dimensions import Dimension
 from autocompress.export import Export
@@ -159,6 +159,27 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """One of the shortlist that is judged on test, densest first.
+
+    Attributes:
+        number: The trial's number.
+        density: Its density.
+        drop_val: What it loses on val, a fraction.
+        outcome: The verdict on it alone; None where a denser one had failed before its turn.
+        drop: What it loses on test, a fraction.
+        upper: What that is at most, with the study's confidence.
+    """
+
+    number: int
+    density: float
+    drop_val: float
+    outcome: Outcome | None = None
+    drop: float | None = None
+    upper: float | None = None
+
+
+@dataclass(frozen=True)
 class Result:
     """What a study found.
 
@@ -185,6 +206,7 @@ class Result:
         belief: What the search believes of the drop, where the scheme has a density.
         layers: What compression left of each layer.
         failures: The trials that ended without a result: number and reason.
+        shortlist: What was judged on test, in that order: up to two denser trials, and the search's answer.
     """
 
     name: str
@@ -208,6 +230,7 @@ class Result:
     belief: Posterior | None = None
     layers: tuple[Layer, ...] = ()
     failures: tuple[tuple[int, str], ...] = ()
+    shortlist: tuple[Tested, ...] = ()
 
     @property
     def met(self) -> bool:
@@ -252,6 +275,7 @@ class Result:
             "latency_ms": {who: {str(at.batch): asdict(at) for at in m.own_latency} for who, m in pairs.items()},
             "measurements": {who: asdict(m) for who, m in pairs.items()},
             "certificate": asdict(self.certificate) if self.certificate else None,
+            "shortlist": [asdict(one) for one in self.shortlist],
             "threshold": self.threshold,
             "posterior": self._posterior(),
             "stopped": self.stopped,

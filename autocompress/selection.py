@@ -14,6 +14,7 @@ from autocompress.space import Arm, Space
 from autocompress.trial import Bound
 
 PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
+SHORTLIST = 3  # trials that are judged on test, at most
 ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
 
 
@@ -81,3 +82,29 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
     noise = {trial.number: max(ALIKE, trial.user_attrs.get("noise", 0.0)) for trial in probable}
     alike = [t for t in probable if sign * (t.value or 0.0) - best <= noise[t.number] * abs(best)]
     return min(alike, key=lambda trial: trial.user_attrs["drop"])
+
+
+def shortlist(
+    study: optuna.Study, space: Space, chosen: FrozenTrial, lost: Collection[int] = ()
+) -> list[FrozenTrial]:
+    """The trials that are judged on test, densest first: the search's answer comes last.
+
+    Before it come up to two that it falls back on where it cannot be certified: denser ones of its arm that met
+    the bound on val and lost no more there than those after them. Testing stops at the first that fails, so that
+    one which looks worse on val is none to begin with.
+
+    Args:
+        study: The study.
+        space: What it searches.
+        chosen: What `answer` gave.
+        lost: As for `answer`.
+    """
+    arm, listed = space.arm_of(chosen.params), [chosen]
+    feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
+    for trial in sorted(feasible, key=lambda t: float(t.user_attrs["density"])):
+        before = listed[-1]
+        denser = trial.user_attrs["density"] > before.user_attrs["density"]
+        safer = trial.user_attrs["drop"] <= before.user_attrs["drop"]
+        if len(listed) < SHORTLIST and denser and safer and (arm is None or arm.holds(trial.params)):
+            listed.append(trial)
+    return listed[::-1]

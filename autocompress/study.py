@@ -24,7 +24,7 @@ from autocompress.report import write_report
 from autocompress.result import Beginning, Result, Settings, Watcher
 from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
-from autocompress.selection import answer, finished, posterior
+from autocompress.selection import answer, finished, posterior, shortlist
 from autocompress.space import DENSITY, Configuration
 from autocompress.storage import StudyFolder
 from autocompress.task import Task
@@ -268,11 +268,11 @@ class Study:
     def _conclude(self, stopped: str) -> Result:
         """Judges the answer on test, measures it beside the dense model, and saves everything."""
         conclusion = Conclusion(self.settings, self.task, self.dense, self.dense_cost, self.folder, self.watcher)
-        found = self._answer()
-        if found is None:
-            told = conclusion.of_none(nearest_miss(self.settings, self.records))
+        shortlisted = self._shortlist()
+        if shortlisted:
+            told = conclusion.of(shortlisted)
         else:
-            told = conclusion.of(found)
+            told = conclusion.of_none(nearest_miss(self.settings, self.records))
         result = self._result(stopped, told)
         write_json(self.folder.result_file, result.to_json(), sealed=True)
         self.watcher.doing("writing the report")
@@ -285,17 +285,25 @@ class Study:
         self._log_result(result, reported)
         return result
 
-    def _answer(self) -> Answer | None:
-        """The best trial whose weights are whole."""
-        while (best := self._best()) is not None:
-            try:
-                state = self.folder.load_weights(best.number)
-            except (OSError, ValueError) as error:
-                self._lose(best.number, error)
-                continue
-            scheme = self.space.configuration({DENSITY: best.density_asked, **best.params}).scheme
-            return Answer(best, scheme, self.analyses.facts(scheme), state)
-        return None
+    def _shortlist(self) -> list[Answer]:
+        """What is judged on test, densest first, the search's answer last: only trials whose weights are whole."""
+        while (chosen := answer(self.study, self.space, self.settings.bound, self.lost)) is not None:
+            listed = [self._whole(trial.number) for trial in shortlist(self.study, self.space, chosen, self.lost)]
+            whole = [one for one in listed if one is not None]
+            if len(whole) == len(listed):
+                return whole
+        return []
+
+    def _whole(self, number: int) -> Answer | None:
+        """A trial with its weights; None, and it is lost, where they are damaged."""
+        try:
+            state = self.folder.load_weights(number)
+        except (OSError, ValueError) as error:
+            self._lose(number, error)
+            return None
+        trial = next(record for record in self.records if record.number == number)
+        scheme = self.space.configuration({DENSITY: trial.density_asked, **trial.params}).scheme
+        return Answer(trial, scheme, self.analyses.facts(scheme), state)
 
     def _result(self, stopped: str, told: Mapping[str, Any]) -> Result:
         belief = self._belief(self._best()) if self.records else None

@@ -44,7 +44,8 @@ def words(record: Record) -> list[str]:
     found = record.found
     if found is None or record.answer is None or "compressed" not in found["measurements"]:
         return []
-    return [*_lost(record, found), *_by_class(found), *_search(found), *_smaller(found), *_faster(record, found)]
+    lost = [*_lost(record, found), *_tested(record, found)]
+    return [*lost, *_by_class(found), *_search(found), *_smaller(found), *_faster(record, found)]
 
 
 def _lost(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
@@ -72,6 +73,24 @@ def _lost(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
             f"With {sure} confidence the true loss is at most {most}, while {allowed} was allowed: "
             f"{n} test samples neither prove the bound nor contradict it. More test data would settle it."
         )
+
+
+def _tested(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
+    shortlist = found.get("shortlist") or ()
+    if len(shortlist) < 2:
+        return
+
+    def said(one: Mapping[str, Any]) -> str:
+        named = f"trial {one['number']} (density {one['density']:.3g})"
+        if one["outcome"] is None:
+            return f"{named} was not tested"
+        upper = None if one["upper"] is None else 100 * one["upper"]
+        return f"{named} loses at most {at_most(upper, record.unit)}, {one['outcome']}"
+
+    yield (
+        f"Before the test data were looked at, {len(shortlist)} trials were chosen to be tested, densest first, "
+        f"up to the first that is not certified: {'; '.join(map(said, shortlist))}."
+    )
 
 
 def at_most(amount: float | None, unit: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from autocompress.certify import (
     Verdict,
     certifiable_drop,
+    certified_in_order,
     certify,
     drop_standard_error,
     paired_bounds,
@@ -64,6 +65,31 @@ def test_a_model_at_the_bound_is_certified_in_one_of_twenty_test_sets(n: int, di
     contradicted = [paired_bounds(b, c, n, 0.95)[0] > bound for b, c in pairs.tolist()]
     assert 0.04 <= counts @ certified / repeats <= 0.06
     assert counts @ contradicted / repeats <= 0.06
+
+
+@pytest.mark.parametrize("true", [(0.01, 0.01, 0.01), (0.0, 0.01, 0.012), (0.0, 0.004, 0.01)])
+def test_in_a_fixed_order_several_models_are_as_safe_as_one(true: tuple[float, ...]) -> None:
+    """Of all test sets at most one in twenty certifies any model that drops the bound or more."""
+    n, bound, repeats, rng = 2000, 0.01, 4000, np.random.default_rng(0)
+    p = [((0.04 + drop) / 2, (0.04 - drop) / 2) for drop in true]
+    # Each model with test sets of its own: the worst case, for mistakes that coincide count once.
+    draws = [rng.multinomial(n, [*q, 1 - sum(q)], size=repeats)[:, :2].tolist() for q in p]
+    passed = np.array([[paired_bounds(b, c, n, 0.95)[1] <= bound for b, c in of_one] for of_one in draws])
+    beyond = true.index(next(drop for drop in true if drop >= bound))
+    certified = [
+        certified_in_order("certified" if one else "not certifiable" for one in models) for models in passed.T
+    ]
+    wrong = np.array(certified) > beyond
+    assert wrong.mean() <= 0.06
+    if beyond < 2:  # what the order protects from: each by itself
+        assert passed[beyond:].any(axis=0).mean() > 0.065
+
+
+def test_nothing_is_looked_at_after_the_first_failure() -> None:
+    outcomes = iter(["certified", "not certifiable", "certified"])
+    assert certified_in_order(outcomes) == 1  # type: ignore[arg-type]  # a list of outcomes
+    assert list(outcomes) == ["certified"]
+    assert certified_in_order(["certified"] * 3) == 3
 
 
 def test_three_outcomes() -> None:

@@ -24,7 +24,7 @@ from autocompress.search import (
     adopt,
     search,
 )
-from autocompress.selection import answer, finished, posterior
+from autocompress.selection import answer, finished, posterior, shortlist
 from autocompress.space import Configuration, Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
@@ -365,6 +365,24 @@ def test_without_a_probable_trial_the_most_probable_answers(home: Home) -> None:
     belief, chosen = posterior(home.study, *plan), answer(home.study, *plan)
     assert belief is not None and belief.p_feasible(0.6) < belief.p_feasible(0.8) < 0.9
     assert chosen is not None and chosen.number == likelier
+
+
+def test_the_shortlist_falls_back_on_denser_trials_that_lost_no_more(home: Home) -> None:
+    told(home.study, 0.9, -0.002)
+    told(home.study, 0.85, 0.0)
+    worse = told(home.study, 0.8, 0.02)
+    safer = told(home.study, 0.7, 0.004)
+    chosen = told(home.study, 0.5, 0.01)
+    told(home.study, 0.6, 0.2)
+    told(home.study, 0.3, 0.0)  # sparser than what was chosen
+
+    def numbers(lost: tuple[int, ...] = ()) -> list[int]:
+        return [t.number for t in shortlist(home.study, space(), home.study.trials[chosen], lost)]
+
+    assert numbers() == [safer - 2, safer, chosen]
+    assert numbers(lost=(safer,)) == [1, safer - 2, chosen]
+    assert worse not in numbers()
+    assert [t.number for t in shortlist(home.study, space(), home.study.trials[1])] == [1]
 
 
 def test_the_dense_model_is_no_answer(home: Home) -> None:

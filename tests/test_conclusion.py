@@ -1,0 +1,65 @@
+"""The end of a study on models made here: which of a shortlist is the answer, and what is said of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autocompress.conclusion import Answer, Conclusion
+from autocompress.lc import LearningCompression
+from autocompress.measurement import measure
+from autocompress.result import Settings, Silent
+from autocompress.storage import StudyFolder
+from autocompress.trial import Bound, TrialSpec, run_trial
+
+MakeSpec = Callable[..., TrialSpec]
+BOUND = Bound(0.3)
+
+
+@pytest.fixture
+def conclude(tmp_path: Path, make_spec: MakeSpec):
+    """Judges a shortlist of trials, each by its number: an odd one learns, an even one does not."""
+
+    def conclude(*numbers: int):
+        listed, spec = [], make_spec()
+        for number in numbers:
+            spec = make_spec(
+                number,
+                0.9 if number % 2 else 0.15,
+                recovery=LearningCompression(epochs=8, lr=0.05 if number % 2 else 1e-9),
+                bound=BOUND,
+            )
+            trial = run_trial(spec)
+            assert trial.model is not None
+            listed.append(Answer(trial, spec.scheme, spec.facts, trial.model.state_dict()))
+        task, folder = spec.task, StudyFolder(tmp_path / "study")
+        settings = Settings((spec.scheme,), BOUND, spec.objective)
+        cost = measure(task.model, task.example_input, timing=False)
+        try:
+            return Conclusion(settings, task, spec.dense, cost, folder, Silent()).judge(listed)
+        finally:
+            folder.close()
+
+    return conclude
+
+
+def outcomes(told) -> list[tuple[int, str | None]]:
+    return [(one.number, one.outcome) for one in told["shortlist"]]
+
+
+def test_the_answer_is_the_last_that_is_certified_before_the_first_that_is_not(conclude) -> None:
+    answer, found, told = conclude(1, 2, 4)
+    assert outcomes(told) == [(1, "certified"), (2, "not certifiable"), (4, None)]
+    assert (answer.trial.number, found.outcome) == (1, "certified")
+    assert found.certificate.drop == told["shortlist"][0].drop
+    assert told["sentence"].startswith("Certified: ")
+    assert "The next, trial 2 of density 0.1" in told["sentence"] and "trial 4" in told["sentence"]
+
+
+def test_after_a_first_failure_nothing_is_certified(conclude) -> None:
+    answer, found, told = conclude(2, 1)
+    assert outcomes(told) == [(2, "not certifiable"), (1, "certified")]  # by itself it would be
+    assert (answer.trial.number, found.outcome) == (1, "not certifiable")
+    assert found.certificate.outcome == "not certifiable"
+    assert told["sentence"].startswith("Met on validation, not certifiable with 60 test samples")
+    assert "The denser trial 2 of density 0.1" in told["sentence"]
