@@ -164,6 +164,11 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
+def some_models(*names: str) -> Mapping[str, Callable[[], nn.Module]]:
+    """Those of `MODELS`: enough for one of many settings of a scheme."""
+    return {name: MODELS[name] for name in names}
+
+
 def lived_in(model: nn.Module, seed: int = 0, input_shape: tuple[int, ...] = INPUT_SHAPE) -> nn.Module:
     """``model`` as if it had been trained: no parameter is zero, BatchNorm is not the identity; in eval mode.
 

@@ -9,6 +9,7 @@ from autocompress.models import SmallResNet
 from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import BlockPrune, Quantize16
 from autocompress.testing import Case, SchemeConformance, lived_in
+from autocompress.testing_models import some_models
 
 FEW = (0.7, 0.2, 0.05)  # densities, where the scheme itself is checked at more of them
 
@@ -26,6 +27,7 @@ class TestBlockPrune(Blockwise):
 
 
 class TestBlockPruneOfUnequalSides(Blockwise):
+    models = some_models("concatenated", "depthwise", "attention")
     densities = FEW
 
     def make_scheme(self) -> Scheme:
@@ -33,6 +35,7 @@ class TestBlockPruneOfUnequalSides(Blockwise):
 
 
 class TestBlockPruneByGradients(Blockwise):
+    models = some_models("gated", "grouped", "plain")
     densities = FEW
 
     def make_scheme(self) -> Scheme:
@@ -40,6 +43,7 @@ class TestBlockPruneByGradients(Blockwise):
 
 
 class TestBlockPruneQuantize16(Blockwise):
+    models = some_models("residual", "flattened", "tied")
     densities = FEW
 
     def make_scheme(self) -> Scheme:

@@ -13,6 +13,7 @@ from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize16
 from autocompress.schemes.lowrank import Matrices
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
+from autocompress.testing_models import some_models
 
 FEW = (0.7, 0.2, 0.05)  # densities, where the scheme itself is checked at more of them
 
@@ -30,6 +31,7 @@ class TestLowRank(SchemeConformance):
 
 
 class TestLowRankOfTwo(TestLowRank):
+    models = some_models("gated", "grouped", "plain")
     densities = FEW
 
     def make_scheme(self) -> Scheme:
@@ -37,6 +39,7 @@ class TestLowRankOfTwo(TestLowRank):
 
 
 class TestLowRankQuantize16(SchemeConformance):
+    models = some_models("residual", "grouped", "attention")
     densities = FEW
 
     def make_scheme(self) -> Scheme:

@@ -10,6 +10,7 @@ from autocompress.scheme import Compose, Scheme
 from autocompress.schemes import NMPrune, Quantize16
 from autocompress.task import Task
 from autocompress.testing import SchemeConformance
+from autocompress.testing_models import some_models
 
 
 class TestNMPrune(SchemeConformance):
@@ -18,11 +19,15 @@ class TestNMPrune(SchemeConformance):
 
 
 class TestOneOfThreeByGradients(SchemeConformance):
+    models = some_models("residual", "flattened", "tied")
+
     def make_scheme(self) -> Scheme:
         return NMPrune(n=1, m=3, criterion="taylor")
 
 
 class TestNMPruneQuantize16(SchemeConformance):
+    models = some_models("concatenated", "depthwise", "attention")
+
     def make_scheme(self) -> Scheme:
         return Compose(NMPrune(), Quantize16(dtype="bf16"))
 

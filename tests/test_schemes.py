@@ -1,6 +1,5 @@
 import copy
 import warnings
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +26,7 @@ from autocompress.schemes import (
 from autocompress.schemes.groups import find_groups, first_channels, remove_channels, sizes_along
 from autocompress.schemes.struct import Structure
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
+from autocompress.testing_models import some_models
 
 # By magnitude: without a look at data.
 MAGNITUDE: Any = {"criterion": "l2"}
@@ -64,10 +64,6 @@ class TestStructPrune(Structured):
 # Criteria, spreads and restrictions in combination, on a few models and densities each.
 
 FEW = (0.7, 0.2, 0.05)
-
-
-def some_models(*names: str) -> dict[str, Callable[[], nn.Module]]:
-    return {name: SchemeConformance.models[name] for name in names}
 
 
 class TestPruneByObdAndErk(SchemeConformance):
@@ -172,11 +168,14 @@ class TestBFloat16(SchemeConformance):
 
 
 class TestFloat16(SchemeConformance):
+    models = some_models("residual", "grouped", "attention")
+
     def make_scheme(self) -> Scheme:
         return Quantize16(dtype="fp16")
 
 
 class TestPruneQuantize16(SchemeConformance):
+    models = some_models("concatenated", "depthwise", "attention")
     densities = FEW
 
     def make_scheme(self) -> Scheme:
@@ -184,6 +183,7 @@ class TestPruneQuantize16(SchemeConformance):
 
 
 class TestStructPruneQuantize16(Structured):
+    models = some_models("residual", "flattened", "tied")
     densities = FEW
 
     def make_scheme(self) -> Scheme:
@@ -191,6 +191,7 @@ class TestStructPruneQuantize16(Structured):
 
 
 class TestFilterPruneQuantize16(Structured):
+    models = some_models("gated", "grouped", "plain")
     densities = FEW
 
     def make_scheme(self) -> Scheme:
