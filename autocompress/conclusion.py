@@ -212,7 +212,8 @@ class Conclusion:
             results=results,
         )
         formats = self.settings.formats
-        exported = export(model, task.example_input, self.folder.best, provenance, formats=formats)
+        where = self.folder.best
+        exported = export(model, task.example_input, where, provenance, dense=task.model, formats=formats)
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
         return exported

@@ -72,6 +72,7 @@ def export(
     directory: Path,
     provenance: Provenance,
     *,
+    dense: nn.Module | None = None,
     formats: Sequence[str] = (),
     tolerance: float | None = None,
 ) -> Export:
@@ -87,6 +88,8 @@ def export(
         example_input: A batch of at least one sample. None of it is stored.
         directory: Where to write; made if it does not exist.
         provenance: What ``plan.json`` and ``README.md`` say of the model.
+        dense: Any instance of the dense architecture, from which ``model.safetensors`` is rebuilt to see whether
+            it answers as the model does. Without it only its weights are compared.
         formats: What to write besides, see `check_formats`.
         tolerance: The largest `Artifact.max_error` to accept; 1e-4 by default, and 5e-2 for a model in 16
             bits, because its ONNX file has the same weights and computes in float32, or in 8, because
@@ -110,6 +113,8 @@ def export(
         with torch.inference_mode():
             expected = [stored(x).float().numpy() for x in probes]
         errors = _write_all(stored, probes, expected, staging, provenance, formats)
+        if dense is not None and errors["safetensors"] == 0:
+            errors["safetensors"] = _error(_rebuilt(staging, dense, probes), expected)
         refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
         integers = weight_dtype(stored) == torch.int8
         readme = _readme(errors, probes[0], expected[0].shape[-1], provenance, refused, integers)
@@ -176,6 +181,16 @@ def _write_all(
         answers = elsewhere.finish([name for name in writers if name not in (*failed, "safetensors")])
     errors = {name: _error(found, expected) for name, found in answers.items()}
     return {"safetensors": 0.0} | failed | errors
+
+
+def _rebuilt(folder: Path, dense: nn.Module, probes: Sequence[Tensor]) -> Arrays | str:
+    """What the module answers that `autocompress.bundle.load` makes of what was written."""
+    try:
+        model = bundle.load(folder, dense)
+    except ValueError as error:
+        return str(error)
+    with torch.inference_mode():
+        return [model(x).float().numpy() for x in probes]
 
 
 def _write_pt2(model: nn.Module, batch: Tensor, path: Path) -> None:

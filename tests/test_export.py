@@ -270,6 +270,18 @@ def test_a_format_that_fails_is_refused_with_a_reason_and_leaves_no_file(tmp_pat
     assert logging.root.manager.disable == 0
 
 
+def test_a_module_that_cannot_be_rebuilt_as_it_was_is_refused(tmp_path):
+    image, dense = torch.randn(1, 1, 4, 4), mlp().eval()
+    narrow = HalvesHidden().realize(dense, Theta({}, {}, 3, PROVENANCE.plan), None).eval()
+    rebuilt = export(narrow, image, tmp_path, PROVENANCE, dense=mlp())
+    assert rebuilt.refused == {} and offered(rebuilt)["safetensors"].max_error == 0
+    wider = replace(PROVENANCE, plan={"kept": [0, 1]})
+    refused = export(narrow, image, tmp_path, wider, dense=mlp())
+    assert "must have the architecture" in refused.refused["safetensors"]
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "plan.json").exists()
+    assert list(offered(refused)) == ["pt2", "onnx"]
+
+
 def test_a_file_that_answers_otherwise_is_refused(tmp_path, monkeypatch):
     def write_another(model, batch, path):
         model = copy.deepcopy(model)
