@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Nothing heavy is imported until a command runs."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -333,6 +334,24 @@ for command in (sweep, *COMMANDS):
 
 
 def main() -> None:
+    """Runs the command line; of several processes that torchrun started in one, which the others help."""
+    if not ("TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return _main()
+    from autocompress.learner import Learner
+    from autocompress.ranks import LostProcessError, joined
+
+    with joined() as team:
+        if team.leads:
+            return _main()
+        try:
+            team.serve(Learner)
+        except LostProcessError:  # which the process that leads says, or it has ended itself
+            sys.exit(0)
+        except Exception as error:
+            _fail(f"process {team.rank}: {type(error).__name__}: {error}", 1)
+
+
+def _main() -> None:
     """Runs the command line. Errors are one line on stderr; ``-v`` shows where they came from."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     if not verbose:  # of other libraries; set before threads share the filters

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,15 @@ class Sampling:
         augmentations: What `augment` does to training samples.
         weights: How often a sample is drawn for training, relative to the others; None for once each.
         workers: Processes that read files; 0 for none.
+        share: Of each batch for training, the samples from this place on and the distance to the next: where
+            several processes divide a batch.
     """
 
     batch_size: int = 64
     augmentations: tuple[str, ...] = ()
     weights: Tensor | None = None
     workers: int = 0
+    share: tuple[int, int] = (0, 1)
 
     def order(self, n: int, generator: torch.Generator | None) -> list[Sampled]:
         """The batches of one pass: in order, or drawn by the generator with the last incomplete one left out."""
@@ -46,7 +49,8 @@ class Sampling:
             drawn = torch.multinomial(self.weights.double(), n, replacement=True, generator=generator)
         seeds = torch.randint(2**31, (n,), generator=generator)
         pairs = zip(torch.split(drawn, size), torch.split(seeds, size), strict=True)
-        return [pair for pair in pairs if len(pair[0]) == size]
+        begin, every = self.share
+        return [(drawn[begin::every], seeds[begin::every]) for drawn, seeds in pairs if len(drawn) == size]
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ class HeldImages:
                     [augment(one, names, seed) for one, seed in zip(pixels, seeds.tolist(), strict=True)]
                 )
             yield self.preprocessing(pixels), self.y[chosen]
+
+    def share(self, rank: int, size: int) -> "HeldImages":
+        """The same with a share of each batch for training, see `autocompress.ranks.Share`."""
+        return replace(self, sampling=replace(self.sampling, share=(rank, size)))
 
     def fingerprint(self) -> bytes:
         """A hash of the samples."""
@@ -134,6 +142,10 @@ class FileImages:
         )
         for pixels, y in loader:
             yield self.preprocessing(pixels), y
+
+    def share(self, rank: int, size: int) -> "FileImages":
+        """The same with a share of each batch for training, see `autocompress.ranks.Share`."""
+        return replace(self, sampling=replace(self.sampling, share=(rank, size)))
 
     def fingerprint(self) -> bytes:
         """A hash of the files' names and sizes and of the targets: reading all of them would take too long."""

@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from autocompress.ranks import team
 from autocompress.scheme import Evidence, Weights
 from autocompress.task import Batch, Split, Task, device_of, kept_on
 from autocompress.training import Descent, Optimizer, TaughtStream, distillation_loss
@@ -137,11 +139,13 @@ class Learner:
             scaler=torch.amp.GradScaler(self._device.type) if self._precision == "fp16" else None,
         )
         self._train = kept_on(task.train, self._device)
+        self._team = team()
+        self._team.begin(recipe, model, task, seed)
         self._stream = self._serve(0, 0)
 
     def _serve(self, epoch: int, position: int) -> TaughtStream:
         teacher = self._task.model if self.recipe.distill else None
-        return TaughtStream(self._train, teacher, self._seed, epoch, position)
+        return TaughtStream(self._train, teacher, self._seed, epoch, position, share=self._team.share)
 
     def l_step(self, steps: int, penalty: Penalty) -> float:
         """Takes gradient steps under ``penalty``; returns their mean loss (without the penalty).
@@ -149,12 +153,32 @@ class Learner:
         Raises:
             FloatingPointError: If the training diverged, see `Descent`.
         """
-        total = torch.zeros((), device=self._device)
-        for x, y, taught in itertools.islice(self._stream, steps):
-            loss = self._loss(x.to(self._device), y.to(self._device), taught)
-            penalty.apply(self.weights, self.descent.step(loss))
-            total += loss.detach()
+        total, seen = torch.zeros((), device=self._device), 0
+        with self._team.in_step(self.model):
+            self._tell_others(steps, penalty)
+            for x, y, taught in itertools.islice(self._stream, steps):
+                loss = self._team.weigh(self._loss(x.to(self._device), y.to(self._device), taught), len(y))
+                average = partial(self._team.average, samples=len(y))
+                penalty.apply(self.weights, self.descent.step(loss, average))
+                total += loss.detach()
+                seen += len(y)
+            self._team.average([total], samples=seen / max(1, steps))
         return float(total) / max(1, steps)
+
+    def _tell_others(self, steps: int, penalty: Penalty) -> None:
+        """Has the other processes of a trial take this L step, from where this one stands."""
+        if not self._team.leads:
+            return
+        here = self.snapshot()
+        tensors = {name: t for name, t in here.tensors.items() if not name.startswith("rng/")}
+        large = [*tensors.values(), *penalty.target.values(), *penalty.bound.values()]
+        self._team.tell((Snapshot(tensors, here.numbers), steps, penalty), large)
+
+    def follow(self, told: tuple[Snapshot, int, Penalty]) -> None:
+        """Takes an L step that the process which leads the trial takes."""
+        snapshot, steps, penalty = told
+        self.restore(snapshot)
+        self.l_step(steps, penalty)
 
     def _loss(self, x: Tensor, y: Tensor, taught: Tensor | None) -> Tensor:
         lower = DTYPES.get(self._precision)
@@ -202,9 +226,12 @@ class Learner:
             return
         numbers = snapshot.numbers
         self.descent.load_state_dict(snapshot.under("optimizer"), int(numbers["taken"]), numbers["slowed"])
-        self._stream = self._serve(int(numbers["epoch"]), int(numbers["position"]))
+        epoch, position = int(numbers["epoch"]), int(numbers["position"])
+        if (epoch, position) != (self._stream.batches.epoch, self._stream.batches.position):
+            self._stream = self._serve(epoch, position)
         rng = snapshot.under("rng")
-        torch.set_rng_state(rng["cpu"].cpu())
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"].cpu())
         if self._device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"].cpu(), self._device)
 

@@ -20,6 +20,7 @@ from autocompress.mend import restore, set_aside_if_damaged
 from autocompress.optuna_store import open_shared, open_study
 from autocompress.posterior import Posterior
 from autocompress.prospect import nearest_miss, prospect
+from autocompress.ranks import team
 from autocompress.report import write_report
 from autocompress.result import Beginning, Result, Settings, Watcher
 from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
@@ -150,7 +151,7 @@ class Study:
                 dense=self.dense_cost,
                 dense_score=self.dense.score,
                 low=self.space.low,
-                notes=(*self.task.notes, *self.notes, *missed, *prospect(settings, self.task)),
+                notes=(*self.task.notes, *self.notes, *team().notes, *missed, *prospect(settings, self.task)),
             )
         )
         asked = read_json(self.folder.settings_file)

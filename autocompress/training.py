@@ -1,7 +1,7 @@
 """Supervised training: the steps that the L step, the polish after it and a dense model's training share."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Literal, TypeAlias
@@ -109,8 +109,12 @@ class Descent:
         """The running mean of the gradients to a power of 1 or 2, by name; it is kept from the first call on."""
         return self._moments.setdefault(power, {})
 
-    def step(self, loss: Tensor) -> float:
+    def step(self, loss: Tensor, average: Callable[[Sequence[Tensor]], None] | None = None) -> float:
         """One step down the gradient of ``loss``; returns the learning rate it was taken with.
+
+        Args:
+            loss: A scalar.
+            average: Replaces the gradients by those of all processes, where several compute one step.
 
         Raises:
             FloatingPointError: If a gradient is not finite for the second time.
@@ -122,6 +126,8 @@ class Descent:
         progress.report(self.taken / self.steps)
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if average is not None:
+            average([p.grad for p in self._trainable if p.grad is not None])
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT))
         is_finite = math.isfinite(norm)
@@ -232,10 +238,17 @@ class TaughtStream(Iterator[Taught]):
         seed: Seeds the order.
         epoch: See `Stream`.
         position: See `Stream`.
+        share: What of the split is served, where several processes divide its batches.
     """
 
     def __init__(
-        self, split: Split, teacher: nn.Module | None, seed: int, epoch: int = 0, position: int = 0
+        self,
+        split: Split,
+        teacher: nn.Module | None,
+        seed: int,
+        epoch: int = 0,
+        position: int = 0,
+        share: Callable[[Split], Split] = lambda split: split,
     ) -> None:
         self._teacher = teacher
         self._held: tuple[Tensor, Tensor] | None = None
@@ -243,7 +256,7 @@ class TaughtStream(Iterator[Taught]):
             with progress.heard_by(None):
                 self._held = split.y, torch.from_numpy(predict(teacher, split)[0])
             split = TensorSplit(split.x, torch.arange(split.n_samples), split.batch_size)
-        self.batches = Stream(split, seed, epoch, position)
+        self.batches = Stream(share(split), seed, epoch, position)
 
     def __next__(self) -> Taught:
         x, y = next(self.batches)
@@ -279,4 +292,5 @@ def distillation_loss(
 def recalibrate_batchnorm(model: nn.Module, split: Split) -> None:
     """Computes BatchNorm's running statistics anew from one pass over ``split``: pruning has moved them."""
     device = device_of(model)
-    update_bn((x.to(device) for x, _ in split.batches()), model)
+    # A single sample at the end has no variance where a layer gives it one value a channel.
+    update_bn((x.to(device) for x, _ in split.batches() if len(x) > 1 or split.n_samples == 1), model)

@@ -21,6 +21,7 @@ from autocompress.goal import Objective, as_objective
 from autocompress.measurement import Measurement
 from autocompress.mlflow_store import without_secrets
 from autocompress.optuna_store import connected
+from autocompress.ranks import team
 from autocompress.recovery import Recovery, make_recovery, with_settings
 from autocompress.result import DEFAULT_TRIALS, Result, Settings, Silent, Watcher
 from autocompress.runtimes import check_runtime
@@ -148,6 +149,8 @@ def tune(
         cheap_trials=cheap_trials,
         cluster=cluster,
     )
+    if team().size > 1 and (workers > 1 or cluster):
+        raise ValueError("workers= and cluster= run several trials at a time, torchrun one: give up either")
     watcher = watcher or Silent()
     if name is not None:
         check_name(name)

@@ -27,14 +27,16 @@ ENGINE = (
     ("deployed", "macs", "runtimes"),
     ("measurement", "constraint", "per_class", "cka", "transforms", "environment", "system_metrics"),
     ("scheme", "goal", "training", "images", "samples"),
-    ("models", "learner", "certify", "array_readers", "file_readers"),
+    ("models", "certify", "array_readers", "file_readers", "parcel"),
+    ("ranks",),
+    ("learner",),
     ("lc",),
     ("recovery",),
     ("data", "bundle", "dense", "own_model", "readers", "dimensions"),
     ("own_task",),
     ("export",),
     ("trial", "posterior", "space"),
-    ("storage", "sampler", "mlflow_store", "parcel"),
+    ("storage", "sampler", "mlflow_store"),
     ("mlflow_runs", "workers", "cluster", "arms", "optuna_store"),
     ("selection", "samplers"),
     ("search", "tracking", "ui"),
@@ -47,6 +49,7 @@ ENGINE = (
     ("sweep_command", "profile_command"),
     ("commands",),
     ("cli", "testing", "__init__"),  # what others call; nothing else imports it
+    ("__main__",),
 )
 # All that a plugin may import of the engine, ours as a third party's; siblings come relatively.
 PLUGINS = {"schemes": {"scheme", "task"}, "objectives": {"goal", "measurement"}}
