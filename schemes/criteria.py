@@ -109,18 +109,19 @@ def required(observed: Observed | None, criterion: str) -> Observed:
     return observed
 
 
-def lamp(rising: Tensor) -> Tensor:
+def lamp(rising: Tensor, larger: float = 0.0) -> Tensor:
     """Each score over the sum of those that are no smaller: the LAMP score, if these are squared weights.
 
     Lee et al., "Layer-Adaptive Sparsity for the Magnitude-Based Pruning" (ICLR 2021), equation 1.
 
     Args:
         rising: The scores of a layer, none negative, the smallest first, shape ``(n,)``.
+        larger: The sum of the layer's scores that are larger than these.
 
     Returns:
-        As many, rising too, the last one 1 (or 0 if all are 0).
+        As many, rising too; the last of a layer is 1 (or 0 if all are 0).
     """
-    sums = rising.flip(0).cumsum(0, dtype=torch.double).flip(0).to(rising.dtype)
+    sums = rising.flip(0).cumsum(0, dtype=torch.double).flip(0).add_(larger).to(rising.dtype)
     return rising / sums.clamp_min_(torch.finfo(rising.dtype).tiny)
 
 

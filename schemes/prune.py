@@ -19,16 +19,8 @@ from .criteria import (
     observe_entries,
 )
 from .patterns import checked_min_keep, checked_skip, modules_matching, per_module
-from .spread import (
-    Spread,
-    allocate,
-    allocate_by_lamp,
-    as_lamp,
-    best,
-    best_with_floors,
-    checked_spread,
-    relative_density,
-)
+from .ranking import best, best_by_lamp, best_with_floors
+from .spread import Spread, allocate, as_lamp, checked_spread, relative_density
 
 IN_UNITS_OF_LOSS = ("obd", "taylor")
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -184,11 +176,10 @@ class Prune:
                 score.masked_fill_(weights[name] == 0, -1)
         if spread == "global":
             masks = best_with_floors(scores, n_kept, facts.floors)
+        elif spread == "lamp":
+            masks = best_by_lamp(scores, n_kept, facts.floors)
         else:
-            if spread == "lamp":
-                n_each = allocate_by_lamp(scores, n_kept, facts.floors)
-            else:
-                n_each = allocate(n_kept, facts.sizes, facts.relative, facts.floors)
+            n_each = allocate(n_kept, facts.sizes, facts.relative, facts.floors)
             masks = [best([score], n)[0] for score, n in zip(scores, n_each, strict=True)]
         kept = dict(zip(facts.prunable, masks, strict=True))
         values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}

@@ -9,17 +9,14 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .criteria import lamp
 from .patterns import PerModule
 
-SAMPLED = 64  # of so many scores one is in the sample that tells where the threshold lies
 SpreadName: TypeAlias = Literal["global", "uniform", "erk", "lamp"]
 Spread: TypeAlias = SpreadName | Mapping[str, float]
 
@@ -103,76 +100,6 @@ def allocate(total: int, sizes: Sequence[int], relative: Sequence[float], floors
         if kept[i] < sizes[i]:
             heapq.heappush(reached, ((kept[i] + 1) / sizes[i] / relative[i], i))
     return kept
-
-
-def best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
-    """True at the n highest of all the scores, in their shapes; of equal ones those that come first in memory."""
-    if n == 0:
-        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    flat = [_flat(s) for s in scores]
-    threshold = _nth_highest(torch.cat(flat) if len(flat) > 1 else flat[0], n)
-    masks = [s >= threshold for s in scores]
-    surplus = int(torch.stack([mask.sum() for mask in masks]).sum()) - n
-    for s, mask in zip(reversed(scores), reversed(masks), strict=True):
-        if surplus:
-            dropped = _flat(s == threshold).nonzero()[-surplus:, 0]
-            _flat(mask)[dropped] = False
-            surplus -= len(dropped)
-    return masks
-
-
-def best_with_floors(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
-    """True at the n highest of all the scores, as far as each layer keeps as many as its floor."""
-    masks = best(scores, n)
-    counts = torch.stack([mask.sum() for mask in masks]).tolist()
-    if all(count >= floor for count, floor in zip(counts, floors, strict=True)):
-        return masks
-    above = [s.masked_fill(best([s], floor)[0], torch.inf) for s, floor in zip(scores, floors, strict=True)]
-    return best(above, n)
-
-
-def allocate_by_lamp(scores: Sequence[Tensor], total: int, floors: Sequence[int]) -> list[int]:
-    """How many entries each layer keeps under one threshold on their LAMP scores, see `allocate`."""
-    lamps = [lamp(_rising(_flat(s)).clamp_min(0)) for s in scores]
-    return torch.stack([mask.sum() for mask in best_with_floors(lamps, total, floors)]).tolist()
-
-
-def _flat(entries: Tensor) -> Tensor:
-    """The entries as they lie in memory, shape ``(n,)``: without a copy, whatever the layout."""
-    by_stride = sorted(range(entries.dim()), key=entries.stride, reverse=True)
-    return entries.permute(by_stride).flatten()
-
-
-# Numpy selects ten times, and sorts twenty times, as fast as torch does on a CPU.
-
-
-def _nth_highest(scores: Tensor, n: int) -> Tensor:
-    k = len(scores) - n
-    if scores.device.type == "cpu":
-        return torch.from_numpy(_kth_lowest(scores.numpy(), k)[None])
-    return scores.kthvalue(k + 1, keepdim=True).values
-
-
-def _kth_lowest(scores: NDArray[Any], k: int) -> Any:
-    """The value at place ``k`` in rising order; of many scores, only those near it are looked at closely.
-
-    Floyd & Rivest, "Expected Time Bounds for Selection" (1975): a sample tells between which values it lies.
-    """
-    if len(scores) > SAMPLED * SAMPLED:
-        sample = np.sort(scores[::SAMPLED])
-        place, margin = k // SAMPLED, int(2 * math.sqrt(len(sample))) + 1
-        low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
-        near = scores[(scores >= low) & (scores <= high)]
-        rank = k - np.count_nonzero(scores < low)
-        if 0 <= rank < len(near):
-            return np.partition(near, rank)[rank]
-    return np.partition(scores, k)[k]
-
-
-def _rising(scores: Tensor) -> Tensor:
-    if scores.device.type == "cpu":
-        return torch.from_numpy(np.sort(scores.numpy()))
-    return scores.sort().values
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,8 @@ from autocompress.scheme import Scheme, Theta
 from autocompress.schemes.criteria import entry_scores
 from autocompress.schemes.importance import channel_scores
 from autocompress.schemes.patterns import modules_matching, per_module
-from autocompress.schemes.spread import (
-    Layer,
-    allocate,
-    allocate_by_lamp,
-    best,
-    best_with_floors,
-    erdos_renyi_kernel,
-    removal_order,
-)
+from autocompress.schemes.ranking import best, best_by_lamp, best_with_floors
+from autocompress.schemes.spread import Layer, allocate, erdos_renyi_kernel, removal_order
 from autocompress.schemes.struct import Structure
 from autocompress.testing import lived_in
 
@@ -102,7 +95,7 @@ def test_uniform_allocation_is_exact() -> None:
     assert allocate(50, [10, 40, 50], [1.0, 1.0, 1.0], [1, 1, 1]) == [5, 20, 25]
 
 
-def test_allocation_by_lamp_is_one_threshold_on_the_scores_of_the_paper() -> None:
+def test_best_by_lamp_is_one_threshold_on_the_scores_of_the_paper() -> None:
     torch.manual_seed(0)
     layers = [torch.rand(n) for n in (5, 30, 12)]
     # The definition, entry by entry.
@@ -111,7 +104,30 @@ def test_allocation_by_lamp_is_one_threshold_on_the_scores_of_the_paper() -> Non
     ]
     for total in (3, 10, 40):
         kept = [i for _, i in sorted(scored, reverse=True)[:total]]
-        assert allocate_by_lamp(layers, total, [1, 1, 1]) == [kept.count(i) for i in range(3)]
+        masks = best_by_lamp(layers, total, [1, 1, 1])
+        assert [int(mask.sum()) for mask in masks] == [kept.count(i) for i in range(3)]
+        for s, mask in zip(layers, masks, strict=True):
+            assert not mask.any() or mask.all() or s[mask].min() > s[~mask].max()
+
+
+@pytest.mark.parametrize("order", ["any", "rising", "ties", "dead", "hidden"])
+@pytest.mark.parametrize("floors", [[0, 0, 0, 0], [1, 700, 9_000, 20]])
+def test_best_by_lamp_of_many_scores_is_what_sorting_them_says(order: str, floors: list[int]) -> None:
+    """So many that a sample tells where the threshold lies; in the worst order it tells nothing."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [a * torch.rand(n, generator=generator).square() for a, n in ((1, 20_000), (0.1, 5_000), (3, 9_000))]
+    layers.append(torch.rand(40, generator=generator))
+    for s in layers:
+        s.copy_({"rising": s.sort().values, "ties": (9 * s).round(), "dead": s - 0.01}.get(order, s))
+        s[::64] = {"hidden": 1e-3}.get(order, s[::64])  # the sample sees nothing but these
+    rising = [s.clamp_min(0).sort().values for s in layers]
+    lamps = [s / s.double().flip(0).cumsum(0).flip(0).float().clamp_min(1e-30) for s in rising]
+    for n in (sum(floors) or 1, 10_000, 25_000, 34_039):
+        masks = best_by_lamp(layers, n, floors)
+        expected = [int(mask.sum()) for mask in best_with_floors(lamps, n, floors)]
+        assert [int(mask.sum()) for mask in masks] == expected
+        for s, mask in zip(layers, masks, strict=True):
+            assert torch.equal(mask, best([s], int(mask.sum()))[0])
 
 
 def test_the_erdos_renyi_kernel() -> None:

@@ -1,0 +1,200 @@
+"""The highest of millions of scores, without sorting them: a sample tells between which the threshold lies.
+
+Floyd & Rivest, "Expected Time Bounds for Selection" (1975). Only scores that near are looked at closely, so what
+comes out is exact.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .criteria import lamp
+
+SAMPLED = 64  # of so many scores one is in the sample
+FEW = SAMPLED * SAMPLED  # scores of which all are looked at
+MARGINS = (2.0, 8.0, math.inf)  # how far around its place in the sample, over the root of the sample's size
+
+
+def best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
+    """True at the n highest of all the scores, in their shapes; of equal ones those that come first in memory."""
+    if n == 0:
+        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    flat = [_flat(s) for s in scores]
+    return _highest(scores, n, _nth_highest(torch.cat(flat) if len(flat) > 1 else flat[0], n))
+
+
+def best_with_floors(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
+    """True at the n highest of all the scores, as far as each layer keeps as many as its floor."""
+    masks = best(scores, n)
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    if all(count >= floor for count, floor in zip(counts, floors, strict=True)):
+        return masks
+    above = [s.masked_fill(best([s], floor)[0], torch.inf) for s, floor in zip(scores, floors, strict=True)]
+    return best(above, n)
+
+
+def best_by_lamp(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
+    """True at the n highest of all LAMP scores, as far as each layer keeps as many as its floor.
+
+    Args:
+        scores: Of each layer, in any shape. Those below zero count as zero.
+        n: From the sum of the floors to the number of scores.
+        floors: What each layer keeps at least.
+    """
+    flat = [_flat(s) for s in scores]
+    samples = [_Sample.of(s) for s in flat]
+    threshold = _threshold(samples, n)
+    for margin in MARGINS:
+        contests = [
+            _Contest.of(s, *sample.around(threshold, margin)) for s, sample in zip(flat, samples, strict=True)
+        ]
+        if (kept := _settled(contests, n, floors)) is not None:
+            break
+    assert kept is not None  # at the last margin every score is looked at
+    return [
+        _highest([s], contest.n_above + k, contest.rising[-k])[0] if k else torch.zeros_like(s, dtype=torch.bool)
+        for s, contest, k in zip(scores, contests, kept, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some of a layer's scores.
+
+    Attributes:
+        rising: The scores, the smallest first, shape ``(m,)``.
+        lamps: What their LAMP scores are in the layer, as far as the sample tells, shape ``(m,)``.
+        stride: For how many scores of the layer each stands.
+    """
+
+    rising: Tensor
+    lamps: Tensor
+    stride: int
+
+    @classmethod
+    def of(cls, flat: Tensor) -> "_Sample":
+        stride = SAMPLED if len(flat) > FEW else 1
+        rising = _rising(flat[::stride])
+        return cls(rising, lamp(rising.clamp_min(0)) / stride, stride)
+
+    def around(self, threshold: float, margin: float) -> tuple[float, float]:
+        """Between which scores the one lies whose LAMP score is the threshold."""
+        m, place = len(self.rising), int(torch.searchsorted(self.lamps, threshold))
+        if self.stride == 1 or margin == math.inf:
+            return -math.inf, math.inf
+        width = int(margin * math.sqrt(m)) + 1
+        low, high = place - width, place + width
+        return float(self.rising[low]) if low >= 0 else -math.inf, float(
+            self.rising[high]
+        ) if high < m else math.inf
+
+
+def _threshold(samples: Sequence[_Sample], n: int) -> float:
+    """The LAMP score that about ``n`` of all scores reach."""
+    lamps = torch.cat([sample.lamps for sample in samples])
+    stand_for = torch.cat([torch.full_like(sample.lamps, sample.stride) for sample in samples])
+    falling = lamps.sort(descending=True)
+    reached = stand_for[falling.indices].cumsum(0, dtype=torch.double)
+    return float(falling.values[min(int(torch.searchsorted(reached, n)), len(lamps) - 1)])
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """The scores of a layer among which the threshold is thought to lie.
+
+    Attributes:
+        rising: These scores, the smallest first.
+        lamps: Their LAMP scores in the layer.
+        n_above: How many scores are higher: they are in.
+        n_below: How many are lower: they are out.
+    """
+
+    rising: Tensor
+    lamps: Tensor
+    n_above: int
+    n_below: int
+
+    @classmethod
+    def of(cls, flat: Tensor, low: float, high: float) -> "_Contest":
+        from_low = _chosen(flat, flat >= low)
+        above = _chosen(from_low, from_low > high)
+        rising = _rising(_chosen(from_low, from_low <= high))
+        lamps = lamp(rising.clamp_min(0), float(above.sum(dtype=torch.double)))
+        return cls(rising, lamps, len(above), len(flat) - len(above) - len(rising))
+
+    def decided(self, kept: int, floor: int) -> bool:
+        """Whether keeping so many of these scores says that all above are in, and all below are out."""
+        return (kept > 0 or self.n_above <= floor) and (kept < len(self.rising) or self.n_below == 0)
+
+
+def _settled(contests: Sequence[_Contest], n: int, floors: Sequence[int]) -> list[int] | None:
+    """How many of its contested scores each layer keeps, ``n`` with those above; None if they do not tell."""
+    n_left = n - sum(contest.n_above for contest in contests)
+    left = [max(0, floor - contest.n_above) for contest, floor in zip(contests, floors, strict=True)]
+    if not sum(left) <= n_left <= sum(len(contest.rising) for contest in contests):
+        return None
+    if any(floor > len(contest.rising) for contest, floor in zip(contests, left, strict=True)):
+        return None
+    masks = best_with_floors([contest.lamps for contest in contests], n_left, left)
+    kept = torch.stack([mask.sum() for mask in masks]).tolist()
+    told = all(contest.decided(*counts) for contest, *counts in zip(contests, kept, floors, strict=True))
+    return kept if told else None
+
+
+def _highest(scores: Sequence[Tensor], n: int, nth: Tensor) -> list[Tensor]:
+    """True at the n highest of all the scores, the lowest of which is ``nth``."""
+    masks = [s >= nth for s in scores]
+    surplus = int(torch.stack([mask.sum() for mask in masks]).sum()) - n
+    for s, mask in zip(reversed(scores), reversed(masks), strict=True):
+        if surplus:
+            dropped = _flat(s == nth).nonzero()[-surplus:, 0]
+            _flat(mask)[dropped] = False
+            surplus -= len(dropped)
+    return masks
+
+
+def _flat(entries: Tensor) -> Tensor:
+    """The entries as they lie in memory, shape ``(n,)``: without a copy, whatever the layout."""
+    by_stride = sorted(range(entries.dim()), key=entries.stride, reverse=True)
+    return entries.permute(by_stride).flatten()
+
+
+# On a CPU numpy selects three to ten times, and sorts twenty times, as fast as torch does.
+
+
+def _chosen(scores: Tensor, mask: Tensor) -> Tensor:
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.compress(mask.numpy(), scores.numpy()))
+    return scores[mask]
+
+
+def _nth_highest(scores: Tensor, n: int) -> Tensor:
+    k = len(scores) - n
+    if scores.device.type == "cpu":
+        return torch.from_numpy(_kth_lowest(scores.numpy(), k)[None])
+    return scores.kthvalue(k + 1, keepdim=True).values
+
+
+def _kth_lowest(scores: NDArray[Any], k: int) -> Any:
+    """The value at place ``k`` in rising order; of many scores, only those near it are looked at closely."""
+    if len(scores) > FEW:
+        sample = np.sort(scores[::SAMPLED])
+        place, margin = k // SAMPLED, int(MARGINS[0] * math.sqrt(len(sample))) + 1
+        low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
+        near = np.compress((scores >= low) & (scores <= high), scores)
+        rank = k - np.count_nonzero(scores < low)
+        if 0 <= rank < len(near):
+            return np.partition(near, rank)[rank]
+    return np.partition(scores, k)[k]
+
+
+def _rising(scores: Tensor) -> Tensor:
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.sort(scores.numpy()))
+    return scores.sort().values
