@@ -363,7 +363,7 @@ def settle(scheme: Scheme, learner: Learner, density: float, facts: Facts, task:
     """
     freeze(scheme, learner.weights, density, facts)
     recalibrate_batchnorm(learner.model, task.train)
-    return freeze(scheme, learner.weights, density, observe(scheme, learner.evidence(), facts))
+    return freeze(scheme, learner.weights, density, observe(scheme, learner.evidence(last=True), facts))
 
 
 def polish(

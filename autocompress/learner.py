@@ -192,9 +192,9 @@ class Learner:
         )
         return (1 - self.recipe.distill) * loss + self.recipe.distill * distilled
 
-    def evidence(self) -> Evidence:
-        """What a scheme may look at before a C step."""
-        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.gradient_moments)
+    def evidence(self, *, last: bool = False) -> Evidence:
+        """What a scheme may look at before a C step, the last one or one that training follows."""
+        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.gradient_moments, last)
 
     def _some_batches(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self._seed)

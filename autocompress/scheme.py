@@ -105,12 +105,15 @@ class Evidence:
         loss: Maps logits and targets to a scalar.
         gradient_moments: Returns per weight a running mean of its gradient to a power: 1, or 2 (the diagonal of
             the empirical Fisher matrix, up to a factor). Training keeps it from the first call; empty until then.
+        last: Whether what is seen now ships. While training goes on, what `Scheme.realize` alone needs to know
+            need not be looked at.
     """
 
     model: nn.Module
     batches: Callable[[], Iterable[Batch]]
     loss: Loss
     gradient_moments: Callable[[int], Weights] = lambda power: {}
+    last: bool = True
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from autocompress.scheme import Evidence, Theta, Weights, density_error, registe
 from .criteria import check_criterion, entry_scores, observe_entries
 from .patterns import checked_skip
 from .prune import PatternCriterion, Patterned, prunable_weights
+from .ranking import rising_order
 
 
 @register_scheme
@@ -78,15 +79,15 @@ class BlockPrune:
             score[self._safe(score, size)] = torch.inf  # out of reach
             scores.append(score)
             sizes.append(size)
-        ranked = torch.cat(scores).sort(stable=True)
-        order = ranked.indices[ranked.values.isfinite()]
+        ranked = torch.cat(scores)
+        order = rising_order(ranked)[: int(ranked.isfinite().sum())]
         left = facts.n_params - torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(sizes)[order].cumsum(0)])
         fits = left.double() / facts.n_params <= density
         if not fits.any():
             raise density_error(density, self.lowest_density(facts))
         # Blocks that are zero already go whatever the target: it is free, and it makes pi idempotent.
-        n_removed = max(int(fits.int().argmax()), int((ranked.values == 0).sum()))
-        chosen = torch.ones(len(ranked.values), dtype=torch.bool)
+        n_removed = max(int(fits.int().argmax()), int((ranked == 0).sum()))
+        chosen = torch.ones(len(ranked), dtype=torch.bool)
         chosen[order[:n_removed]] = False
         parts = torch.split(chosen, [len(size) for size in sizes])
         kept = {
@@ -109,17 +110,25 @@ class BlockPrune:
         height, width = self.block
         entries = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
         m, n, positions = entries.shape
-        padded = functional.pad(entries, (0, 0, 0, -n % width, 0, -m % height))
-        return padded.reshape(-(-m // height), height, -(-n // width), width, positions).sum((1, 3))
+        if m % height or n % width:
+            entries = functional.pad(entries, (0, 0, 0, -n % width, 0, -m % height))
+        rows = entries.reshape(-(-m // height), height, -1).sum(1)
+        return rows.view(len(rows), -(-n // width), width, positions).sum(2)
 
     def _sizes(self, shape: torch.Size) -> Tensor:
         """How many weights each block of a weight has, one after the other."""
-        return self._sums(torch.ones(shape)).long().flatten()
+        tall, wide = (
+            torch.arange(0, n, size).neg().add(n).clamp_max(size)
+            for n, size in zip(shape[:2], self.block, strict=True)
+        )
+        return (tall[:, None, None] * wide[:, None]).expand(-1, -1, shape[2:].numel()).flatten()
 
     def _safe(self, score: Tensor, size: Tensor) -> Tensor:
         """The blocks that a layer keeps in any case: of the largest, so that the lowest density is known."""
-        best = score.argsort(descending=True, stable=True)
-        return best[size[best].argsort(descending=True, stable=True)][: self.min_keep]
+        least = size.topk(self.min_keep).values[-1]
+        larger, as_large = ((size > least).nonzero()[:, 0], (size == least).nonzero()[:, 0])
+        best = score[as_large].topk(self.min_keep - len(larger)).indices
+        return torch.cat([larger, as_large[best]])
 
     def _spread(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         """One value per block as one per weight, of the weight's shape."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 CLIPS = 16  # points at which the largest weight may be cut off; the fewer the integers, the deeper
 REFINEMENTS = 3
+AT_A_TIME = 2**18  # weights that are worked on: so many stay in the processor's cache
 SMALLEST = 1e-30  # channels below it are zero
 MANTISSA_BITS = 16  # of a scale: its product with an integer of 8 bits is exact in float32
 
@@ -30,7 +31,14 @@ def quantize_weight(weight: Tensor, axis: int, bits: int) -> tuple[Tensor, Tenso
         The integers (int8, the weight's shape) and the scales, shape ``(channels,)``, positive.
     """
     channels = weight.detach().float().movedim(axis, 0)
-    w, q_max = channels.flatten(1), 2 ** (bits - 1) - 1
+    rows = channels.flatten(1)
+    some = torch.split(rows, max(1, AT_A_TIME // rows.shape[1]))
+    parts = [_quantize_rows(part, 2 ** (bits - 1) - 1) for part in some]
+    q, scale = (torch.cat(found) for found in zip(*parts, strict=True))
+    return q.view_as(channels).movedim(0, axis), scale
+
+
+def _quantize_rows(w: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
     largest = w.abs().amax(1)
     unclipped = _short(largest.clamp_min(SMALLEST) / q_max)
     scale, error = unclipped, _error(w, unclipped, q_max)
@@ -40,11 +48,11 @@ def quantize_weight(weight: Tensor, axis: int, bits: int) -> tuple[Tensor, Tenso
         scale, error = _better(w, _short(clip * unclipped), scale, error, q_max)
     for _ in range(REFINEMENTS):
         q = _integers(w, scale, q_max)
-        fitted = (w * q).sum(1) / q.square().sum(1).clamp_min(1)
+        fitted = (w * q).sum(1) / q.square_().sum(1).clamp_min(1)
         fitted = torch.minimum(_short(fitted), unclipped).clamp_min(SMALLEST)
         scale, error = _better(w, fitted, scale, error, q_max)
     q = _integers(w, scale, q_max) * (largest >= SMALLEST)[:, None]
-    return q.to(torch.int8).view_as(channels).movedim(0, axis), scale
+    return q.to(torch.int8), scale
 
 
 def dequantize_weight(q: Tensor, scale: Tensor, axis: int) -> Tensor:
@@ -63,7 +71,7 @@ def _integers(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
 
 def _error(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
     """Squared error of each channel, shape ``(channels,)``."""
-    return (w - _integers(w, scale, q_max) * scale[:, None]).square_().sum(1)
+    return _integers(w, scale, q_max).mul_(scale[:, None]).sub_(w).square_().sum(1)
 
 
 def _better(w: Tensor, other: Tensor, scale: Tensor, error: Tensor, q_max: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import ClassVar, get_args
 
 import torch
@@ -80,12 +81,20 @@ class NMPrune:
         return copy.deepcopy(model)
 
     def _pattern(self, scores: Tensor) -> Tensor:
-        """True at the ``n`` highest of every ``m`` scores along dimension 1, and in what is left over."""
+        """True at the ``n`` highest of every ``m`` scores along dimension 1, and in what is left over.
+
+        Every two of the m are compared, of equal ones the first is higher: faster than `torch.topk` by far.
+        """
         whole = scores.shape[1] // self.m * self.m
-        groups = scores[:, :whole].reshape(len(scores), whole // self.m, self.m, *scores.shape[2:])
+        places = [scores[:, i : whole : self.m] for i in range(self.m)]
+        higher = [torch.zeros_like(place, dtype=torch.int16) for place in places]
+        for i, j in combinations(range(self.m), 2):
+            is_first = places[i] >= places[j]
+            higher[j] += is_first
+            higher[i] += ~is_first
         kept = torch.ones_like(scores, dtype=torch.bool)
-        top = groups.topk(self.n, dim=2).indices
-        kept[:, :whole] = torch.zeros_like(groups, dtype=torch.bool).scatter(2, top, True).flatten(1, 2)
+        for i, count in enumerate(higher):
+            kept[:, i : whole : self.m] = count < self.n
         return kept
 
     def _kept(self, facts: Patterned) -> int:

@@ -147,6 +147,17 @@ def _settled(contests: Sequence[_Contest], n: int, floors: Sequence[int]) -> lis
     return kept if told else None
 
 
+def rising_order(scores: Tensor) -> Tensor:
+    """The places of scores on the CPU, none negative, in rising order; of equal ones those that come first.
+
+    As whole numbers: of a float32 that is not negative the bits rank as the number does, and the place makes them
+    distinct, so that the fastest sort will do.
+    """
+    bits = scores.float().view(torch.int32).long()
+    keys = (bits << 31) | torch.arange(len(scores))
+    return _rising(keys) & (2**31 - 1)
+
+
 def _highest(scores: Sequence[Tensor], n: int, nth: Tensor) -> list[Tensor]:
     """True at the n highest of all the scores, the lowest of which is ``nth``."""
     masks = [s >= nth for s in scores]

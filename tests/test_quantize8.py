@@ -1,6 +1,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -528,3 +529,15 @@ def test_activations_are_calibrated_on_the_weights_that_ship(
     for (scale, zero), (scale_now, zero_now) in zip(steps, seen.steps, strict=True):
         assert scale == pytest.approx(scale_now, rel=0.02) and abs(zero - zero_now) <= 2
     assert np.isfinite([scale for scale, _ in steps]).all()
+
+
+def test_activations_are_looked_at_when_training_is_over() -> None:
+    """Their ranges ship with the last model alone; a look costs as much as a good part of an epoch."""
+    model, x = lived_in(residual()), torch.randn(4, 3, 8, 8)
+    scheme = Quantize8()
+    facts = scheme.analyze(model, x[:1])
+    evidence = Evidence(
+        model, lambda: [(x, torch.zeros(4, dtype=torch.long))], nn.functional.cross_entropy, last=False
+    )
+    assert scheme.observe(evidence, facts) is facts
+    assert scheme.observe(replace(evidence, last=True), facts).steps
