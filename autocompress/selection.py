@@ -49,7 +49,10 @@ def p_feasible(study: optuna.Study, space: Space, bound: Bound, trial: FrozenTri
 
     From the drop curve of its arm; where there is none, from its own observed drop and the noise in that.
     """
-    belief = posterior(study, space, bound, space.arm_of(trial.params))
+    return _p_feasible(posterior(study, space, bound, space.arm_of(trial.params)), bound, trial)
+
+
+def _p_feasible(belief: Posterior | None, bound: Bound, trial: FrozenTrial) -> float:
     if belief is not None:
         return belief.p_feasible(asked_density(trial))
     noise = math.hypot(max(SE_FLOOR, trial.user_attrs.get("drop_se") or 0.0), TRAINING_NOISE)
@@ -73,7 +76,11 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
     feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
     if not feasible:
         return None
-    p = {trial.number: p_feasible(study, space, bound, trial) for trial in feasible}
+    p: dict[int, float] = {}
+    for arm in (*space.arms, None):
+        mine = [trial for trial in feasible if space.arm_of(trial.params) is arm]
+        belief = posterior(study, space, bound, arm) if mine else None
+        p |= {trial.number: _p_feasible(belief, bound, trial) for trial in mine}
     probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]
     if not probable:
         return max(feasible, key=lambda trial: p[trial.number])
