@@ -15,7 +15,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from autocompress.posterior import Array, Posterior, quantile
-from autocompress.sampler import ThresholdSampler, depth_of, observations
+from autocompress.sampler import ThresholdSampler, affordable_depth, depth_of, observations
 from autocompress.space import Arm, Space
 
 ALIKE = math.log(2)  # standard deviation of the log density at the bound between arms, around what they share
@@ -170,7 +170,8 @@ class ArmSampler(BaseSampler):
         if arm.low == 1:
             return float(worths.at(i, np.zeros(1))[0, 0]) if any(map(_is_feasible, own)) else math.inf
         depth = -math.log(self._of(arm).posterior(own).threshold(0.9))
-        return float(worths.at(i, np.array([depth]))[0, 0]) if depth > 0 else math.inf
+        reachable = depth > 0 and depth >= affordable_depth(own)
+        return float(worths.at(i, np.array([depth]))[0, 0]) if reachable else math.inf
 
     def _by_arm(self, trials: Sequence[FrozenTrial]) -> list[list[FrozenTrial]]:
         return [of_arm(arm, trials) for arm in self.space.arms]

@@ -22,6 +22,10 @@ def comparison(found: Found) -> list[tuple[str, ...]]:
         a, b = scores["dense"][split], scores["compressed"][split]
         rows.append((f"score on {split}", f"{a:.4f}", f"{b:.4f}", f"{100 * (b - a):+.2f} pp"))
     for one in found.get("constraints") or ():
+        if one["test"].get("is_cost"):
+            value = in_unit(one["test"]["value"], one["test"]["unit"])
+            rows.append((one["constraint"], "", value, "" if one["test"]["met"] else "violated"))
+            continue
         for split in ("val", "test"):
             value, met = one[split]["value"], one["test"]["met"] if split == "test" else one["val"]["excess"] <= 0
             name = re.split(r"[<>]=?", one["constraint"])[0].strip()
@@ -143,6 +147,15 @@ def in_words(params: Mapping[str, Any]) -> str:
     """What a trial chose beside its density, in a line: ``criterion=l2, lr=0.0312``."""
     shown = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in params.items()}
     return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def in_unit(value: float, unit: str) -> str:
+    """A value in its unit: bytes and counts in multiples of a thousand, scores to four decimals."""
+    if unit == "bytes":
+        return as_bytes(value)
+    if unit == "MACs":
+        return f"{as_count(value)} MACs"
+    return f"{value:.4g} {unit}" if unit else f"{value:.4f}"
 
 
 def as_bytes(n: float) -> str:

@@ -8,10 +8,11 @@ from torch import nn
 
 from autocompress.bundle import Provenance, rebuild
 from autocompress.certify import Outcome, Verdict, certified_in_order, certify, conclude
-from autocompress.constraint import Judged
+from autocompress.constraint import Constraint, Judged
 from autocompress.deployed import deployed
 from autocompress.export import Export, export
 from autocompress.layers import compare_layers
+from autocompress.limit import Limit
 from autocompress.measurement import Measurement, compare
 from autocompress.per_class import per_class
 from autocompress.progress import span
@@ -88,6 +89,7 @@ class Conclusion:
         dense_cost: What it costs.
         folder: Where the study lives.
         watcher: Is told how it goes.
+        timing: Whether what is asked needs more measured than can be counted.
     """
 
     settings: Settings
@@ -96,6 +98,7 @@ class Conclusion:
     dense_cost: Measurement
     folder: StudyFolder
     watcher: Watcher
+    timing: bool = False
 
     def of(self, shortlist: Sequence[Answer]) -> dict[str, Any]:
         """What `autocompress.result.Result` says of the answer, by the names of its fields.
@@ -181,8 +184,26 @@ class Conclusion:
         certificate = certify(
             task.metric, dense, test, bound.max_drop, relative=bound.relative, confidence=self.settings.confidence
         )
-        constraints = tuple(constraint.judge(test) for constraint in self.settings.constraints)
+        cost, dense_cost = self._costs(rebuilt, trial)
+        constraints = tuple(
+            one.judge(test) if isinstance(one, Constraint) else one.judge(cost, dense_cost)
+            for one in self.settings.constraints
+        )
         return Judgement(rebuilt, model, dense, test, certificate, constraints)
+
+    def _costs(self, rebuilt: nn.Module, trial: TrialResult) -> tuple[Measurement, Measurement]:
+        """What a model and, beside it, the dense one cost: measured anew where that is not the same each time."""
+        if not (self.timing and any(isinstance(one, Limit) for one in self.settings.constraints)):
+            return trial.measurement, self.dense_cost
+        cost, dense = compare(
+            [rebuilt, self.task.model],
+            self.task.example_input,
+            self.settings.measured_on,
+            dense_params=self.dense_cost.params,
+            params=[trial.measurement.params, None],
+            runtimes=(self.settings.runtime,),
+        )
+        return cost, dense
 
     def of_none(self, sentence: str) -> dict[str, Any]:
         """The same where no trial met the bound."""

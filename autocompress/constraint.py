@@ -12,10 +12,14 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from autocompress.comparison import in_unit
 from autocompress.metrics import Metric, as_metric, classes_present, smallest_class
 from autocompress.task import Evaluation
 
 Standing: TypeAlias = Literal["certified", "not certifiable", "not met"]
+
+# NAME>=NUMBER or NAME<=NUMBER, and what the number is counted in.
+WRITTEN = r"\s*(.+?)\s*(>=|<=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[a-zA-Zµ]*)\s*"
 
 RESAMPLES_SE = 100  # for the standard error of one trial's value
 RESAMPLES = 2000  # for the bounds on test
@@ -29,13 +33,18 @@ class Checked:
         text: The constraint, e.g. ``"sensitivity>=0.95"``.
         value: The score.
         se: Its standard error over samples.
-        excess: How far the score misses what is required: at most 0 where the constraint is met.
+        excess: How far the score misses what is required: at most 0 where the constraint is met. Of a cost the
+            logarithm of how many times it is what is allowed.
+        unit: Of a cost.
+        is_cost: Whether it bounds what the model costs, and not a metric.
     """
 
     text: str
     value: float
     se: float
     excess: float
+    unit: str = ""
+    is_cost: bool = False
 
     @property
     def met(self) -> bool:
@@ -46,6 +55,11 @@ class Checked:
     def metric(self) -> str:
         """What is constrained, in words."""
         return _metric(self.text)
+
+    @property
+    def shown(self) -> str:
+        """What is constrained and what it is: ``"latency 4.81 ms"``."""
+        return f"{self.metric} {in_unit(self.value, self.unit)}"
 
     @property
     def warning(self) -> str:
@@ -66,6 +80,8 @@ class Judged:
         standing: ``certified``: met at the worse of the two bounds. ``not met``: missed even at the better one.
             ``not certifiable``: so many samples cannot tell.
         met: Whether the observed score itself is as required.
+        unit: Of a cost.
+        is_cost: Whether it bounds what the model costs: measured again, with the bounds that its noise leaves.
     """
 
     text: str
@@ -75,10 +91,19 @@ class Judged:
     confidence: float
     standing: Standing
     met: bool
+    unit: str = ""
+    is_cost: bool = False
 
     @property
     def sentence(self) -> str:
         """What is known, with its numbers."""
+        if self.is_cost:
+            value, known = in_unit(self.value, self.unit), ""
+            if self.lower < self.upper:
+                ends = f"{in_unit(self.lower, self.unit)} to {in_unit(self.upper, self.unit)}"
+                known = f", {ends} with {self.confidence:.0%} confidence"
+            required = f"(required: {self.text})" if self.met else f", which violates {self.text}"
+            return f"Its {_metric(self.text)} is {value}{known} {required}.".replace(" ,", ",")
         at_least = ">=" in self.text
         lower, upper = f"at least {self.lower:.4f}", f"at most {self.upper:.4f}"
         violated = "" if self.met else f"which violates {self.text}, "
@@ -156,24 +181,13 @@ def parse_constraint(text: str, classes: Sequence[str] = ()) -> Constraint:
     Raises:
         ValueError: If it is not written so, or there is no such metric.
     """
-    match = re.fullmatch(r"\s*(.+?)\s*(>=|<=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%?)\s*", text)
-    if not match:
-        raise ValueError(f"{text!r} is not a constraint; write METRIC>=VALUE or METRIC<=VALUE: sensitivity>=0.95")
+    match = re.fullmatch(WRITTEN, text)
+    if not match or match[4] not in ("", "%"):
+        raise ValueError(
+            f"{text!r} is not a constraint; write METRIC>=VALUE or METRIC<=VALUE: sensitivity>=0.95, latency<=5ms"
+        )
     name, operator, number, percent = match.groups()
     return Constraint(as_metric(name, classes), operator == ">=", float(number) / (100 if percent else 1))
-
-
-def parse_constraints(given: Sequence[str | Constraint], classes: Sequence[str] = ()) -> tuple[Constraint, ...]:
-    """All of them, each once.
-
-    Raises:
-        ValueError: As `parse_constraint`, or if one is given twice.
-    """
-    parsed = tuple(parse_constraint(one, classes) if isinstance(one, str) else one for one in given)
-    texts = [one.text for one in parsed]
-    if len(set(texts)) < len(texts):
-        raise ValueError(f"the constraints {', '.join(texts)} name one twice; give each once")
-    return parsed
 
 
 def _metric(text: str) -> str:

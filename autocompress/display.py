@@ -102,6 +102,7 @@ class Display:
                 result.standing,
                 f"{result.seconds:.1f}",
                 f"{best.density:.4f}" if best else "none yet",
+                ", ".join(one.shown for one in result.constraints),
                 in_words(result.params),
             )
         )
@@ -111,7 +112,7 @@ class Display:
             f"trial {cells['trial']:>2}  density {cells['density']}  val {cells['val']}  "
             f"drop {cells['drop']}  feasible {cells['feasible']:<8}  {cells['seconds']:>5} s  "
             f"best {cells['best']}  at most {self._seconds_left():.0f} s left"
-            + (f"  {cells['chosen']}" if result.params else "")
+            + "".join(f"  {cells[name]}" for name in OPTIONAL if cells[name])
         )
         if self.verbose:
             for name, values in result.curves.items():
@@ -122,7 +123,7 @@ class Display:
 
     def failed(self, number: int, reason: str) -> None:
         """One row, or one line."""
-        self._rows.append((f"{number}", "", "", "", "failed", "", "", ""))
+        self._rows.append((f"{number}", "", "", "", "failed", "", "", "", ""))
         self._show(f"trial {number:>2}  failed: {reason}")
 
     def warned(self, message: str) -> None:
@@ -150,11 +151,12 @@ class Display:
 
     def _screen(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        columns = COLUMNS if any(row[-1] for row in self._rows) else COLUMNS[:-1]
-        for column in columns:
-            table.add_column(column, justify="left" if column == "chosen" else "right")
+        empty = {name for name in OPTIONAL if not any(row[COLUMNS.index(name)] for row in self._rows)}
+        columns = [(i, name) for i, name in enumerate(COLUMNS) if name not in empty]
+        for _, column in columns:
+            table.add_column(column, justify="left" if column in OPTIONAL else "right")
         for row in self._rows:
-            table.add_row(*map(escape, row[: len(columns)]), style="" if row[4] == "yes" else "dim")
+            table.add_row(*(escape(row[i]) for i, _ in columns), style="" if row[4] == "yes" else "dim")
         parts: list[Table | Spinner] = [table] if self._rows else []
         return Group(*parts, *([Spinner("dots", self._footer)] if self._footer else []))
 
@@ -207,6 +209,7 @@ class Footer:
         return Text(" · ".join(parts))
 
 
-COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best", "chosen")
+OPTIONAL = ("besides", "chosen")  # where trials have constraints, and choices beside their density
+COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best", *OPTIONAL)
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 WORTH_SAYING = 0.02  # share that has been done before it says something about the rest

@@ -64,12 +64,17 @@ class Objective:
     @property
     def is_relative(self) -> bool:
         """Whether the function also takes the dense model's measurement."""
+        return self.arguments == 2
+
+    @property
+    def arguments(self) -> int:
+        """How many arguments the function needs."""
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except ValueError:  # a builtin
-            return False
+            return 1
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return len([p for p in parameters if p.kind in positional and p.default is p.empty]) == 2
+        return len([p for p in parameters if p.kind in positional and p.default is p.empty])
 
     def __call__(self, measurement: Measurement, dense: Measurement | None = None) -> float:
         """The objective's value.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from autocompress.constraint import parse_constraints
+from autocompress.constraint import Constraint
 from autocompress.data import digits
 from autocompress.dense import ClassLoss, DenseTraining, balancing_weights, train_dense
 from autocompress.images import FileImages, HeldImages, Sampling
+from autocompress.limit import parse_constraints
 from autocompress.metrics import Metric, as_metric
 from autocompress.own_model import Made, call_factory, load_factory, make_model, parse_arguments
 from autocompress.readers import read
@@ -232,7 +233,8 @@ def _meaning(metric: str, constraints: Sequence[str], classes: Sequence[str], y:
 def _check_metrics(task: Task, constraints: Sequence[str]) -> None:
     """Tries the metric and the constraints, on random outputs, before hours are spent."""
     example = TensorSplit(task.example_input, torch.zeros(1, dtype=torch.long))
-    for metric in (task.metric, *(one.metric for one in parse_constraints(constraints, task.classes))):
+    required = parse_constraints(constraints, task.classes)
+    for metric in (task.metric, *(one.metric for one in required if isinstance(one, Constraint))):
         _try_metric(metric, labels_of(task.val), predict(task.model, example)[0].shape[1])
 
 

@@ -8,6 +8,7 @@ from autocompress.result import Settings
 from autocompress.task import Task
 from autocompress.trial import TrialResult
 
+SMALL = 0.005  # a drop that counts as one bound where the bound is less
 DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree
 
 
@@ -32,12 +33,20 @@ def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
     bound = f"{100 * settings.bound.max_drop:g}{unit}"
     if not records:
         return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."
-    nearest = min(records, key=lambda r: r.effective_drop(settings.bound.max_drop)[0])
-    besides = "".join(f" and has {one.metric} {one.value:.4f}" for one in nearest.constraints)
+    nearest = min(records, key=lambda record: _miss(settings, record))
+    besides = "".join(f" and has {one.shown}" for one in nearest.constraints)
     meeting = "".join(f" and meets {one.text}" for one in nearest.constraints)
+    costs = " or cost" if any(one.is_cost for one in nearest.constraints) else ""
     longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
     return (
         f"Not met: of {len(records)} trials none loses at most {bound}{meeting} on val; the nearest loses "
         f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
-        f"drop, {longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
+        f"drop{costs}, {longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
     )
+
+
+def _miss(settings: Settings, record: TrialResult) -> float:
+    """How far a trial is from all that is asked, by the worst of it: as a share of the bound, or of a cost's."""
+    bound = settings.bound.max_drop
+    drop = (record.effective_drop(bound)[0] - bound) / max(bound, SMALL)
+    return max([drop, *(one.excess for one in record.constraints if one.is_cost)])

@@ -1,10 +1,11 @@
 """The report of a study: one HTML file that opens anywhere, the same in Markdown, and its figures."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from autocompress.comparison import as_bytes, as_count, comparison, in_words, timed_together
+from autocompress.comparison import as_bytes, as_count, comparison, in_unit, in_words, timed_together
 from autocompress.figures import Figure, draw
 from autocompress.files import read_json
 from autocompress.record import Record, read_record
@@ -96,7 +97,8 @@ def _question(record: Record) -> str:
     objective = asked.get("objective", "density")
     metric = str(asked.get("metric", "the metric")).replace("_", " ")
     asked_for = f"the best {objective} that loses at most {bound} of {metric} ({kind})"
-    return f"Study {record.name}{date}. Asked: {asked_for}."
+    besides = "".join(f", with {one}" for one in asked.get("constraints") or ())
+    return f"Study {record.name}{date}. Asked: {asked_for}{besides}."
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
@@ -161,13 +163,22 @@ def _trials(record: Record) -> Iterator[dict[str, Any]]:
             "score": f"{trial['score']:.4f}",
             "drop": f"{100 * trial['drop']:+.2f}" + (f" ± {100 * error:.2f}" if error else "") + record.unit,
             "feasible": trial["feasible"],
-            "note": ", given up early" if trial.get("given_up_at") is not None else "",
+            "note": ", given up early" * (trial.get("given_up_at") is not None) + _besides(trial),
             "params": f"{cost['params']:,}",
             "size": as_bytes(cost["size_bytes"]),
             "macs": as_count(cost["macs"]),
             "latency": f"{latency[0]['p50_ms']:.3f} ms" if latency else "not taken",
             "seconds": f"{trial['seconds']:.1f} s",
         }
+
+
+def _besides(trial: Mapping[str, Any]) -> str:
+    """The trial's value of each constraint, and which of them it violates."""
+    said = ""
+    for one in trial.get("constraints") or ():
+        name = re.split("[<>]=", one["text"])[0].replace("_", " ")
+        said += f", {name} {in_unit(one['value'], one.get('unit', ''))}" + " (violated)" * (one["excess"] > 0)
+    return said
 
 
 def _failures(record: Record) -> Iterator[dict[str, Any]]:

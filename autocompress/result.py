@@ -10,12 +10,13 @@ import numpy as np
 from torch import nn
 
 from autocompress.certify import CONFIDENCE, Outcome, Verdict, check_confidence
-from autocompress.constraint import Checked, Constraint, Judged
+from autocompress.constraint import Checked, Judged
 from autocompress.dimensions import Dimension
 from autocompress.export import Export
 from autocompress.goal import Objective
 from autocompress.layers import Layer
 from autocompress.lc import LearningCompression
+from autocompress.limit import Requirement
 from autocompress.measurement import Measurement
 from autocompress.per_class import PerClass
 from autocompress.posterior import Posterior
@@ -47,7 +48,7 @@ class Settings:
         timeout_s: Seconds after which no further trial begins; None for no limit.
         epochs_total: Passes over the training data by all trials together after which no further one begins.
         device: Where trials run, as torch names it.
-        constraints: What else the compressed model must reach.
+        constraints: What else the compressed model must reach, and what it may cost.
         tolerance: The search ends when the lowest feasible density is known to within this share.
         confidence: Of the bounds that the verdict states.
         workers: Trials at a time on this machine.
@@ -70,7 +71,7 @@ class Settings:
     timeout_s: float | None = None
     epochs_total: float | None = None
     device: str = "cpu"
-    constraints: tuple[Constraint, ...] = ()
+    constraints: tuple[Requirement, ...] = ()
     tolerance: float = TOLERANCE
     confidence: float = CONFIDENCE
     workers: int = 1

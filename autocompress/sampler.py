@@ -86,6 +86,10 @@ class ThresholdSampler(_DensitySampler):
     cut the posterior into parts, and the median of the heaviest part comes next, so that parallel trials
     differ. Once the threshold is nearly known, proposals take turns in the quantiles around it.
 
+    Where costs are limited, too, trials have the user attribute ``cost_excess``: the logarithm of how many times
+    the cost is what is allowed. The bound on the drop wants denser models than its threshold, the limit sparser
+    ones than where the cost meets it, see `affordable_depth`; no denser one than that is proposed.
+
     Args:
         low: The lowest density of the study.
         max_drop: The bound on the drop, a fraction: 0.01 is one point.
@@ -120,6 +124,8 @@ class ThresholdSampler(_DensitySampler):
         depths = [o.depth for o in observations(trials)]
         if not depths:
             return None
+        if ends := _no_overlap(trials, posterior, self.low):
+            return ends
         if posterior.p_feasible(self.low) >= 0.9:
             tried = max(depths) >= math.log(1 / self.low) - APART
             return f"the lowest density allowed, {self.low:.3g}, is within the bound" if tried else None
@@ -145,7 +151,8 @@ class ThresholdSampler(_DensitySampler):
         part, weights = _heaviest_part(threshold, posterior.weights, running)
         low, high = posterior.learnable_interval()
         level = LEVELS[len(taken) % len(LEVELS)] if high / low < NEARLY_KNOWN else 0.5
-        return math.exp(-_keep_apart(quantile(part, weights, level), taken, depth_max))
+        depth = max(quantile(part, weights, level), min(affordable_depth(trials), depth_max))
+        return math.exp(-_keep_apart(depth, taken, depth_max))
 
 
 class BisectionSampler(_DensitySampler):
@@ -202,6 +209,40 @@ def depth_of(trial: FrozenTrial) -> float:
 def asked_density(trial: FrozenTrial) -> float:
     """The density that a trial was run at: what was proposed, or as low as its scheme could go."""
     return float(trial.user_attrs.get("density_asked", trial.params.get("density", 1.0)))
+
+
+def affordable_depth(trials: Iterable[FrozenTrial]) -> float:
+    """log(1 / density) from which on costs are within their limits, as far as is known: 0 without limits.
+
+    A cost falls with the density. Between the sparsest trial that exceeds it and the next that does not, its
+    logarithm is taken to be linear in that of the density; where each exceeds it, proportional to the density.
+    """
+    return _affordable_depths(trials)[0]
+
+
+def _affordable_depths(trials: Iterable[FrozenTrial]) -> tuple[float, float]:
+    """The depth from which on costs are within their limits, and that from which on they may be."""
+    seen = [(depth_of(t), t.user_attrs["cost_excess"]) for t in trials if "cost_excess" in t.user_attrs]
+    known = sorted((depth, float(excess)) for depth, excess in seen)
+    beyond = max((i for i, (_, excess) in enumerate(known) if excess > 0), default=None)
+    if beyond is None:
+        return 0.0, 0.0
+    depth, excess = known[beyond]
+    if beyond + 1 == len(known):
+        return depth + excess + APART, depth
+    deeper, room = known[beyond + 1]
+    end = depth + (deeper - depth) * excess / (excess - room)
+    return min(deeper, end + APART), max(depth, end - (deeper - end))
+
+
+def _no_overlap(trials: Sequence[FrozenTrial], posterior: Posterior, low: float) -> str | None:
+    """Why no density is within both the bound on the drop and the limits on costs, in words."""
+    depth, at_least = _affordable_depths(trials)
+    if at_least > math.log(1 / low) - APART:
+        return f"even the lowest density allowed, {low:.3g}, costs more than it may"
+    if at_least > 0 and posterior.p_feasible(math.exp(-at_least)) <= 0.1:
+        return f"costs are within their limits below a density of {math.exp(-depth):.3g}, and the drop above that"
+    return None
 
 
 # The proposal.

@@ -1,6 +1,7 @@
 """Search: ask for a configuration, submit a trial, tell the study what came of it."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.arms import ArmSampler, of_arm
 from autocompress.constraint import Checked
-from autocompress.sampler import ThresholdSampler, asked_density
+from autocompress.sampler import ThresholdSampler, affordable_depth, asked_density
 from autocompress.samplers import make_sampler
 from autocompress.selection import PROBABILITY, answer, finished, posterior
 from autocompress.space import Arm, Configuration, Space
@@ -76,7 +77,7 @@ def add_dense(
             value=value,
             params=space.dense_params,
             distributions=space.distributions,
-            user_attrs={"drop": 0.0, "drop_se": 0.0, "dense": True},
+            user_attrs={"drop": 0.0, "drop_se": 0.0, "dense": True, **_cost_excess(constraints)},
             constraints={"drop": -bound.max_drop, **{one.text: one.excess for one in constraints}},
         )
     )
@@ -210,7 +211,8 @@ def _missing(study: optuna.Study, plan: Plan, arm: Arm) -> float | None:
     belief, best = posterior(study, plan.space, plan.bound, arm), answer(study, plan.space, plan.bound)
     if belief is None:
         return None
-    density = belief.threshold(PROBABILITY)
+    own = of_arm(arm, _states(study, TrialState.COMPLETE))
+    density = min(belief.threshold(PROBABILITY), math.exp(-affordable_depth(own)))
     if best is not None and arm.holds(best.params):
         found = asked_density(best)
         if belief.p_feasible(found) >= PROBABILITY:
@@ -259,7 +261,14 @@ def entry_of(result: TrialResult, bound: Bound) -> tuple[dict[str, Any], dict[st
     # Without a constraint the trial would count as feasible.
     constraints = {"drop": (drop if result.rejected else result.drop) - bound.max_drop}
     constraints |= {one.text: one.excess for one in result.constraints}
-    return {**attributes, "noise": result.measurement.noise}, constraints
+    attributes |= {"noise": result.measurement.noise, **_cost_excess(result.constraints)}
+    return attributes, constraints
+
+
+def _cost_excess(constraints: Sequence[Checked]) -> dict[str, float]:
+    """The largest excess of costs over their limits, at most 0 where all are met; nothing without limits."""
+    costs = [one.excess for one in constraints if one.is_cost]
+    return {"cost_excess": max(costs)} if costs else {}
 
 
 def failures(study: optuna.Study) -> list[tuple[int, str]]:

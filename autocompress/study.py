@@ -14,6 +14,7 @@ from autocompress.analysis import Analyses
 from autocompress.conclusion import Answer, Conclusion
 from autocompress.files import read_json, write_json
 from autocompress.interrupt import gentle_interrupt
+from autocompress.limit import Limit, check_all
 from autocompress.macs import count_macs
 from autocompress.measurement import Measurement, measure
 from autocompress.mend import restore, set_aside_if_damaged
@@ -96,7 +97,7 @@ class Study:
             steps=n_steps(task.train, settings.epochs_total) if settings.epochs_total else None,
         )
         dense_value = settings.objective(self.dense_cost)
-        self.dense_checked = tuple(constraint.check(self.dense) for constraint in settings.constraints)
+        self.dense_checked = check_all(settings.constraints, self.dense, self.dense_cost)
         self.folder.update_settings({"dense_value": dense_value})
         self._report_beginning(dense_value)
         with self.folder.turn():
@@ -128,20 +129,26 @@ class Study:
         return open_study(self.folder.journal_file, direction)
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
-        """What the dense model costs, and whether the objective needs more than can be counted."""
+        """What the dense model costs, and whether the objective or a limit needs more than can be counted."""
         counted = measure(self.task.model, self.task.example_input, self.settings.measured_on, timing=False)
         try:
-            self.settings.objective(counted)
+            self._try(counted)
         except ValueError:
             where, runtime = self.settings.measured_on, self.settings.runtime
             timed = measure(self.task.model, self.task.example_input, where, runtimes=(runtime,))
-            self.settings.objective(timed)  # what fails here would fail in every trial
+            self._try(timed)  # what fails here would fail in every trial
             return timed, True
         return counted, False
 
+    def _try(self, cost: Measurement) -> None:
+        self.settings.objective(cost)
+        for one in self.settings.constraints:
+            if isinstance(one, Limit):
+                one.check(cost)
+
     def _report_beginning(self, dense_value: float) -> None:
         settings, identity = self.settings, self.settings.identity(self.task)
-        missed = tuple(one.warning for one in self.dense_checked if not one.met)
+        missed = tuple(one.warning for one in self.dense_checked if not one.met and not one.is_cost)
         self.watcher.began(
             Beginning(
                 name=self.folder.path.name,
@@ -268,7 +275,9 @@ class Study:
 
     def _conclude(self, stopped: str) -> Result:
         """Judges the answer on test, measures it beside the dense model, and saves everything."""
-        conclusion = Conclusion(self.settings, self.task, self.dense, self.dense_cost, self.folder, self.watcher)
+        conclusion = Conclusion(
+            self.settings, self.task, self.dense, self.dense_cost, self.folder, self.watcher, self.timing
+        )
         shortlisted = self._shortlist()
         if shortlisted:
             told = conclusion.of(shortlisted)

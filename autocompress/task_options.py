@@ -245,8 +245,9 @@ CONSTRAINT = click.option(
     "--constraint",
     "constraints",
     multiple=True,
-    metavar="METRIC>=VALUE",
-    help="What the compressed model must reach besides, such as sensitivity>=0.95; repeatable.",
+    metavar="NAME>=VALUE",
+    help="What the compressed model must reach besides, or may cost: sensitivity>=0.95, latency<=5ms, size<=1MB; "
+    "repeatable.",
 )
 
 

@@ -7,6 +7,7 @@ left out.
 
 import contextlib
 import functools
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ P = ParamSpec("P")
 MEANWHILE = "the study goes on; its own directory has everything"
 
 _FAILURES_IN_A_ROW = 3
+_UNFIT = re.compile(r"[^\w./ -]")  # in the name of a metric
 _NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # in what an HTTP client says at length
 _INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "recovery.epochs")  # by each trial
 COSTS = (
@@ -186,6 +188,7 @@ class Tracker:
             "steps": float(result.steps),
             "value": result.value,
             "seconds": result.seconds,
+            **{_UNFIT.sub("_", f"constraint/{one.metric}"): one.value for one in result.constraints},
             **(scores or {}),
         }
         state = "rejected" if result.rejected else "complete"
@@ -335,7 +338,7 @@ class Tracker:
 
 def _reason(result: TrialResult) -> str:
     """Why a trial is not feasible."""
-    missed = [f"{one.metric} {one.value:.4f} violates {one.text}" for one in result.constraints if not one.met]
+    missed = [f"{one.shown} violates {one.text}" for one in result.constraints if not one.met]
     given_up = "given up early: " if result.rejected else ""
     return given_up + ("; ".join(missed) or f"loses {100 * result.drop:.2f} on val, which is beyond the bound")
 

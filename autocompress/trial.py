@@ -12,10 +12,11 @@ from scipy.special import ndtri
 from torch import Tensor, nn
 
 from autocompress.certify import drop_standard_error
-from autocompress.constraint import Checked, Constraint
+from autocompress.constraint import Checked
 from autocompress.deployed import deployed
 from autocompress.goal import Objective
 from autocompress.lc import Hopeless, LearningCompression, Recovered, State
+from autocompress.limit import Limit, Requirement, check_all
 from autocompress.macs import count_params
 from autocompress.measurement import Measurement, compare
 from autocompress.progress import span
@@ -82,11 +83,11 @@ class TrialSpec:
         dense: The dense model's evaluation on val.
         seed: Seeds the trial.
         device: Where it runs, as torch names it.
-        timing: Whether the objective needs latency, memory or energy.
+        timing: Whether the objective or a constraint needs latency, memory or energy.
         dense_cost: What the dense model costs, for objectives that are relative to it.
         runtime: What runs the model where its latency is measured, see `autocompress.runtimes.RUNTIMES`.
         profile_device: Where it is measured; None for ``device``.
-        constraints: What else the compressed model must reach on val.
+        constraints: What else the compressed model must reach on val, and what it may cost.
         start: A denser model of an earlier trial to start from; None for the dense model.
         cheap: Whether the trial gives up when it cannot make it, and leaves starts for others.
         params: What else the search proposed, by name; it is in the scheme and the recovery already.
@@ -104,7 +105,7 @@ class TrialSpec:
     seed: int
     device: str = "cpu"
     timing: bool = False
-    constraints: tuple[Constraint, ...] = ()
+    constraints: tuple[Requirement, ...] = ()
     start: Start | None = None
     cheap: bool = False
     dense_cost: Measurement | None = None
@@ -132,7 +133,7 @@ class TrialResult:
         plan: What `Scheme.realize` needs to build the architecture again; JSON types only.
         curves: What recovery logged, by name: one number per C step.
         model: The realized model, in eval mode on the CPU; None when the trial was read back from disk.
-        constraints: What came of each constraint on val.
+        constraints: What came of each constraint, of metrics on val.
         steps: Gradient steps taken.
         start: The number of the trial whose model it started from; None for the dense model.
         start_density: The density of that model.
@@ -181,11 +182,13 @@ class TrialResult:
         that crosses the bound where the first of them fails. So the search and its answer need to know of one
         threshold only. The maximum of noisy numbers errs to the safe side.
 
+        What a constraint on a cost misses is no part of it: the cost falls where the drop rises.
+
         Of a trial that was rejected it is the least that it would have lost in the end.
         """
         if self.given_up_at is not None:
             return REMAINS * self.drop, REMAINS * self.drop_se
-        drops = [(max_drop + one.excess, one.se) for one in self.constraints]
+        drops = [(max_drop + one.excess, one.se) for one in self.constraints if not one.is_cost]
         return max([(self.drop, self.drop_se), *drops])
 
 
@@ -239,7 +242,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         raise FloatingPointError(f"the {task.metric.name} of the compressed model is {evaluation.score}")
     measurement, dense_cost = _costs(spec, task, realized, recovered.theta.kept)
     drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
-    constraints = tuple(constraint.check(evaluation) for constraint in spec.constraints)
+    constraints = check_all(spec.constraints, evaluation, measurement, dense_cost)
     finished = recovered.given_up_at is None
     feasible = finished and drop <= spec.bound.max_drop and all(one.met for one in constraints)
     if spec.cheap and feasible:
@@ -317,7 +320,8 @@ def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
 
 def _costs(spec: TrialSpec, task: Task, realized: nn.Module, kept: int) -> tuple[Measurement, Measurement | None]:
     """What the realized model costs, and the dense one: timed beside it where the objective compares them."""
-    beside = [task.model] if spec.timing and spec.objective.is_relative else []
+    measured = [spec.objective, *(one.objective for one in spec.constraints if isinstance(one, Limit))]
+    beside = [task.model] if spec.timing and any(one.is_relative for one in measured) else []
     dense_params = count_params(task.model)
     cost, *dense = compare(
         [realized, *beside],

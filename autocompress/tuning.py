@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from autocompress.certify import CONFIDENCE
-from autocompress.constraint import Constraint, parse_constraints
 from autocompress.data import digits
 from autocompress.devices import usable_device
 from autocompress.dimensions import Search, parse_dimensions
@@ -18,6 +17,7 @@ from autocompress.environment import provenance
 from autocompress.export import check_formats
 from autocompress.files import read_json
 from autocompress.goal import Objective, as_objective
+from autocompress.limit import Requirement, parse_constraints
 from autocompress.measurement import Measurement
 from autocompress.mlflow_store import without_secrets
 from autocompress.optuna_store import connected
@@ -41,7 +41,7 @@ def tune(
     scheme: str | Scheme | Sequence[str | Scheme] = "StructPrune",
     max_drop: float = 0.01,
     *,
-    constraints: Sequence[str | Constraint] = (),
+    constraints: Sequence[str | Requirement] = (),
     drop: Literal["absolute", "relative"] = "absolute",
     objective: str | Objective | Callable[[Measurement], float] | None = None,
     trials: int = DEFAULT_TRIALS,
@@ -77,7 +77,8 @@ def tune(
         scheme: How to compress: a name, a sum of names, or a `Scheme`; of several the search chooses one,
             and ``"auto"`` is a choice of those that suit the model.
         max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
-        constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``.
+        constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``, and what it may
+            cost: ``"latency<=5ms"``, ``"size<=1MB"``, any objective.
         drop: Whether ``max_drop`` counts points or shares of the dense model's score.
         objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`; by
             default the density, of several schemes the size, by which they compare.

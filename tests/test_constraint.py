@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from autocompress.certify import certify, conclude
-from autocompress.constraint import Constraint, parse_constraint, parse_constraints
+from autocompress.constraint import Constraint, parse_constraint
 from autocompress.metrics import METRICS, accuracy
 from autocompress.per_class import per_class
 from autocompress.task import Evaluation
@@ -48,11 +48,6 @@ def test_what_is_written_is_what_is_meant(text, metric, at_least, value, again) 
 def test_what_is_no_constraint_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_constraint(text)
-
-
-def test_each_is_given_once() -> None:
-    with pytest.raises(ValueError, match="name one twice"):
-        parse_constraints(["auc>=0.9", "auc >= 90%"])
 
 
 def test_a_trial_s_value_its_error_and_what_is_missing() -> None:

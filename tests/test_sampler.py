@@ -303,6 +303,40 @@ def test_a_bound_of_zero_is_allowed() -> None:
     assert 0.2 < posterior.threshold(0.5) < 0.5
 
 
+# Where costs are limited, too.
+
+
+def with_costs(limit: float, trials: int = 12) -> tuple[float, list[float], str | None]:
+    """True threshold, the densities tried until the sampler is done, and why it is: cost = 1 + 9 density."""
+    simulation, sampler = Simulation("hockey stick", 4), ThresholdSampler(LOW, BOUND)
+
+    def excess(density: float) -> float:
+        return math.log((1 + 9 * density) / limit)
+
+    told = [done(1.0, 0.0, cost_excess=excess(1.0))]
+    while len(told) <= trials and (sampler.done(told, 0.05) is None):
+        density = max(LOW, sampler.propose(told))
+        told.append(done(density, *simulation.observe(density), cost_excess=excess(density)))
+    return math.exp(-simulation.depth), [t.params["density"] for t in told[1:]], sampler.done(told, 0.05)
+
+
+def test_a_cost_that_is_met_where_the_drop_is_changes_nothing_but_the_first_proposals() -> None:
+    threshold, tried, ended = with_costs(limit=1 + 9 * 0.06)
+    assert (
+        sum(density > 0.06 for density in tried) <= 1 and min(abs(math.log(d / threshold)) for d in tried) < 0.05
+    )
+    assert "within the tolerance" in str(ended)
+
+
+def test_a_cost_that_is_met_only_beyond_the_threshold_ends_the_search() -> None:
+    threshold, tried, ended = with_costs(limit=1 + 9 * 0.03)
+    assert threshold > 0.03
+    assert ended is not None and ended.startswith("costs are within their limits below a density of 0.0")
+    assert len(tried) <= 6
+    _, tried, ended = with_costs(limit=1.05)  # no density costs so little
+    assert ended is not None and len(tried) <= 6
+
+
 # The sampler in a study.
 
 
