@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autocompress.macs import count_macs
 from autocompress.models import cached
 from autocompress.progress import heard_by
-from autocompress.task import Batch, Task, as_bytes, device_of, fingerprint
+from autocompress.task import Batch, Task, as_bytes, device_of, fingerprint, kept_on
 from autocompress.training import Descent, Stream, n_steps, threads_for
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -137,7 +137,7 @@ def _train(
         optimizer=training.optimizer,
         weight_decay=DEFAULT_WEIGHT_DECAY[training.optimizer],
     )
-    batches = Stream(task.train, training.seed)
+    batches = Stream(kept_on(task.train, device_of(model)), training.seed)
     best, best_score, since = copy.deepcopy(model.state_dict()), -math.inf, 0
     torch.manual_seed(training.seed)  # of dropout
     for epoch in range(training.epochs):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from autocompress.task import Batch, as_bytes
 from autocompress.transforms import Preprocessing, Size, augment, resize, with_channels
 
+CPU = torch.device("cpu")
 Sampled = tuple[Tensor, Tensor]  # indices of samples, and a seed for each
 
 
@@ -62,12 +63,14 @@ class HeldImages:
         y: Targets.
         preprocessing: Applied batch by batch.
         sampling: How they are served.
+        device: Where they are preprocessed: bytes are a quarter of what it makes of them.
     """
 
     pixels: Tensor
     y: Tensor
     preprocessing: Preprocessing
     sampling: Sampling
+    device: torch.device = CPU
 
     @property
     def n_samples(self) -> int:
@@ -88,7 +91,13 @@ class HeldImages:
                 pixels = torch.stack(
                     [augment(one, names, seed) for one, seed in zip(pixels, seeds.tolist(), strict=True)]
                 )
-            yield self.preprocessing(pixels), self.y[chosen]
+            yield self.preprocessing(pixels.to(self.device)), self.y[chosen]
+
+    def kept_on(self, device: torch.device, room_bytes: int) -> "HeldImages":
+        """The same preprocessed on a device, and kept there if nothing augments them and there is room."""
+        if self.sampling.augmentations or self.pixels.nbytes > room_bytes:
+            return replace(self, device=device)
+        return replace(self, pixels=self.pixels.to(device), y=self.y.to(device), device=device)
 
     def share(self, rank: int, size: int) -> "HeldImages":
         """The same with a share of each batch for training, see `autocompress.ranks.Share`."""
@@ -108,12 +117,14 @@ class FileImages:
         y: Targets.
         preprocessing: Applied batch by batch.
         sampling: How they are served.
+        device: Where they are preprocessed. To a GPU they go as bytes, from memory that it reads by itself.
     """
 
     files: Sequence[Path]
     y: Tensor
     preprocessing: Preprocessing
     sampling: Sampling
+    device: torch.device = CPU
 
     @property
     def n_samples(self) -> int:
@@ -137,11 +148,15 @@ class FileImages:
             reader,
             batch_sampler=keys,
             num_workers=self.sampling.workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
         )
         for pixels, y in loader:
-            yield self.preprocessing(pixels), y
+            yield self.preprocessing(pixels.to(self.device, non_blocking=True)), y
+
+    def kept_on(self, device: torch.device, room_bytes: int) -> "FileImages":
+        """The same preprocessed on a device."""
+        return replace(self, device=device)
 
     def share(self, rank: int, size: int) -> "FileImages":
         """The same with a share of each batch for training, see `autocompress.ranks.Share`."""

@@ -74,12 +74,15 @@ class TensorSplit:
 def kept_on(split: Split, device: torch.device) -> Split:
     """The split with its samples on the device, if it holds them as tensors that take a quarter of the room there.
 
-    What is read from files, or augmented, is served as it is.
+    A split may say itself what it keeps there, as images do; a loader is served as it is.
     """
-    if device.type != "cuda" or not isinstance(split, TensorSplit):
+    if device.type != "cuda":
         return split
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    if split.x.nbytes > free_bytes // 4:
+    own: Callable[[torch.device, int], Split] | None = getattr(split, "kept_on", None)
+    if own is not None:
+        return own(device, free_bytes // 4)
+    if not isinstance(split, TensorSplit) or split.x.nbytes > free_bytes // 4:
         return split
     return TensorSplit(split.x.to(device), split.y.to(device), split.batch_size)
 
@@ -365,7 +368,7 @@ def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:
     device = device_of(model)
     outputs, targets, seen = [], [], 0
     with evaluating(model), torch.inference_mode():
-        for x, y in split.batches():
+        for x, y in kept_on(split, device).batches():
             outputs.append(model(x.to(device)).float().cpu())
             targets.append(y.cpu())
             seen += len(y)

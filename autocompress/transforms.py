@@ -57,7 +57,7 @@ class Preprocessing:
             x = x * self.scale
         if not self.mean:
             return x
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
 
     @property

@@ -348,6 +348,23 @@ def test_files_and_memory_serve_the_same_whatever_the_workers(tmp_path: Path) ->
             assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
+def test_on_another_device_images_arrive_as_bytes_and_stay_where_there_is_room(tmp_path: Path) -> None:
+    """The device ``meta`` holds no numbers, but knows what is where, as a GPU does."""
+    meta, file = torch.device("meta"), tmp_path / "one.png"
+    Image.fromarray(stripes(1)[0][0]).save(file)
+    plain, augmented = held(), held(("flip",))
+    room = plain.pixels.nbytes
+    kept = plain.kept_on(meta, room)
+    assert kept.pixels.is_meta and kept.y.is_meta
+    assert not plain.kept_on(meta, room - 1).pixels.is_meta
+    assert not augmented.kept_on(meta, room).pixels.is_meta  # image after image, which the CPU does faster
+    preprocessing = Preprocessing((10, 10), 1, 1 / 255, (0.5,), (0.2,))
+    files = FileImages([file], torch.zeros(1), preprocessing, Sampling(1)).kept_on(meta, 0)
+    for split in (kept, plain.kept_on(meta, 0), augmented.kept_on(meta, room), files):
+        x, _ = next(split.batches(torch.Generator()))
+        assert x.is_meta and x.dtype == torch.float32
+
+
 def test_a_sampler_draws_rare_classes_as_often() -> None:
     y = torch.tensor([0] * 360 + [1] * 40)
     weights = (1 / torch.bincount(y).double())[y]
