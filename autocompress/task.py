@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from autocompress import progress
 from autocompress.metrics import Metric, Outputs, Targets, accuracy, as_metric
+from autocompress.model_check import check_model
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -237,6 +238,7 @@ class Task:
         Raises:
             ValueError: If something does not fit, before hours are spent on it: in one line, with the remedy.
         """
+        check_model(self.model)
         expected = tuple(next(self.val.batches())[0].shape[1:])
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
             x, y = next(split.batches())

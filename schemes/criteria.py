@@ -5,12 +5,12 @@ data take it from `observe_entries`, which a scheme calls in its `autocompress.s
 """
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Weights
 from autocompress.task import Batch, device_of, evaluating
@@ -53,7 +53,12 @@ def entry_scores(
         ValueError: If the criterion looks at data and nothing was observed.
     """
     seen = required(observed, criterion) if criterion in ("taylor", "obd") else {}
-    return {name: _scores(criterion, name, weights[name], seen.get(name)) for name in names}
+    return {name: _scores(criterion, name, at_least_float32(weights[name]), seen.get(name)) for name in names}
+
+
+def at_least_float32(w: Tensor) -> Tensor:
+    """A weight of 16 bits in 32: squares of small ones are zero in fp16, and sums of many are coarse."""
+    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
 
 
 def _scores(criterion: str, name: str, w: Tensor, seen: Tensor | None) -> Tensor:
@@ -139,18 +144,29 @@ def looking_at(evidence: Evidence) -> Iterator[Iterator[Batch]]:
         yield ((x.to(device), y.to(device)) for x, y in evidence.batches())
 
 
+@contextmanager
+def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Lets frozen parameters have gradients, in place: `torch.func` breaks modules that have two names."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
 def _mean_gradients(evidence: Evidence, names: Collection[str], power: int) -> Weights:
     """Mean over the batches of the loss's gradient, entry by entry to a power."""
-    weights = {name: p.detach().requires_grad_() for name, p in evidence.model.named_parameters()}
+    weights = dict(evidence.model.named_parameters())
     total = {name: torch.zeros_like(weights[name], requires_grad=False) for name in names}
     n = 0
-    with looking_at(evidence) as batches, torch.enable_grad():
+    with looking_at(evidence) as batches, torch.enable_grad(), _trainable(weights[name] for name in names):
         for x, y in batches:
             n += 1
-            outputs = torch.func.functional_call(evidence.model, weights, (x,))
-            gradients = torch.autograd.grad(
-                evidence.loss(outputs, y), [weights[name] for name in names], allow_unused=True
-            )
+            loss = evidence.loss(evidence.model(x), y)
+            gradients = torch.autograd.grad(loss, [weights[name] for name in names], allow_unused=True)
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient.pow(power)

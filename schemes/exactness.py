@@ -1,12 +1,12 @@
 """Are groups of channels what they seem? Half of each is taken out, and the outputs are compared."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .removal import remove_channels
@@ -43,11 +43,8 @@ class Exam:
             outputs = _outputs(remove_channels(self.model, groups, removed), self.x, self.training)
         except Exception:  # a forward pass that meets sizes it was not written for may raise anything
             return False
-        weights = dict(self.model.named_parameters())
-        kept = kept_entries(groups, removed, weights)
-        with torch.no_grad():
-            masked = {name: weights[name] * entries for name, entries in kept.items()}
-        expected = _outputs(self.model, self.x, self.training, masked)
+        with _masked(self.model, kept_entries(groups, removed, dict(self.model.named_parameters()))):
+            expected = _outputs(self.model, self.x, self.training)
         return len(outputs) == len(expected) and all(map(_agree, outputs, expected))
 
 
@@ -90,21 +87,32 @@ def _agree(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _outputs(
-    model: nn.Module, x: Tensor, training: bool, weights: Mapping[str, Tensor] | None = None
-) -> list[Tensor]:
+@contextmanager
+def _masked(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
+    """Zeros in place of the entries of parameters that are not kept, for a ``with`` block."""
+    whole = {name: model.get_parameter(name).detach().clone() for name in kept}
+    with torch.no_grad():
+        try:
+            for name, entries in kept.items():
+                model.get_parameter(name).mul_(entries)
+            yield
+        finally:
+            for name, values in whole.items():
+                model.get_parameter(name).copy_(values)
+
+
+def _outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
     """All tensors that the model puts out, in eval mode and, if asked for, with all but noise in train mode.
 
     Args:
         model: The model.
         x: Its input.
         training: Whether it is run in train mode as well.
-        weights: Parameters to use in place of the model's own.
     """
     with torch.no_grad():
-        outputs = [functional_call(model.eval(), dict(weights or {}), x)]
+        outputs = [model.eval()(x)]
         if training:
-            outputs.append(functional_call(_without_noise(model.train()), dict(weights or {}), x))
+            outputs.append(_without_noise(model.train())(x))
     return [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
 
 

@@ -134,7 +134,7 @@ def _summed(
     What is on another device comes over in one piece.
     """
     taken = [(start, s) for start, of_group in zip(first_channels(groups), slices, strict=False) for s in of_group]
-    found = [score(s) for _, s in taken]
+    found = [score(s).float() for _, s in taken]
     on_cpu = torch.split(torch.cat(found).cpu(), [len(f) for f in found])
     total = torch.zeros(sum(group.width for group in groups))
     for (start, s), values in zip(taken, on_cpu, strict=True):

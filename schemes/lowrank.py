@@ -1,6 +1,7 @@
 """Low-rank factorization: a layer becomes two thinner ones, so the model is smaller and faster as it is."""
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autocompress.scheme import Theta, Weights, automatic, density_error, register_scheme
 from autocompress.task import device_of, evaluating
@@ -16,6 +18,7 @@ from .patterns import checked_skip, modules_matching
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 TINY = torch.finfo(torch.float32).tiny
+ALIKE = 1e-3  # of the largest output: more than rounding, less than what a hook does
 FACTORIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -260,7 +263,10 @@ class Spectrum:
 
 
 def _own_layers(model: nn.Module, example_input: Tensor) -> dict[str, Layer]:
-    """The layers that can be exchanged: the model calls them, and uses their weights in no other way."""
+    """The layers that can be exchanged: the model calls them, and uses them in no other way.
+
+    A warning names those that something else holds on to: their weight (PyTorch's encoder layers), a hook.
+    """
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     layers: dict[str, Any] = {
         name: module
@@ -273,9 +279,41 @@ def _own_layers(model: nn.Module, example_input: Tensor) -> dict[str, Layer]:
     called: set[str] = set()
     for name in layers:
         traced.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    x = example_input.to(device_of(traced))
     with torch.no_grad(), evaluating(traced):
-        traced(example_input.to(device_of(traced)))
-    return {name: layer for name, layer in layers.items() if name in called}
+        traced(x)
+    layers = {name: layer for name, layer in layers.items() if name in called}
+    if _computes_alike(model, layers, x):
+        return layers
+    free = {name: layer for name, layer in layers.items() if _computes_alike(model, {name: layer}, x)}
+    held = ", ".join(sorted(layers.keys() - free.keys()))
+    warnings.warn(f"left whole, as the model uses more of them than what they compute: {held}", stacklevel=3)
+    return free
+
+
+def _computes_alike(model: nn.Module, layers: Mapping[str, Layer], x: Tensor) -> bool:
+    """Whether the model does with two layers in the place of each, one of which does nothing."""
+    changed = copy.deepcopy(model).eval()
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        m, n, ones = len(weight), weight[0].numel(), [1] * (weight.dim() - 2)
+        same = torch.eye(min(m, n), dtype=weight.dtype, device=weight.device)
+        factors = (
+            (weight, same.view(m, m, *ones))
+            if m <= n
+            else (same.view(n, *weight.shape[1:]), weight.view(m, n, *ones))
+        )
+        two = _two_layers(copy.deepcopy(layer).eval(), *factors)
+        if not name:
+            return True
+        changed.set_submodule(name, two)
+    with torch.no_grad(), evaluating(model):
+        try:
+            outputs, expected = tree_leaves(changed(x)), tree_leaves(model(x))
+        except Exception:  # code that reaches into a layer may raise anything
+            return False
+    pairs = [(a, b) for a, b in zip(outputs, expected, strict=True) if isinstance(a, Tensor)]
+    return all(bool((a - b).abs().max() <= ALIKE * b.abs().max()) for a, b in pairs)
 
 
 def _two_layers(whole: Layer, first: Tensor, second: Tensor) -> nn.Sequential:

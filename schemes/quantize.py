@@ -2,10 +2,11 @@
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from autocompress.scheme import Theta, Weights, register_scheme
 from autocompress.task import device_of
@@ -24,11 +25,14 @@ class SixteenBit(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Float32 logits of a float32 batch."""
+    def forward(self, x: Tensor) -> Any:
+        """Float32 logits of a float32 batch, and whatever else the model puts out."""
         dtype = next(p.dtype for p in self.inner.parameters() if p.is_floating_point())
-        logits: Tensor = self.inner(x.to(dtype))
-        return logits.float()
+        return tree_map(_in_32_bits, self.inner(x.to(dtype)))
+
+
+def _in_32_bits(output: Any) -> Any:
+    return output.float() if isinstance(output, Tensor) else output
 
 
 @register_scheme
@@ -49,10 +53,21 @@ class Quantize16:
             raise ValueError(f"dtype={self.dtype!r}; it must be auto, fp16 or bf16")
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> str:
-        """The type that suits the model's device."""
-        if self.dtype != "auto":
-            return self.dtype
-        return "bf16" if device_of(model).type == "cpu" else "fp16"
+        """The type that suits the model's device.
+
+        Raises:
+            ValueError: If the model cannot compute in it.
+        """
+        on_cpu = device_of(model).type == "cpu"
+        dtype = self.dtype if self.dtype != "auto" else "bf16" if on_cpu else "fp16"
+        trial = SixteenBit(copy.deepcopy(model).to(DTYPES[dtype])).eval()
+        try:
+            with torch.inference_mode():
+                trial(example_input.to(device_of(model)))
+        except Exception as error:  # an operation without a kernel, or code that counts on float32
+            first = str(error).partition("\n")[0]
+            raise ValueError(f"Quantize16 cannot run this model in {dtype}: {first}") from error
+        return dtype
 
     def lowest_density(self, facts: str) -> float:
         """Every parameter is kept."""

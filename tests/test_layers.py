@@ -21,6 +21,7 @@ ENGINE = (
         "memory",
         "onnx_integers",
         "task_options",
+        "model_check",
     ),
     ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency"),
     ("task", "onnx_export", "executorch_export"),

@@ -1,7 +1,11 @@
+import warnings
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.metrics import balanced_accuracy
@@ -104,6 +108,36 @@ def test_other_forms_are_refused(form: object, message: str) -> None:
 def test_a_model_must_be_a_module() -> None:
     with pytest.raises(ValueError, match="not str"):
         Task("resnet18", data(), data(), data())
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still what people have
+        return nn.Sequential(nn.ReLU(), torch.jit.script(nn.Linear(3, 2)))
+
+
+def with_an_old_mask() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(3, 2), "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (scripted, r"the model is TorchScript \(at '1'\), .*; pass the module that it was scripted"),
+        (lambda: nn.DataParallel(nn.Linear(3, 2)), "wrapped in DataParallel; pass what is inside, model.module"),
+        pytest.param(
+            lambda: torch.compile(nn.Linear(3, 2)),
+            "torch.compile; pass what it was made from, model._orig_mod",
+            marks=pytest.mark.slow,  # its import
+        ),
+        (lambda: nn.LazyLinear(2), "the model's weight has no shape yet; run a batch through"),
+        (lambda: nn.Linear(3, 2).bfloat16(), "weight is of type torch.bfloat16; .* convert it with model.float()"),
+        (with_an_old_mask, r"cannot be copied, .*torch.nn.utils.prune.remove"),
+    ],
+)
+def test_a_model_that_cannot_be_changed_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(make(), data(), data(), data()).check()
 
 
 def test_evaluate_scores_logits_in_eval_mode() -> None:
