@@ -1,6 +1,7 @@
 """`autocompress.tune`: what is asked is checked, and a study made of it."""
 
 import contextlib
+import errno
 import functools
 import shlex
 import uuid
@@ -122,6 +123,7 @@ def tune(
 
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
+        OSError: If the disk is full or fails; what has finished is kept.
     """
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
@@ -179,6 +181,13 @@ def tune(
         )
         try:
             return Study(settings, task.on(settings.device), folder, watcher, tracker, register, database).run()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                raise
+            raise OSError(
+                f"cannot write to {folder.path} any more ({error.strerror}); every finished trial is kept, and "
+                "the study can be resumed"
+            ) from error
         finally:
             if resume or folder.has_begun:
                 folder.close()

@@ -1,7 +1,5 @@
 """Trials on a Dask cluster: processes of this machine that share nothing but sockets."""
 
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -67,19 +65,9 @@ def test_a_cluster_finds_what_the_pool_and_this_process_find(
     assert here.scores == pool.scores == there.scores
 
 
-def die_once(marker: Path) -> str:
-    if marker.exists():
-        return "done"
-    marker.touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_dies_costs_its_trial_at_most(tmp_path: Path, make_spec: Callable[..., TrialSpec]) -> None:
+def test_a_worker_that_dies_costs_its_trial_at_most(
+    tmp_path: Path, make_spec: Callable[..., TrialSpec], die: Callable[..., str]
+) -> None:
     """Its successor is given the study, too."""
     spec = make_spec()
     shared, payload = pack_shared(vars(spec))
@@ -87,7 +75,7 @@ def test_a_worker_that_dies_costs_its_trial_at_most(tmp_path: Path, make_spec: C
         workers = connect(cluster.scheduler_address)
         workers.open(payload)
         with Remote(workers, shared) as remote:
-            assert remote.submit(die_once, tmp_path / "marker").result() == "done"
+            assert remote.submit(die, tmp_path / "marker").result() == "done"
             assert remote.submit(run_trial, spec).result().score == run_trial(spec).score
             with pytest.raises(BrokenExecutor, match="its workers died, 4 times"):
                 remote.submit(die).result()

@@ -127,27 +127,17 @@ def test_what_a_file_of_the_users_defines_needs_no_file_there(pool: Executor, tm
     assert name == "weight"
 
 
-def die_once(marker: Path) -> str:
-    if marker.exists():
-        return "done"
-    marker.touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def take(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
 
 
-def test_a_killed_worker_costs_nobody_else_anything(pool: Executor, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nobody_else_anything(
+    pool: Executor, tmp_path: Path, die: Callable[..., str]
+) -> None:
     """It is put back once; whoever dies twice has failed, and the other worker goes on with what it does."""
     before = pool.submit(take, 0.0).result(), pool.submit(take, 0.0).result()
-    other, killed = pool.submit(take, 3.0), pool.submit(die_once, tmp_path / "marker")
+    other, killed = pool.submit(take, 3.0), pool.submit(die, tmp_path / "marker")
     assert killed.result() == "done"
     assert other.result() in before
     with pytest.raises(BrokenExecutor, match="by SIGKILL, as a system that is out of memory does it, 2 times"):
