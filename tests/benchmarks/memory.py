@@ -40,11 +40,8 @@ class Sizes(Silent):
 
 def main() -> int:
     watcher = Sizes(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
-    with tempfile.TemporaryDirectory() as out:
-        with contextlib.suppress(Enough):
-            ac.tune(
-                trials=watcher.trials, sampler="random", recovery="none", device="cpu", out=out, watcher=watcher
-            )
+    with tempfile.TemporaryDirectory() as out, contextlib.suppress(Enough):
+        ac.tune(trials=watcher.trials, sampler="random", recovery="none", device="cpu", out=out, watcher=watcher)
     growth = watcher.sizes[-1] / watcher.sizes[min(WARM, watcher.trials) - 1] - 1
     print(f"{growth:+.1%} from trial {WARM} to trial {watcher.trials}")
     return 1 if growth > MOST else 0
