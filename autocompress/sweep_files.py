@@ -19,7 +19,7 @@ Draw: TypeAlias = "Callable[[Axes], None]"
 COLOURS = ("#148f86", "#d55e00", "#56789f", "#cc79a7", "#b58900", "#5e4fa2", "#7a9a01", "#8c564b")
 MARKERS = "osD^vPX*"
 PANEL_IN = 2.9
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))
 
 
 def write_sweep(found: Sweep) -> tuple[Path, ...]:
@@ -57,8 +57,11 @@ def _panels(found: Sweep) -> Iterator[Draw]:
     if not any(cell["curves"].get("lc_score") for cell in found.cells):
         return
     yield lambda ax: _steps(ax, found)
-    yield lambda ax: _timeline(ax, found, 1, "free GPU memory [GB]", 1e-9)
-    yield lambda ax: _timeline(ax, found, 2, "GPU utilization [%]", 1.0)
+    if any(value is not None for cell in found.cells for at in cell["timeline"] for value in at[1:]):
+        yield lambda ax: _timeline(ax, found, 1, "free GPU memory [GB]", 1e-9)
+        yield lambda ax: _timeline(ax, found, 2, "GPU utilization [%]", 1.0)
+    else:
+        yield lambda ax: _in_words(ax, f"GPU memory and utilization: n/a\n(measured on {found.device}, no GPU)")
 
 
 def _schemes(found: Sweep) -> dict[str, str]:
@@ -101,45 +104,55 @@ def _score(ax: "Axes", found: Sweep, metric: str, against: str) -> None:
     ax.grid()
 
 
-def _lines(found: Sweep) -> Iterable[tuple[Mapping[str, Any], str, Any, str]]:
-    """The first run of each scheme and density, with its colour, its dashes and what to call it."""
-    schemes = _schemes(found)
+def _dashes(found: Sweep) -> dict[float, Any]:
+    """The densities, highest first, with their dashes."""
     densities = sorted({cell["row"]["density_asked"] for cell in found.cells[1:]}, reverse=True)
+    return {density: DASHES[i % len(DASHES)] for i, density in enumerate(densities)}
+
+
+def _lines(found: Sweep) -> Iterable[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """The first run of each scheme and density, with the colour of the one and the dashes of the other."""
+    schemes, dashes = _schemes(found), _dashes(found)
     for cell in found.cells[1:]:
         row = cell["row"]
         if row["repeat"] == 1:
-            dashes = DASHES[densities.index(row["density_asked"]) % len(DASHES)]
-            yield cell, schemes[row["scheme"]], dashes, f"{row['density_asked']:g}"
+            yield cell, {"color": schemes[row["scheme"]], "ls": dashes[row["density_asked"]], "lw": 1.2}
 
 
 def _steps(ax: "Axes", found: Sweep) -> None:
     """The metric on val after each L-C step."""
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    for cell, colour, dashes, density in _lines(found):
+    for cell, line in _lines(found):
         scores: Sequence[float] = cell["curves"].get("lc_score", ())
-        if scores:
-            ax.plot(range(1, len(scores) + 1), scores, color=colour, ls=dashes, lw=1.2)
-            ax.annotate(density, (len(scores), scores[-1]), fontsize=7, color=colour, xytext=(3, -2), **_BESIDE)
+        single: dict[str, Any] = (
+            {"marker": "o", "ms": 4} if len(scores) == 1 else {}
+        )  # where w and θ agreed at once
+        ax.plot(range(1, len(scores) + 1), scores, **line, **single)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="L-C step (at the end: the density)", ylabel=f"{found.metric.replace('_', ' ')} on val")
+    ax.set(xlabel="L-C step", ylabel=f"{found.metric.replace('_', ' ')} on val")
     ax.grid()
-
-
-_BESIDE: Any = {"textcoords": "offset points"}  # matplotlib's own types know no such keyword in a dictionary
+    handles = [Line2D([], [], color=DENSE, ls=dashes, label=f"{d:g}") for d, dashes in _dashes(found).items()]
+    ax.legend(handles=handles, title="density", fontsize=8, title_fontsize=8)
 
 
 def _timeline(ax: "Axes", found: Sweep, column: int, label: str, scale: float) -> None:
-    """What the driver said of the GPU while a trial ran; in words where there was none."""
+    """What the driver said of the GPU while a trial ran; in words where it cannot say that."""
     drawn = False
-    for cell, colour, dashes, _ in _lines(found):
+    for cell, line in _lines(found):
         seen = [(at[0], scale * at[column]) for at in cell["timeline"] if at[column] is not None]
         if seen:
             drawn = True
-            ax.plot(*zip(*seen, strict=True), color=colour, ls=dashes, lw=1.2)
+            ax.plot(*zip(*seen, strict=True), **line)
+    if not drawn:
+        _in_words(ax, f"{label}: n/a")
+        return
     ax.set(xlabel="seconds since the trial began", ylabel=label)
     ax.grid()
-    if not drawn:
-        ax.set(xticks=(), yticks=())
-        words = f"n/a: measured on {found.device}, no GPU"
-        ax.text(0.5, 0.5, words, ha="center", va="center", color=FAINT, transform=ax.transAxes)
+
+
+def _in_words(ax: "Axes", words: str) -> None:
+    """A panel that says why there is nothing to draw."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, words, ha="center", va="center", color=FAINT, transform=ax.transAxes)

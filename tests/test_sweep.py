@@ -84,7 +84,14 @@ def test_the_files_say_the_same(found: Sweep) -> None:
     for row in table:
         assert f"| {' | '.join(row)} |" in markdown
     svg = (found.folder / "figures" / "sweep.svg").read_text()
-    for word in ("StructPrune", "Quantize16", "sensitivity on test", "L-C step", "n/a: measured on cpu, no GPU"):
+    for word in (
+        "StructPrune",
+        "Quantize16",
+        "sensitivity on test",
+        "L-C step",
+        "GPU memory and utilization: n/a",
+        "measured on cpu, no GPU",
+    ):
         assert word in svg
     assert (found.folder / "figures" / "sweep.png").stat().st_size > 10_000
 

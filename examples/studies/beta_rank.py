@@ -159,12 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     rows = []
     for name, (_, at) in zip(("dense", *RANKINGS), found.table.iterrows(), strict=True):
-        saved = 100 * (1 - at["macs"] / found.table["macs"][0])
+        change = 100 * (at["macs"] / found.table["macs"][0] - 1)
         scores = [
             f"{100 * at[metric]:.2f}" + (f" ± {100 * at[f'{metric}_sd']:.2f}" if at["runs"] > 1 else "")
             for metric in found.metrics
         ]
-        rows.append([name, f"-{saved:.0f}%", *scores])
+        rows.append([name, f"{change:+.0f}%", *scores])
     header = ("ranking", "MACs", "accuracy", "precision", "recall", "specificity")
     common.print_table(f"{found.task}, {found.n_test} test images, mean ± sd of {args.repeats} runs", header, rows)
     report_stability(args, task)

@@ -92,11 +92,12 @@ def lines(x_label: str, y_label: str, curves: Mapping[str, tuple[Sequence[float]
 
 
 def heat_map(title: str, table: Any) -> Callable[[Any], None]:
-    """A panel of a table of numbers between 0 and 1."""
+    """A panel of a table of numbers between 0 and 1, of one network or of two: ``"rows, columns"``."""
+    rows, _, columns = title.partition(", ")
 
     def panel(ax: Any) -> None:
         image = ax.imshow(table.to_numpy(), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
-        ax.set(title=title, xlabel="layer", ylabel="layer")
+        ax.set(title=title, xlabel=f"layer, {columns or rows}", ylabel=f"layer, {rows}")
         ax.figure.colorbar(image, ax=ax, label="linear CKA")
 
     return panel

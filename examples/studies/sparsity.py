@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             device=args.device,
             out=args.out,
             progress=common.SAY,
-        ).table.assign(sparsity=[0.0, *args.sparsities])
+        ).table.assign(sparsity=[0.0, *args.sparsities], millions=lambda table: table["params"] / 1e6)
 
     dense = [[model, *_with_shares(table.iloc[0])] for model, table in tables.items()]
     header = ("model", "AUC", "accuracy", "sensitivity", "specificity", "% TP", "% TN", "% FP", "% FN")
@@ -78,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = ["sparsity", "auc", "sensitivity", "specificity", "params"]
     rows = [[model, *at] for model, table in tables.items() for at in table[columns].itertuples(index=False)]
     common.print_table("By sparsity, on test", ("model", "% zeros", *columns[1:4], "non-zeros"), rows)
-    against = {"sparsity": "sparsity [%]", "params": "parameters that are not zero"}
+    against = {"sparsity": "sparsity [%]", "millions": "parameters that are not zero [M]"}
     common.draw(
         args.out,
         "sparsity",
         [
-            common.lines(label, f"{metric} on test", {m: (t[x], t[metric]) for m, t in tables.items()})
-            for metric in ("auc", "sensitivity", "specificity")
+            common.lines(label, f"{name} on test", {m: (t[x], t[metric]) for m, t in tables.items()})
+            for metric, name in (("auc", "AUC"), ("sensitivity", "sensitivity"), ("specificity", "specificity"))
             for x, label in against.items()
         ],
     )
