@@ -100,10 +100,11 @@ def cli() -> None:
 )
 @click.option(
     "--recovery",
-    type=click.Choice(["lc", "gradual", "iterative", "layerwise", "rewind", "finetune", "none"]),
-    default="lc",
+    type=click.Choice(["auto", "lc", "gradual", "iterative", "layerwise", "rewind", "finetune", "none"]),
+    default="auto",
     show_default=True,
-    help="How a trial compresses and trains: learning-compression, or a plain way.",
+    help="How a trial compresses and trains: learning-compression (lc), or a plain way; auto is gradual where "
+    "channels are removed, lc elsewhere.",
 )
 @click.option(
     "--lr",

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
+from autocompress.lc import SOFT
 from autocompress.recovery import Recovery, settings_of, with_settings
 from autocompress.scheme import Compose, Scheme, Staged, describe, literal, parts_of
 
@@ -254,13 +255,14 @@ def _of_recovery(name: str, field: str, values: Any, schemes: Sequence[Scheme], 
     settings = _settings(recovery)
     if field not in settings:
         raise _unknown(name, schemes, recovery)
-    if values is None and field in _FACTORS and math.isfinite(now := float(settings[field])):
-        values = tuple(float(f"{factor * now:.6g}") for factor in _FACTORS[field])
+    now = SOFT if settings[field] == "auto" else settings[field]
+    if values is None and field in _FACTORS and math.isfinite(float(now)):
+        values = tuple(float(f"{factor * float(now):.6g}") for factor in _FACTORS[field])
     elif values is None:
         values = _RANGES.get(field) or list(_CHOICES.get(field, ()))
     if values == []:
         raise ValueError(f"search: {name} needs values, as {name}=10,30 or {name}=LOW..HIGH")
-    made = Dimension(name, _distribution(name, values, settings[field]), "recovery", field)
+    made = Dimension(name, _distribution(name, values, now), "recovery", field)
     for value in _samples(made.distribution):
         try:
             with_settings(recovery, **{field: value})

@@ -286,7 +286,7 @@ def _recovery(answer: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
             ax.set_xticklabels([])
     panels[-1].set_xlabel("C step")
     spans = [f"{name.removeprefix('lc_')} from {v[0]:.3g} to {v[-1]:.3g}" for name, v in curves.items()]
-    description = f"Learning-compression of trial {answer['number']}, by C step: {'; '.join(spans)}."
+    description = f"Recovery of trial {answer['number']}, by C step: {'; '.join(spans)}."
     return "recovery", f"Recovery of the answer, trial {answer['number']}", description, canvas
 
 

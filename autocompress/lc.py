@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 from autocompress.learner import Learner, Penalty, Precision, Snapshot
 from autocompress.progress import heard_by
-from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, observe
+from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, is_hard, observe
 from autocompress.task import Split, Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
+SOFT = 1.0  # the first penalty where weights are drawn to θ
 PEAK_LR = {"sgd": 0.1, "adamw": 0.001}
 AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
 LOOK = 0.5  # share of the polish at which a recovery may be given up
@@ -197,7 +198,8 @@ class LearningCompression:
         alternating: Share of the steps in which L and C alternate; the rest polishes on a frozen support.
         mu: The first penalty, in units of 1 / (learning rate x steps of one L step): at 1 a weight that the
             loss does not care for shrinks to about 1/e of its distance from θ in one L step. Infinity keeps
-            w at θ from the first C step on: gradual pruning with hard masks.
+            w at θ from the first C step on: gradual pruning with hard masks. None is what suits the scheme:
+            infinity for one that removes whole channels (`autocompress.scheme.Hard`), 1 for others.
         mu_growth: Factor on μ from one C step to the next, as long as w and θ differ.
         augmented: Whether there are multipliers: the augmented Lagrangian; without them the quadratic penalty.
         optimizer: ``"sgd"`` or ``"adamw"``.
@@ -217,7 +219,7 @@ class LearningCompression:
     steps: int | None = None
     c_steps: int = 32
     alternating: float = 0.6
-    mu: float = 1.0
+    mu: float | None = None
     mu_growth: float = 1.07
     augmented: bool = True
     optimizer: Optimizer = "sgd"
@@ -246,10 +248,22 @@ class LearningCompression:
 
     @property
     def method(self) -> str:
-        """What it is called: ``"lc"``, or the plain way that it is with these settings."""
+        """What it is called: ``"lc"``, the plain way that it is with these settings, or ``"auto"``."""
         if not self.alternating:
             return "rewind"
+        if self.mu is None:
+            return "auto"
         return "gradual" if math.isinf(self.mu) else "lc"
+
+    def suiting(self, scheme: Scheme) -> "LearningCompression":
+        """The same with the penalty that suits a scheme, where none is given."""
+        return replace(self, mu=self.first_mu(scheme))
+
+    def first_mu(self, scheme: Scheme) -> float:
+        """The penalty that begins, in the units of ``mu``."""
+        if self.mu is not None:
+            return self.mu
+        return math.inf if is_hard(scheme) else SOFT
 
     @property
     def peak_lr(self) -> float:
@@ -297,7 +311,7 @@ class LearningCompression:
         hard: Penalty | None = None
         while state.c_steps < c_steps and not state.has_agreed(density):
             target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
-            mu = self.mu * state.growth / (self.peak_lr * max(1, steps))
+            mu = self.first_mu(scheme) * state.growth / (self.peak_lr * max(1, steps))
             facts = observe(scheme, learner.evidence(), facts)
             penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
             logged = {"lc_density": target, "lc_residual": apart, "lc_loss": learner.l_step(steps, penalty)}

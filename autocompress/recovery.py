@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from autocompress import progress
-from autocompress.lc import PEAK_LR, LearningCompression, Recovered, frozen, settle
+from autocompress.lc import PEAK_LR, SOFT, LearningCompression, Recovered, frozen, settle
 from autocompress.learner import Learner
 from autocompress.scheme import Facts, Scheme, observe
 from autocompress.task import Task
@@ -31,6 +31,11 @@ class Recovery(Protocol):
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
     ) -> Recovered:
         """Compresses ``model`` in place, see `LearningCompression.recover`."""
+
+
+def learning_compression(mu: float = SOFT, **settings: Any) -> LearningCompression:
+    """Learning-compression whatever the scheme: what is about to go is drawn to zero, and may come back."""
+    return LearningCompression(mu=mu, **settings)
 
 
 def gradual(**settings: Any) -> LearningCompression:
@@ -171,7 +176,8 @@ def untrained(**settings: Any) -> Untrained:
 
 
 RECOVERIES: Mapping[str, Callable[..., Recovery]] = {
-    "lc": LearningCompression,
+    "auto": LearningCompression,
+    "lc": learning_compression,
     "gradual": gradual,
     "iterative": iterative,
     "layerwise": layerwise,
@@ -205,6 +211,11 @@ def with_settings(recovery: Recovery, **settings: Any) -> Recovery:
     return replace(recovery, **settings)  # type: ignore[type-var]  # recoveries are dataclasses
 
 
+def suiting(recovery: Recovery, scheme: Scheme) -> Recovery:
+    """The recovery with what suits a scheme in the place of ``auto``."""
+    return recovery.suiting(scheme) if isinstance(recovery, LearningCompression) else recovery
+
+
 def settings_of(recovery: Recovery) -> dict[str, Any]:
     """What a recovery was made with, the settings of its training among them: JSON types only."""
     settings: dict[str, Any] = asdict(recovery)  # type: ignore[call-overload]  # recoveries are dataclasses
@@ -212,5 +223,6 @@ def settings_of(recovery: Recovery) -> dict[str, Any]:
     training = getattr(recovery, "training", recovery)
     if isinstance(training, LearningCompression):
         settings["lr"] = training.peak_lr
+        settings["mu"] = "auto" if training.mu is None else training.mu
     plain = {name: "inf" if value == math.inf else value for name, value in settings.items()}
     return {"method": recovery.method, **plain}

@@ -204,6 +204,8 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
             yield what, str(asked[what])
     if recovery:
         yield "recovery", ", ".join(f"{name} {value}" for name, value in recovery.items() if value is not None)
+    if came_to := (record.answer or {}).get("recovery"):
+        yield "recovery of the answer", came_to
     for what in ("trials", "timeout", "device"):
         if asked.get(what) is not None:
             yield what, str(asked[what])

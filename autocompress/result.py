@@ -334,6 +334,7 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
         "size_bytes": m.size_bytes,
         "macs": m.macs,
         "latency_ms": m.latency_ms,
+        "recovery": result.recovery,
         "steps": result.steps,
         "start": result.start,
         "seconds": result.seconds,

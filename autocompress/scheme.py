@@ -125,6 +125,20 @@ class Observer(Protocol):
 
 
 @runtime_checkable
+class Hard(Protocol):
+    """A scheme that says what becomes of the weights that a C step takes out."""
+
+    @property
+    def hard(self) -> bool:
+        """Whether they are best at θ at once and for good, not drawn to it: those of whole channels are."""
+
+
+def is_hard(scheme: Scheme) -> bool:
+    """Whether a scheme is `Hard`; of a composition, whether all of its parts are."""
+    return all(isinstance(part, Hard) and part.hard for part in parts_of(scheme))
+
+
+@runtime_checkable
 class Choosy(Protocol):
     """A scheme that cannot be composed with every other."""
 

@@ -48,7 +48,7 @@ def sweep(
     *,
     repeats: int = 1,
     also: Sequence[str | Metric] = (),
-    recovery: str | Recovery = "lc",
+    recovery: str | Recovery = "auto",
     epochs: float | None = None,
     timing: bool = True,
     seed: int = 0,

@@ -20,7 +20,7 @@ from autocompress.limit import Limit, Requirement, check_all
 from autocompress.macs import count_params
 from autocompress.measurement import Measurement, compare
 from autocompress.progress import span
-from autocompress.recovery import Recovery
+from autocompress.recovery import Recovery, suiting
 from autocompress.scheme import Facts, Scheme, Theta, Weights, realize_by_part
 from autocompress.task import Evaluation, Task, channels_last, device_of, evaluating
 
@@ -138,6 +138,7 @@ class TrialResult:
         start: The number of the trial whose model it started from; None for the dense model.
         start_density: The density of that model.
         given_up_at: The share of the polish at which it was rejected; None if its recovery came to its end.
+        recovery: Which it was, see `autocompress.recovery.RECOVERIES`: what ``auto`` came to for its scheme.
         starts: By density: the state dicts that denser trials and sparser ones can start from; not on disk with
             the record, but beside it.
         params: What the search proposed beside the density, by name.
@@ -161,6 +162,7 @@ class TrialResult:
     start: int | None = None
     start_density: float = 1.0
     given_up_at: float | None = None
+    recovery: str = ""
     starts: Mapping[float, Weights] = field(default_factory=dict, compare=False, repr=False)
     params: Mapping[str, Any] = field(default_factory=dict)
 
@@ -266,6 +268,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         start=spec.start.trial if spec.start else None,
         start_density=spec.start.density if spec.start else 1.0,
         given_up_at=recovered.given_up_at,
+        recovery=suiting(spec.recovery, scheme).method,
         starts=starts,
         params=dict(spec.params),
     )

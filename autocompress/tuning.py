@@ -51,7 +51,7 @@ def tune(
     tolerance: float = TOLERANCE,
     confidence: float = CONFIDENCE,
     epochs: float | None = None,
-    recovery: str | Recovery = "lc",
+    recovery: str | Recovery = "auto",
     cheap_trials: bool = False,
     search: Search = "",
     sampler: str | None = None,
@@ -91,7 +91,8 @@ def tune(
         confidence: Of the verdict on test, between 0.5 and 1.
         epochs: Gradient steps of one trial's recovery, in passes over the training data.
         recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a
-            `LearningCompression` with settings of your own; ``epochs`` replaces its budget.
+            `LearningCompression` with settings of your own; ``epochs`` replaces its budget. ``"auto"`` is gradual
+            pruning where channels are removed, and learning-compression elsewhere.
         cheap_trials: Whether a trial starts from the nearest denser model, with fewer steps, and gives up when it
             cannot meet the bound any more. By default each recovers from the dense model, with the whole budget
             and to its end.

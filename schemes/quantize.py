@@ -46,6 +46,7 @@ class Quantize16:
 
     dtype: Literal["auto", "fp16", "bf16"] = "auto"
     takes_density: ClassVar[bool] = False
+    hard: ClassVar[bool] = True
     tolerance: ClassVar[float] = 0.05
 
     def __post_init__(self) -> None:

@@ -67,6 +67,11 @@ class Quantize8:
         if self.bits not in range(2, 9):
             raise ValueError(f"bits={self.bits!r}; a weight has 2 to 8 bits")
 
+    @property
+    def hard(self) -> bool:
+        """Whether weights are rounded at the end alone; those of few bits have to be drawn to their grid."""
+        return self.bits >= COARSE
+
     def check_parts(self, parts: tuple[Scheme, ...]) -> None:
         """Integers come last, in a network that still has the dense model's operators: there they were found."""
         if parts[-1] is not self:

@@ -92,6 +92,7 @@ class StructPrune:
     skip: Sequence[str] = ()
     normalize: Normalization = "mean"
     takes_density: ClassVar[bool] = True
+    hard: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
     searched: ClassVar[Mapping[str, Sequence[object]]] = {
         "criterion": ("l2", "taylor", "obd", "fpgm"),

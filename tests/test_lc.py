@@ -229,7 +229,7 @@ def test_both_lagrangians_and_optimizers_solve_it(augmented: bool, optimizer: Op
 # Recovery as a whole.
 
 
-QUICK = LearningCompression(epochs=6, c_steps=3, lr=0.05)
+QUICK = LearningCompression(epochs=6, c_steps=3, lr=0.05, mu=1.0)
 
 
 def recovered(
@@ -380,7 +380,7 @@ class AtOnce(LearningCompression):
 
 def test_w_and_theta_come_together(tiny_task: Task) -> None:
     """At a fixed density the primal residual falls to nothing while μ grows; once they agree it polishes."""
-    config = AtOnce(epochs=60, c_steps=40, lr=0.05, mu_growth=2.0)
+    config = AtOnce(epochs=60, c_steps=40, lr=0.05, mu=1.0, mu_growth=2.0)
     found, _, _ = recovered(tiny_task, StructPrune(), 0.5, config)
     residuals = found.curves["lc_residual"]
     assert residuals[0] > 0.1 and residuals[-1] <= 1e-3

@@ -1,8 +1,10 @@
 import copy
 import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from autocompress.recovery import (
     Recovery,
     make_recovery,
     settings_of,
+    suiting,
     with_settings,
 )
-from autocompress.scheme import Scheme
+from autocompress.scheme import Scheme, parse_scheme
 from autocompress.task import Task, TensorSplit
 
 # By magnitude: without a look at data.
@@ -163,8 +166,44 @@ def test_the_optimizer_settles_the_learning_rate_where_none_is_given() -> None:
     assert settings_of(make_recovery("gradual", lr=0.3, optimizer="adamw"))["lr"] == 0.3
 
 
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [
+        ("StructPrune", "gradual"),
+        ("FilterPrune", "gradual"),
+        ("Prune", "lc"),
+        ("LowRank", "lc"),
+        ("StructPrune+Quantize16", "gradual"),
+        ("StructPrune+Quantize8", "gradual"),
+        ("StructPrune+Quantize8(bits=2)", "lc"),  # two bits are too few to round to at the end alone
+        ("Prune+Quantize8", "lc"),
+    ],
+)
+def test_auto_is_gradual_where_channels_are_removed_and_lc_elsewhere(scheme: str, method: str) -> None:
+    found = parse_scheme(scheme)
+    assert suiting(make_recovery("auto"), found).method == method
+    for explicit in RECOVERIES:
+        if explicit != "auto":
+            assert suiting(make_recovery(explicit), found) == make_recovery(explicit)
+    assert suiting(LearningCompression(mu=3.0), found).method == "lc"
+
+
+def test_auto_asks_a_scheme_of_somebody_elses(tiny_task: Task) -> None:
+    @dataclass(frozen=True)
+    class Theirs(schemes.Prune):
+        hard: ClassVar[bool] = True
+
+    task, weights = small_batches(tiny_task), {}
+    for method, scheme in (("auto", Theirs()), ("gradual", schemes.Prune()), ("auto", schemes.Prune())):
+        model, _ = recovered(make_recovery(method, epochs=3, c_steps=3), scheme, 0.3, task)
+        weights[method, type(scheme)] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    theirs, gradual, ours = weights.values()
+    assert torch.equal(theirs, gradual)
+    assert not torch.equal(theirs, ours)
+
+
 def test_unknown_methods_and_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="there is no recovery 'magic'; it must be one of lc, gradual"):
+    with pytest.raises(ValueError, match="there is no recovery 'magic'; it must be one of auto, lc, gradual"):
         make_recovery("magic")
     with pytest.raises(ValueError, match="lr=-1; it must be positive"):
         make_recovery("gradual", lr=-1)
@@ -175,7 +214,8 @@ def test_unknown_methods_and_settings_out_of_range_are_refused() -> None:
 
 
 def test_a_recovery_says_what_it_is() -> None:
-    assert LearningCompression().method == "lc"
+    assert LearningCompression().method == "auto"
+    assert make_recovery("lc").method == LearningCompression(mu=3.0).method == "lc"
     assert LearningCompression(mu=math.inf).method == "gradual"
     assert make_recovery("finetune").method == make_recovery("rewind").method == "rewind"
     assert [make_recovery(name).method for name in ("iterative", "layerwise", "none")] == [

@@ -95,7 +95,8 @@ def test_a_result_says_what_its_model_does(make_spec: MakeSpec, tiny_task: Task)
     assert {len(values) for values in result.curves.values()} == {2}
     rebuilt = StructPrune().realize(tiny_task.model, Theta({}, {}, 0, result.plan), spec.facts)
     rebuilt.load_state_dict(result.model.state_dict())
-    assert torch.equal(run(rebuilt.eval(), tiny_task.example_input), run(result.model, tiny_task.example_input))
+    x = tiny_task.example_input  # the layouts in memory differ, and so may the last bit
+    torch.testing.assert_close(run(rebuilt.eval(), x), run(result.model, x), rtol=1e-5, atol=1e-5)
 
 
 def test_unstructured_density_counts_what_is_not_zero(make_spec: MakeSpec, tiny_task: Task) -> None:
