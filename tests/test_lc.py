@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -445,6 +446,23 @@ def test_recovery_is_worth_its_epochs(tiny_task: Task) -> None:
     with torch.no_grad():
         losses = [float(tiny_task.loss(m.eval()(x), y)) for m in (tiny_task.model, model, one_shot)]
     assert losses[1] < 0.5 * losses[2]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bf16"}, pytest.param({"compile": True}, marks=pytest.mark.slow)], ids=str
+)
+def test_forward_passes_in_bf16_or_compiled_train_as_well(tiny_task: Task, settings: dict[str, Any]) -> None:
+    scheme, config = StructPrune(), LearningCompression(epochs=30, lr=0.05)
+    x, y = tiny_task.train.x, tiny_task.train.y
+    _, plain, _ = recovered(tiny_task, scheme, 0.4, config)
+    found, model, _ = recovered(tiny_task, scheme, 0.4, replace(config, **settings))
+    assert found.theta.kept / count_params(tiny_task.model) <= 0.4
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert any(not torch.equal(p, q) for p, q in pairs)  # it was not float32, op by op
+    with torch.no_grad():
+        losses = [float(tiny_task.loss(m.eval()(x), y)) for m in (plain, model)]
+    assert losses[1] < losses[0] + 0.1
 
 
 def test_divergence_is_an_error(tiny_task: Task) -> None:
