@@ -9,7 +9,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Evidence, Theta, Weights, register_scheme
+from autocompress.scheme import Evidence, Scheme, Theta, Weights, describe, register_scheme
 
 from .criteria import check_criterion, entry_scores, observe_entries
 from .patterns import checked_skip
@@ -49,6 +49,16 @@ class NMPrune:
             )
         check_criterion(self, self.criterion, get_args(PatternCriterion))
         object.__setattr__(self, "skip", checked_skip(self.skip))
+
+    def check_parts(self, parts: tuple[Scheme, ...]) -> None:
+        """Of what removes weights it comes first: behind others it would take out what is gone already."""
+        place = next(i for i, part in enumerate(parts) if part is self)
+        for part in parts[:place]:
+            if part.takes_density or isinstance(part, NMPrune):
+                raise ValueError(
+                    f"NMPrune cannot come behind {describe(part)}, which removes weights itself; compose it with "
+                    "schemes that quantize"
+                )
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Patterned:
         """Finds the weights of linear and convolutional layers with at least ``m`` inputs."""

@@ -85,6 +85,9 @@ def test_describe_leaves_out_defaults() -> None:
         ("LowRank+Quantize8", r"Quantize8 cannot come behind LowRank, which puts other operators in a network"),
         ("Prune+Quantize16+Quantize8", r"Quantize8 cannot come behind Quantize16"),
         ("Quantize16+Prune(min_keep=2)", r"Prune\(min_keep=2\) takes a density and must come first"),
+        ("Prune+NMPrune", r"NMPrune cannot come behind Prune, which removes weights itself; compose it with"),
+        ("LowRank+NMPrune", r"NMPrune cannot come behind LowRank"),
+        ("NMPrune+NMPrune(m=8)", r"NMPrune cannot come behind NMPrune"),
         ("Prune+Nothing", r"unknown scheme 'Nothing'"),
     ],
 )
@@ -169,13 +172,20 @@ def test_a_composition_keeps_what_all_of_its_parts_keep() -> None:
     assert scheme.lowest_density(facts) == Prune(criterion="l2").lowest_density(facts[0])
 
 
+class Careless(NMPrune):
+    """It composes with anything, as a third party's scheme may."""
+
+    def check_parts(self, parts: tuple[Scheme, ...]) -> None:
+        pass
+
+
 def test_only_one_part_of_a_composition_removes_weights() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
     scheme, weights = (
-        Compose(Prune(criterion="l2"), NMPrune()),
+        Compose(Prune(criterion="l2"), Careless()),
         {name: p.detach() for name, p in model.named_parameters()},
     )
     facts = scheme.analyze(model, torch.zeros(1, 5))
-    with pytest.raises(ValueError, match=r"NMPrune takes entries out of 0\.weight, as a part before it does"):
+    with pytest.raises(ValueError, match=r"Careless takes entries out of 0\.weight, as a part before it does"):
         scheme.pi(weights, 0.7, facts)
