@@ -61,7 +61,7 @@ class Analyses:
         if not schemes:
             raise ValueError(f"no scheme of {AUTO} finds anything in this model that it can compress")
         space = Space(tuple(schemes), settings.recovery, tuple(lows), dimensions)
-        check_sampler(settings.sampler, space)
+        check_sampler(settings.sampler, space, len(settings.objectives))
         if len(space.arms) > 1 and settings.trials < 2 * len(space.arms):
             notes[
                 f"{len(space.arms)} combinations are tried; {settings.trials} trials are few, "

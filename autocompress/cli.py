@@ -67,8 +67,9 @@ def cli() -> None:
 )
 @click.option(
     "--objective",
-    help="What to optimize: NAME, FILE.py:NAME, or several as product(size, latency).  "
-    "[default: density; size where schemes are compared]",
+    multiple=True,
+    help="What to optimize: NAME, FILE.py:NAME, or several as product(size, latency); given twice, a "
+    "Pareto front.  [default: density; size where schemes are compared]",
 )
 @click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Trials at most.")
 @click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
@@ -235,8 +236,7 @@ def tune(
     if options["storage"]:
         checked("--storage", check_database, options["storage"])
     schemes = checked("--scheme", parse_schemes, options["scheme"])
-    if options["objective"] is not None:
-        options["objective"] = checked("--objective", as_objective, options["objective"])
+    options["objective"] = [checked("--objective", as_objective, one) for one in options["objective"]]
     training = {name: options.pop(name) for name in OF_RECOVERY}
     given = {name: value for name, value in training.items() if value is not None}
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
@@ -290,6 +290,8 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     restore(options, given, asked)
     recovery = asked["recovery"]
     asked |= {name: recovery.get(name) for name in ("epochs", *OF_RECOVERY)} | {"recovery": recovery["method"]}
+    named = asked["objective"]
+    asked["objective"] = (named,) if isinstance(named, str) else tuple(named)
     asked = {"search": "", "epochs_total": None} | asked  # of studies that knew neither
     same = (
         "scheme",

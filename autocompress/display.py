@@ -10,7 +10,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from autocompress.comparison import as_bytes, as_count, in_words
+from autocompress.comparison import as_bytes, as_count, in_unit, in_words
 from autocompress.posterior import Posterior
 from autocompress.progress import heard_by
 from autocompress.result import Beginning
@@ -77,10 +77,11 @@ class Display:
         settings, dense, metric = beginning.settings, beginning.dense, beginning.task.metric.name
         kind = "relative to the dense model's" if settings.bound.relative else "(absolute points)"
         amount = f"{100 * settings.bound.max_drop:g}{settings.unit}"
-        extreme = "lowest" if settings.objective.direction == "minimize" else "highest"
+        sought = " and ".join(
+            f"{'lowest' if one.direction == 'minimize' else 'highest'} {one.name}" for one in settings.objectives
+        )
         self._print(
-            f"{beginning.task.name}: {settings.scheme}, {extreme} {settings.objective.name} "
-            f"that loses at most {amount} of {metric} {kind}"
+            f"{beginning.task.name}: {settings.scheme}, {sought} that loses at most {amount} of {metric} {kind}"
         )
         self._print(
             f"dense: {metric} {beginning.dense_score:.4f} on {beginning.task.val.n_samples} val samples, "
@@ -102,7 +103,7 @@ class Display:
                 result.standing,
                 f"{result.seconds:.1f}",
                 f"{best.density:.4f}" if best else "none yet",
-                ", ".join(one.shown for one in result.constraints),
+                ", ".join([*self._values(result), *(one.shown for one in result.constraints)]),
                 in_words(result.params),
             )
         )
@@ -120,6 +121,12 @@ class Display:
             if belief is not None:
                 low, high = belief.interval()
                 self._print(f"    lowest feasible density: {low:.4f} to {high:.4f} with 80% probability")
+
+    def _values(self, result: TrialResult) -> list[str]:
+        """The objectives, where there are several."""
+        assert self._beginning is not None
+        named = zip(self._beginning.settings.objectives, result.values, strict=True) if result.others else ()
+        return [f"{one.name} {in_unit(value, one.unit)}" for one, value in named]
 
     def failed(self, number: int, reason: str) -> None:
         """One row, or one line."""
@@ -209,7 +216,7 @@ class Footer:
         return Text(" · ".join(parts))
 
 
-OPTIONAL = ("besides", "chosen")  # where trials have constraints, and choices beside their density
+OPTIONAL = ("besides", "chosen")  # several objectives and constraints; choices beside the density
 COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best", *OPTIONAL)
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 WORTH_SAYING = 0.02  # share that has been done before it says something about the rest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress import progress
-from autocompress.comparison import RUNTIMES, timed, timed_together
+from autocompress.comparison import RUNTIMES, in_unit, timed, timed_together
 from autocompress.drawing import (
     BOUND,
     COMPRESSED,
@@ -25,7 +25,7 @@ from autocompress.record import Record
 if TYPE_CHECKING:  # matplotlib takes half a second to import; `draw` does it
     from matplotlib.figure import Figure as Canvas
 
-MOST_FIGURES = 6
+MOST_FIGURES = 7
 MANY_LAYERS = 30
 MANY_CLASSES = 24
 MANY_CURVES = 6
@@ -70,6 +70,8 @@ def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
     found = record.found or {}
     if record.trials:
         yield _drop_curve(record)
+    if found.get("front"):
+        yield _front(record, found)
     measured = found.get("measurements", {})
     if "compressed" in measured and timed_together(measured):
         yield _latency(measured)
@@ -136,6 +138,34 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
             f"; the answer has density {answer['density']:.3g} and drops {100 * answer['drop']:.2f}{record.unit}"
         )
     return "drop", "Accuracy lost against size kept", f"Drop on validation data against density: {said}.", canvas
+
+
+def _front(record: Record, found: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
+    """The first two objectives of each trial, and those that no other feasible one beats in all."""
+    canvas, ax = make_axes(3.5)
+    first, second = found["objectives"][:2]
+    kinds = (("yes", "o", "trial within the bound"), ("no", "x", "trial beyond it"), ("rejected", "1", "given up"))
+    for kind, marker, label in kinds:
+        at = [(t["value"], t["others"][0]) for t in record.trials if _standing(t) == kind and t.get("others")]
+        if at:
+            colour = COMPRESSED if kind == "yes" else BOUND
+            ax.plot(*zip(*at, strict=True), marker, color=colour, ms=6, label=label)
+    points = [(one["values"][first["name"]], one["values"][second["name"]]) for one in found["front"]]
+    ax.plot(*zip(*sorted(points), strict=True), color=COMPRESSED, lw=1.2, alpha=0.6, label="the front")
+    if record.answer is not None:
+        at_answer = record.answer["value"], record.answer["others"][0]
+        ax.plot(*at_answer, "o", ms=13, mfc="none", mec=INK, mew=1.5, label="the answer")
+    labels = [f"{one['name']} [{one['unit']}]" if one["unit"] else one["name"] for one in (first, second)]
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.grid()
+    canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
+    said = "; ".join(
+        f"trial {one['number']} with "
+        + " and ".join(f"{of['name']} {in_unit(one['values'][of['name']], of['unit'])}" for of in (first, second))
+        for one in found["front"]
+    )
+    title = f"{first['name']} against {second['name']}".capitalize()
+    return "front", title, f"Within the bound and beaten by no other in both: {said}.", canvas
 
 
 def _standing(trial: Mapping[str, Any]) -> str:

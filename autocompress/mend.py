@@ -53,8 +53,8 @@ def _damage(folder: StudyFolder) -> str | None:
             record = folder.load_trial(trial.number)
         except ValueError:  # whoever needs it will say so
             continue
-        said = (trial.value, *(trial.user_attrs.get(name) for name in ("density", "score", "feasible")))
-        if said != (record.value, record.density, record.score, record.feasible):
+        said = (tuple(trial.values), *(trial.user_attrs.get(name) for name in ("density", "score", "feasible")))
+        if said != (record.values, record.density, record.score, record.feasible):
             return f"{journal} is damaged: trial {trial.number} is another in its record"
     return None
 
@@ -83,7 +83,7 @@ def restore(study: optuna.Study, space: Space, bound: Bound, folder: StudyFolder
         attributes, constraints = entry_of(result, bound)
         study.add_trial(
             optuna.trial.create_trial(
-                value=result.value,
+                values=result.values,
                 params={DENSITY: result.density_asked, **result.params},
                 distributions=space.distributions,
                 user_attrs=attributes,

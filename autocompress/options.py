@@ -196,8 +196,8 @@ def _as_typed(value: Any, option: click.Option, where: str) -> Any:
         if isinstance(value, bool):
             return value
         raise click.BadParameter(f"{where}: {value!r} is not true or false")
-    if isinstance(value, list) and option.multiple:
-        return [_plain(one, where) for one in value]
+    if option.multiple:
+        return [_plain(one, where) for one in (value if isinstance(value, list) else [value])]
     return _plain(value, where)
 
 

@@ -1,7 +1,7 @@
 """Where Optuna keeps a study: a journal in its folder, or a database that several coordinators share."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,23 +30,23 @@ class _Held(JournalFileSymlinkLock):
         pass
 
 
-def open_study(journal: Path, direction: Direction | None = None) -> optuna.Study:
-    """The study kept in ``journal``: as it was left, to be read; or to go on with, where a direction is given."""
+def open_study(journal: Path, *directions: Direction) -> optuna.Study:
+    """The study kept in ``journal``: as it was left, to be read; or to go on with, where directions are given."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if direction is None:
+    if not directions:
         return optuna.load_study(study_name="study", storage=JournalStorage(JournalFileBackend(str(journal))))
     _drop_half_line(journal)
-    return _opened(JournalStorage(JournalFileBackend(str(journal), _Held(str(journal)))), "study", direction)
+    return _opened(JournalStorage(JournalFileBackend(str(journal), _Held(str(journal)))), "study", directions)
 
 
-def open_shared(database: BaseStorage, name: str, direction: Direction) -> optuna.Study:
+def open_shared(database: BaseStorage, name: str, *directions: Direction) -> optuna.Study:
     """The study of that name in a database, made if it is not there."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return _opened(database, name, direction)
+    return _opened(database, name, directions)
 
 
-def _opened(storage: BaseStorage, name: str, direction: Direction) -> optuna.Study:
-    return optuna.create_study(storage=storage, direction=direction, study_name=name, load_if_exists=True)
+def _opened(storage: BaseStorage, name: str, directions: Sequence[Direction]) -> optuna.Study:
+    return optuna.create_study(storage=storage, directions=directions, study_name=name, load_if_exists=True)
 
 
 def _drop_half_line(journal: Path) -> None:

@@ -94,11 +94,15 @@ def _question(record: Record) -> str:
     kind = "relative to the dense model's" if asked.get("drop") == "relative" else "in absolute points"
     bound = f"{100 * float(asked.get('max_drop', 0)):g}{record.unit}"
     date = f", begun {record.begun} UTC" if record.begun else ""
-    objective = asked.get("objective", "density")
+    objective = _named(asked.get("objective", "density"))
     metric = str(asked.get("metric", "the metric")).replace("_", " ")
     asked_for = f"the best {objective} that loses at most {bound} of {metric} ({kind})"
     besides = "".join(f", with {one}" for one in asked.get("constraints") or ())
     return f"Study {record.name}{date}. Asked: {asked_for}{besides}."
+
+
+def _named(asked: Any) -> str:
+    return " and ".join(asked) if isinstance(asked, list) else str(asked)
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
@@ -201,7 +205,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     recovery = asked.get("recovery", {})
     for what in ("scheme", "search", "objective", "sampler", "seed"):
         if what in asked:
-            yield what, str(asked[what])
+            yield what, _named(asked[what])
     if recovery:
         yield "recovery", ", ".join(f"{name} {value}" for name, value in recovery.items() if value is not None)
     if came_to := (record.answer or {}).get("recovery"):

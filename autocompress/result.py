@@ -41,6 +41,7 @@ class Settings:
         schemes: How to compress; several when the search chooses among them.
         bound: What may be lost.
         objective: What to optimize within the bound.
+        others: Further objectives; then the search seeks a front, see `autocompress.selection`.
         sampler: What to try next, see `autocompress.samplers.SAMPLERS`.
         recovery: How a trial compresses and trains, and its budget.
         seed: Seeds the search and the trials.
@@ -82,6 +83,12 @@ class Settings:
     profile_device: str | None = None
     dimensions: tuple[Dimension, ...] = ()
     is_auto: bool = False
+    others: tuple[Objective, ...] = ()
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All of them, the first one first."""
+        return (self.objective, *self.others)
 
     @property
     def scheme(self) -> str:
@@ -106,6 +113,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}; it must be at least 0")
+        names = [one.name for one in self.objectives]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the objectives {', '.join(names)} name one twice; give each once")
         if self.trials < 1:
             raise ValueError(f"trials={self.trials}; it must be at least 1")
         if self.timeout_s is not None and not self.timeout_s > 0:
@@ -127,6 +137,7 @@ class Settings:
 
     def identity(self, task: Task) -> dict[str, Any]:
         """What makes it the same study when it is resumed: JSON types only."""
+        names = [one.source or one.name for one in self.objectives]
         return {
             "task": task.name,
             "fingerprint": task.fingerprint(),
@@ -136,7 +147,7 @@ class Settings:
             **({"search": self.search} if self.dimensions else {}),
             "max_drop": self.bound.max_drop,
             "drop": "relative" if self.bound.relative else "absolute",
-            "objective": self.objective.source or self.objective.name,
+            "objective": names[0] if len(names) == 1 else names,
             "runtime": self.runtime,
             "sampler": self.sampler,
             "seed": self.seed,
@@ -208,6 +219,9 @@ class Result:
         layers: What compression left of each layer.
         failures: The trials that ended without a result: number and reason.
         shortlist: What was judged on test, in that order: up to two denser trials, and the search's answer.
+        objectives: What was optimized, where there were several.
+        front: With several objectives the trials that were feasible on val and that no other such beats in one
+            without being beaten in another, by the first objective.
     """
 
     name: str
@@ -232,6 +246,8 @@ class Result:
     layers: tuple[Layer, ...] = ()
     failures: tuple[tuple[int, str], ...] = ()
     shortlist: tuple[Tested, ...] = ()
+    objectives: tuple[Objective, ...] = ()
+    front: tuple[int, ...] = ()
 
     @property
     def met(self) -> bool:
@@ -276,6 +292,10 @@ class Result:
             "latency_ms": {who: {str(at.batch): asdict(at) for at in m.own_latency} for who, m in pairs.items()},
             "measurements": {who: asdict(m) for who, m in pairs.items()},
             "certificate": asdict(self.certificate) if self.certificate else None,
+            "objectives": [
+                {"name": one.name, "direction": one.direction, "unit": one.unit} for one in self.objectives
+            ],
+            "front": [self._of_front(record) for n in self.front for record in self.records if record.number == n],
             "shortlist": [asdict(one) for one in self.shortlist],
             "threshold": self.threshold,
             "posterior": self._posterior(),
@@ -291,6 +311,15 @@ class Result:
             "folder": str(self.folder),
         }
         return {key: _finite(value) for key, value in result.items()}
+
+    def _of_front(self, record: TrialResult) -> dict[str, Any]:
+        names = [one.name for one in self.objectives]
+        return {
+            "number": record.number,
+            **{name: getattr(record, name) for name in ("density", "score")},
+            "drop_pp": 100 * record.drop,
+            "values": dict(zip(names, record.values, strict=True)),
+        }
 
     def _posterior(self) -> dict[str, Any] | None:
         """The believed drop on a grid of densities, in points, and the probability that the answer is feasible."""
@@ -330,6 +359,7 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
         "rejected": result.rejected,
         **{one.text: one.value for one in result.constraints},
         "value": result.value,
+        **{f"value_{i}": value for i, value in enumerate(result.others, start=2)},
         "params": m.params,
         "size_bytes": m.size_bytes,
         "macs": m.macs,

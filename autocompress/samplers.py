@@ -56,18 +56,24 @@ class _Stateless(optuna.samplers.BaseSampler):
         return self._of(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
 
 
-def check_sampler(name: str | None, space: Space) -> str:
-    """The sampler's name, if it can search such a space; by default ``threshold``, ``gp`` where there are ranges.
+def check_sampler(name: str | None, space: Space, objectives: int = 1) -> str:
+    """The sampler's name, if it can search such a space for so many objectives.
+
+    By default it is ``threshold``; ``gp`` where there are ranges, or several objectives of a density alone.
 
     Raises:
         ValueError: If there is no sampler of that name, or it cannot; the message says what can.
     """
     if name is None:
-        return "threshold" if space.is_finite else "gp"
+        return "threshold" if space.is_finite and (objectives == 1 or len(space.arms) > 1) else "gp"
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name.lower(), SAMPLERS, n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"unknown sampler {name!r}{hint} (available: {', '.join(SAMPLERS)})")
+    if objectives > 1 and (name == "bisection" or (name == "threshold" and len(space.arms) == 1)):
+        raise ValueError(
+            f"{name} seeks the lowest density, not a front of {objectives} objectives; use gp, tpe, grid or random"
+        )
     ranges = [one.name for one in space.dimensions if not one.is_categorical]
     if name == "bisection" and len(space.distributions) > 1:
         others = ", ".join(other for other in space.distributions if other != DENSITY)

@@ -67,14 +67,14 @@ def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
 
 
 def add_dense(
-    study: optuna.Study, space: Space, value: float, bound: Bound, constraints: Sequence[Checked] = ()
+    study: optuna.Study, space: Space, values: Sequence[float], bound: Bound, constraints: Sequence[Checked] = ()
 ) -> None:
     """Enters the dense model as the study's trial 0: density 1 and nothing lost, at no cost."""
     if study.get_trials(deepcopy=False):
         return
     study.add_trial(
         optuna.trial.create_trial(
-            value=value,
+            values=values,
             params=space.dense_params,
             distributions=space.distributions,
             user_attrs={"drop": 0.0, "drop_se": 0.0, "dense": True, **_cost_excess(constraints)},
@@ -250,7 +250,7 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
     for name, excess in constraints.items():
         if name not in trial.constraints:  # a killed process may have set some
             trial.set_constraint(name, excess)
-    study.tell(trial, result.value)
+    study.tell(trial, result.values)
 
 
 def entry_of(result: TrialResult, bound: Bound) -> tuple[dict[str, Any], dict[str, float]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
@@ -14,6 +15,7 @@ from autocompress.space import Arm, Space
 from autocompress.trial import Bound
 
 PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
+SMALLEST = 1e-12  # an objective of 0 or less has no logarithm
 SHORTLIST = 3  # trials that are judged on test, at most
 ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
 
@@ -65,7 +67,8 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
     Not the study's best trial, which its own selection has made look better than it is, but the best of those
     whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
     as that to a percent, or to what their latencies are known to, the one that lost least. Failing that the most
-    probable one.
+    probable one. Of several objectives their product counts, each relative to the
+    dense model, and so the answer is beaten by no other such trial in all of them.
 
     Args:
         study: The study.
@@ -84,10 +87,14 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
     probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]
     if not probable:
         return max(feasible, key=lambda trial: p[trial.number])
-    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-    best = min(sign * (trial.value or 0.0) for trial in probable)
+    signs = _signs(study)
+    if len(signs) > 1:
+        logs = {t.number: [math.log(max(value, SMALLEST)) for value in t.values] for t in probable}
+        return min(probable, key=lambda trial: sum(s * x for s, x in zip(signs, logs[trial.number], strict=True)))
+    (sign,) = signs
+    best = min(sign * trial.values[0] for trial in probable)
     noise = {trial.number: max(ALIKE, trial.user_attrs.get("noise", 0.0)) for trial in probable}
-    alike = [t for t in probable if sign * (t.value or 0.0) - best <= noise[t.number] * abs(best)]
+    alike = [t for t in probable if sign * t.values[0] - best <= noise[t.number] * abs(best)]
     return min(alike, key=lambda trial: trial.user_attrs["drop"])
 
 
@@ -115,3 +122,26 @@ def shortlist(
         if len(listed) < SHORTLIST and denser and safer and (arm is None or arm.holds(trial.params)):
             listed.append(trial)
     return listed[::-1]
+
+
+def front(study: optuna.Study) -> list[FrozenTrial]:
+    """With several objectives, the trials that were feasible on val and that no other such trial dominates.
+
+    One dominates another if it is as good by every objective and better by one. The best by the first objective
+    comes first.
+    """
+    signs = _signs(study)
+    feasible = [trial for trial in finished(study) if trial.user_attrs["feasible"]]
+    costs = {t.number: [s * value for s, value in zip(signs, t.values, strict=True)] for t in feasible}
+
+    def dominates(one: FrozenTrial, other: FrozenTrial) -> bool:
+        a, b = costs[one.number], costs[other.number]
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    best = [trial for trial in feasible if not any(dominates(other, trial) for other in feasible)]
+    return sorted(best, key=lambda trial: costs[trial.number])
+
+
+def _signs(study: optuna.Study) -> list[int]:
+    """By objective 1 if less of it is better, -1 if more."""
+    return [1 if direction == StudyDirection.MINIMIZE else -1 for direction in study.directions]

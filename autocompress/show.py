@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison, conditions, in_words
+from autocompress.comparison import Found, as_bytes, classes_that_lost, comparison, conditions, in_unit, in_words
 from autocompress.record import Record
 from autocompress.sweep_result import Sweep
 
@@ -48,6 +48,9 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
             table.add_row(*map(escape, one))
         console.print()
         console.print(table)
+    if found.get("front"):
+        console.print()
+        show_table(console, *_front(found))
     console.print()
     colours = {"certified": "bold green", "not met": "bold red"}
     say(found["sentence"], colours.get(found["verdict"], "bold yellow"))
@@ -64,6 +67,17 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     say(f"Everything is in {short(folder)}")
     for step in _next(found, folder):
         say(f"Next: {step}")
+
+
+def _front(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The header and the rows of the trials that no other feasible one beats in all objectives."""
+    units = {one["name"]: one["unit"] for one in found["objectives"]}
+    rows = []
+    for one in found["front"]:
+        name = f"trial {one['number']}" + " (the answer)" * (one["number"] == found["answer"])
+        values = [in_unit(value, units[what]) for what, value in one["values"].items()]
+        rows.append((name, f"{one['density']:.4f}", f"{one['drop_pp']:+.2f}", *values))
+    return ("", "density", "drop on val", *units), rows
 
 
 def show_sweep(console: Console, found: Sweep) -> None:

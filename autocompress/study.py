@@ -26,7 +26,7 @@ from autocompress.report import write_report
 from autocompress.result import Beginning, Result, Settings, Watcher
 from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
-from autocompress.selection import answer, finished, posterior, shortlist
+from autocompress.selection import answer, finished, front, posterior, shortlist
 from autocompress.space import DENSITY, Configuration
 from autocompress.storage import StudyFolder
 from autocompress.task import Task
@@ -96,14 +96,14 @@ class Study:
             tolerance=settings.tolerance,
             steps=n_steps(task.train, settings.epochs_total) if settings.epochs_total else None,
         )
-        dense_value = settings.objective(self.dense_cost)
+        dense_values = [objective(self.dense_cost) for objective in settings.objectives]
         self.dense_checked = check_all(settings.constraints, self.dense, self.dense_cost)
-        self.folder.update_settings({"dense_value": dense_value})
-        self._report_beginning(dense_value)
+        self.folder.update_settings({"dense_value": dense_values[0]})
+        self._report_beginning(dense_values[0])
         with self.folder.turn():
             self.study = self._open_study()
             set_sampler(self.study, settings.sampler, self.plan, settings.seed)
-            add_dense(self.study, self.space, dense_value, settings.bound, self.dense_checked)
+            add_dense(self.study, self.space, dense_values, settings.bound, self.dense_checked)
             adopt(self.study, settings.bound, self.folder)
             restore(self.study, self.space, settings.bound, self.folder)
         self._go_on()
@@ -120,13 +120,13 @@ class Study:
             return self._conclude(stopped)
 
     def _open_study(self) -> optuna.Study:
-        direction = self.settings.objective.direction
+        directions = [objective.direction for objective in self.settings.objectives]
         if self.database is not None:
             study_id = read_json(self.folder.settings_file)["study_id"]
-            return open_shared(self.database, f"{self.folder.path.name}-{study_id}", direction)
+            return open_shared(self.database, f"{self.folder.path.name}-{study_id}", *directions)
         if problem := set_aside_if_damaged(self.folder):
             self.watcher.warned(problem)
-        return open_study(self.folder.journal_file, direction)
+        return open_study(self.folder.journal_file, *directions)
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
         """What the dense model costs, and whether the objective or a limit needs more than can be counted."""
@@ -141,7 +141,8 @@ class Study:
         return counted, False
 
     def _try(self, cost: Measurement) -> None:
-        self.settings.objective(cost)
+        for objective in self.settings.objectives:
+            objective(cost)
         for one in self.settings.constraints:
             if isinstance(one, Limit):
                 one.check(cost)
@@ -183,6 +184,7 @@ class Study:
             facts=facts,
             recovery=chosen.recovery,
             objective=settings.objective,
+            others=settings.others,
             bound=settings.bound,
             dense=self.dense,
             seed=int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]),
@@ -326,6 +328,8 @@ class Study:
             stopped=stopped,
             seconds=time.perf_counter() - self.began,
             folder=self.folder.path,
+            objectives=self.settings.objectives if self.settings.others else (),
+            front=tuple(t.number for t in front(self.study)) if self.settings.others else (),
             **told,
         )
 

@@ -91,6 +91,7 @@ class TrialSpec:
         start: A denser model of an earlier trial to start from; None for the dense model.
         cheap: Whether the trial gives up when it cannot make it, and leaves starts for others.
         params: What else the search proposed, by name; it is in the scheme and the recovery already.
+        others: Further objectives.
     """
 
     number: int
@@ -112,6 +113,7 @@ class TrialSpec:
     runtime: str = "eager"
     profile_device: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[Objective, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class TrialResult:
         starts: By density: the state dicts that denser trials and sparser ones can start from; not on disk with
             the record, but beside it.
         params: What the search proposed beside the density, by name.
+        others: The further objectives.
     """
 
     number: int
@@ -165,6 +168,12 @@ class TrialResult:
     recovery: str = ""
     starts: Mapping[float, Weights] = field(default_factory=dict, compare=False, repr=False)
     params: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[float, ...] = ()
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All objectives, the first one first."""
+        return (self.value, *self.others)
 
     @property
     def rejected(self) -> bool:
@@ -271,6 +280,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         recovery=suiting(spec.recovery, scheme).method,
         starts=starts,
         params=dict(spec.params),
+        others=tuple(objective(measurement, dense_cost) for objective in spec.others),
     )
 
 
@@ -323,7 +333,8 @@ def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
 
 def _costs(spec: TrialSpec, task: Task, realized: nn.Module, kept: int) -> tuple[Measurement, Measurement | None]:
     """What the realized model costs, and the dense one: timed beside it where the objective compares them."""
-    measured = [spec.objective, *(one.objective for one in spec.constraints if isinstance(one, Limit))]
+    limits = [one.objective for one in spec.constraints if isinstance(one, Limit)]
+    measured = (spec.objective, *spec.others, *limits)
     beside = [task.model] if spec.timing and any(one.is_relative for one in measured) else []
     dense_params = count_params(task.model)
     cost, *dense = compare(

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from autocompress.certify import CONFIDENCE
 from autocompress.data import digits
@@ -36,6 +36,8 @@ from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker
 from autocompress.trial import Bound
 
+Asked: TypeAlias = str | Objective | Callable[[Measurement], float]
+
 
 def tune(
     task: Task | None = None,
@@ -44,7 +46,7 @@ def tune(
     *,
     constraints: Sequence[str | Requirement] = (),
     drop: Literal["absolute", "relative"] = "absolute",
-    objective: str | Objective | Callable[[Measurement], float] | None = None,
+    objective: Asked | Sequence[Asked] | None = None,
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
     epochs_total: float | None = None,
@@ -81,7 +83,8 @@ def tune(
         constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``, and what it may
             cost: ``"latency<=5ms"``, ``"size<=1MB"``, any objective.
         drop: Whether ``max_drop`` counts points or shares of the dense model's score.
-        objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`; by
+        objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`; a
+            list of several for a Pareto front, of which the answer is the one with the smallest product; by
             default the density, of several schemes the size, by which they compare.
         trials: How many trials, at most.
         timeout: Seconds after which no further trial begins.
@@ -130,14 +133,18 @@ def tune(
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
     schemes = as_schemes(scheme)
     dimensions = parse_dimensions(search, schemes, recovery)
+    objectives = _objectives(objective, "density" if len(schemes) == 1 else "size")
     settings = Settings(
         schemes=schemes,
         dimensions=dimensions,
         bound=Bound(max_drop, relative=_is_relative(drop)),
-        objective=as_objective(objective or ("density" if len(schemes) == 1 else "size")),
+        objective=objectives[0],
+        others=objectives[1:],
         is_auto=scheme == AUTO,
         # An unknown name is refused before the training; what the space is on the model is not known yet.
-        sampler=check_sampler(sampler, Space(schemes, recovery, (0.5,) * len(schemes), dimensions)),
+        sampler=check_sampler(
+            sampler, Space(schemes, recovery, (0.5,) * len(schemes), dimensions), len(objectives)
+        ),
         recovery=recovery,
         seed=seed,
         trials=trials,
@@ -222,6 +229,11 @@ def _open_folder(
     folder = resume_folder(home, resume, identity)
     folder.update_settings(asked)
     return folder
+
+
+def _objectives(given: Asked | Sequence[Asked] | None, default: str) -> tuple[Objective, ...]:
+    several: Sequence[Any] = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    return tuple(as_objective(one) for one in several or (default,))
 
 
 def _is_relative(drop: str) -> bool:

@@ -43,7 +43,7 @@ def folder(tmp_path: Path, make_spec: Callable[..., TrialSpec]) -> Iterator[Stud
 def opened(folder: StudyFolder) -> optuna.Study:
     study = open_study(folder.journal_file, "minimize")
     study.sampler = optuna.samplers.RandomSampler(seed=0)
-    add_dense(study, SPACE, 1.0, BOUND)
+    add_dense(study, SPACE, [1.0], BOUND)
     return study
 
 

@@ -47,7 +47,7 @@ def run_study(path: Path, make_spec: Callable[..., TrialSpec], sampler: str) -> 
     folder = StudyFolder(path)
     study = open_study(folder.journal_file, "minimize")
     study.sampler = make_sampler(sampler, SPACE, BOUND.max_drop, 3)
-    add_dense(study, SPACE, 1.0, BOUND)
+    add_dense(study, SPACE, [1.0], BOUND)
     adopt(study, BOUND, folder)
 
     def spec(number: int, chosen: Configuration) -> TrialSpec:

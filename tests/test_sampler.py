@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from autocompress.certify import paired_bounds
 from autocompress.lc import LearningCompression
 from autocompress.sampler import BisectionSampler, ThresholdSampler
-from autocompress.samplers import SAMPLERS, make_sampler
+from autocompress.samplers import SAMPLERS, check_sampler, make_sampler
 from autocompress.schemes import StructPrune
 from autocompress.space import Space
 
@@ -457,6 +457,25 @@ def test_the_grid_tries_each_of_twenty_densities_once() -> None:
     study = search(make_sampler("grid", SPACE, BOUND, 0), Simulation("exponential", 3), 20)
     densities = sorted(t.params["density"] for t in study.trials)
     assert densities == pytest.approx(np.geomspace(LOW, 1, 21))
+
+
+def test_several_objectives_are_for_samplers_that_seek_a_front() -> None:
+    two_arms = Space((StructPrune(), StructPrune(criterion="l1")), LearningCompression(), (LOW, LOW))
+    assert [check_sampler(None, space, 2) for space in (SPACE, two_arms)] == ["gp", "threshold"]
+    for name in ("threshold", "bisection"):
+        with pytest.raises(ValueError, match=f"{name} seeks the lowest density, not a front of 2 .*; use gp"):
+            check_sampler(name, SPACE, 2)
+    assert check_sampler("threshold", two_arms, 2) == "threshold"
+
+
+@pytest.mark.parametrize("name", ["gp", "tpe", "grid", "random"])
+def test_they_run_with_several_objectives(name: str) -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=make_sampler(name, SPACE, BOUND, 0))
+    for _ in range(6):
+        trial, density = ask(study)
+        trial.set_constraint("drop", 0.1 - density)
+        study.tell(trial, [density, 1 - density])
+    assert len({trial.params["density"] for trial in study.trials}) == 6
 
 
 def test_an_unknown_sampler_is_answered_with_near_matches() -> None:

@@ -24,7 +24,7 @@ from autocompress.search import (
     adopt,
     search,
 )
-from autocompress.selection import answer, finished, posterior, shortlist
+from autocompress.selection import answer, finished, front, posterior, shortlist
 from autocompress.space import Configuration, Space
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
@@ -64,7 +64,7 @@ class Home:
         self.folder = StudyFolder(path)
         self.log = Log()
         self.study = self.opened()
-        add_dense(self.study, space(), 1.0, BOUND)
+        add_dense(self.study, space(), [1.0], BOUND)
 
     def opened(self, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
         study = open_study(self.path / "journal.log", "minimize")
@@ -142,7 +142,7 @@ def test_a_constraint_that_is_met_with_room_changes_nothing(home: Home, make_spe
 
 
 def test_the_dense_model_is_trial_zero_and_free(home: Home) -> None:
-    add_dense(home.study, space(), 1.0, BOUND)  # as on resuming
+    add_dense(home.study, space(), [1.0], BOUND)  # as on resuming
     (dense,) = home.study.trials
     assert (dense.number, dense.value, dense.state) == (0, 1.0, TrialState.COMPLETE)
     assert dense.params == {"density": 1.0}
@@ -341,7 +341,7 @@ def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
 def test_among_the_probable_the_objective_decides_in_its_direction(tmp_path: Path) -> None:
     for direction, expected in (("minimize", 0.7), ("maximize", 0.9)):
         study = open_study(tmp_path / f"{direction}.log", direction)
-        add_dense(study, space(), 0.5, BOUND)
+        add_dense(study, space(), [0.5], BOUND)
         for density, value in ((0.7, 1.0), (0.8, 2.0), (0.9, 3.0)):
             told(study, density, 0.0, value=value)
         chosen = answer(study, space(), BOUND)
@@ -383,6 +383,27 @@ def test_the_shortlist_falls_back_on_denser_trials_that_lost_no_more(home: Home)
     assert numbers(lost=(safer,)) == [1, safer - 2, chosen]
     assert worse not in numbers()
     assert [t.number for t in shortlist(home.study, space(), home.study.trials[1])] == [1]
+
+
+def test_of_several_objectives_there_is_a_front_and_its_knee_answers(
+    tmp_path: Path,
+) -> None:
+    study = open_study(tmp_path / "journal.log", "minimize", "maximize")
+    add_dense(study, space(), [10.0, 1.0], BOUND)
+    drops = [0.0, 0.0, 0.0, 0.0, 0.2]
+    values = [(4.0, 1.0), (5.0, 4.0), (9.0, 5.0), (6.0, 3.0), (1.0, 9.0)]  # the fourth is beaten by the second
+    for i, (drop, (first, second)) in enumerate(zip(drops, values, strict=True)):
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=[first, second],
+                params={"density": 0.5 + i / 10},
+                distributions={"density": FloatDistribution(LOW, 1.0, log=True)},
+                user_attrs={"drop": drop, "drop_se": 0.004, "density": 0.5 + i / 10, "feasible": drop <= 0.05},
+            )
+        )
+    assert [trial.number for trial in front(study)] == [1, 2, 3]
+    chosen = answer(study, space(), BOUND)
+    assert chosen is not None and chosen.number == 2  # 5 / 4 is the least
 
 
 def test_the_dense_model_is_no_answer(home: Home) -> None:

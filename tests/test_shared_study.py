@@ -108,7 +108,7 @@ def coordinate(path: Path, url: str, make_spec: Callable[..., TrialSpec], name: 
         with folder.turn():
             study = open_shared(database, path.name, "minimize")
             study.sampler = make_sampler("threshold", SPACE, BOUND.max_drop, 3)
-            add_dense(study, SPACE, 1.0, BOUND)
+            add_dense(study, SPACE, [1.0], BOUND)
         plan = Plan(SPACE, BOUND, TRIALS, tolerance=1e-6)
         search(study, plan, spec, InProcess(), folder, Quiet())
         assert len(finished(study)) == TRIALS  # it has waited for the others' last trials

@@ -1,6 +1,7 @@
 """The Python API in this process: real searches on a task that is trained in a moment."""
 
 import copy
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +21,7 @@ from autocompress.goal import OBJECTIVES, as_objective
 from autocompress.lc import LearningCompression
 from autocompress.result import Settings
 from autocompress.scheme import SCHEMES, describe
+from autocompress.show import show_result
 from autocompress.trial import Bound
 
 DENSE_PARAMS = 859
@@ -101,6 +104,30 @@ class Recorder:
 def snapshot(model: nn.Module) -> list[object]:
     parameters = [(p.device, p.requires_grad, p.grad, id(p)) for p in model.parameters()]
     return [parameters, [module.training for module in model.modules()]]
+
+
+def test_several_objectives_and_a_limit_on_a_cost_from_the_question_to_the_report(task, out):
+    settings = {**SHORT, "trials": 3, "constraints": ["size<=2.5kB"], "name": "front", "out": out}
+    result = ac.tune(task, objective=["size", "macs"], **settings)
+    found = read_json(result.folder / "result.json")
+    assert [one["name"] for one in found["objectives"]] == ["size", "macs"]
+    assert found["front"] and result.front == tuple(one["number"] for one in found["front"])
+    by_number = {record.number: record for record in result.records}
+    for one in found["front"]:
+        record = by_number[one["number"]]
+        assert record.feasible and list(one["values"].values()) == list(record.values)
+        assert record.values == (record.measurement.size_bytes, record.measurement.macs)
+    for record in result.records:
+        (checked,) = record.constraints
+        assert checked.met == (record.measurement.size_bytes <= 2500) and (checked.met or not record.feasible)
+    assert "Its size is " in result.sentence
+    assert (result.folder / "figures" / "front.svg").is_file()
+    assert "size and macs" in (result.folder / "report.md").read_text()
+    shown = io.StringIO()
+    show_result(Console(file=shown, width=110), found, result.folder)
+    assert "drop on val" in shown.getvalue() and "(the answer)" in shown.getvalue()
+    with pytest.raises(ValueError, match=r"was made with objective \['size', 'macs'\], not 'size'"):
+        ac.tune(task, objective="size", resume="front", **{k: v for k, v in settings.items() if k != "name"})
 
 
 def test_a_search_on_tensors_from_the_question_to_the_result(task, out):

@@ -55,7 +55,7 @@ def main() -> int:
         path = recorded.write_study(Path(home), trials=trials, result=recorded.found(trials))
         folder, plan = StudyFolder(path), Plan(SPACE, bound, n + 10)
         study = open_study(folder.journal_file, "minimize")
-        add_dense(study, SPACE, 1.0, bound)
+        add_dense(study, SPACE, [1.0], bound)
         with timed("making a journal of the records"):
             restore(study, SPACE, bound, folder)
         with timed("resuming"):
