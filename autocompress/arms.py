@@ -9,13 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from autocompress.posterior import Array, Posterior, quantile
-from autocompress.sampler import ThresholdSampler, affordable_depth, depth_of, observations
+from autocompress.sampler import ThresholdSampler, WholeSampler, affordable_depth, depth_of, observations
 from autocompress.space import Arm, Space
 
 ALIKE = math.log(2)  # standard deviation of the log density at the bound between arms, around what they share
@@ -23,7 +21,7 @@ BEATS = 0.05  # an arm that is better than the best one known with a smaller pro
 HOPELESS = 2  # failed trials of an arm without a result
 
 
-class ArmSampler(BaseSampler):
+class ArmSampler(WholeSampler):
     """Seeks the best objective within the bound over the arms of a space and their densities.
 
     Thompson (1933): each arm's threshold is drawn from its posterior, the objective at the drawn density is read
@@ -47,30 +45,12 @@ class ArmSampler(BaseSampler):
     def __init__(self, space: Space, max_drop: float, seed: int = 0, tolerance: float = 0.15) -> None:
         assert space.arms, "a space with a range is searched by gp, tpe or random"
         self.space, self.max_drop, self.seed, self.tolerance = space, max_drop, seed, tolerance
+        self.distributions = space.distributions
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Every dimension."""
-        return self.space.distributions
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Chooses an arm, and a density for it, given the study's other trials."""
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        arm = self.choose(trials, study.directions, trial.number)
+    def propose_params(self, study: Study, number: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """An arm, and a density for it."""
+        arm = self.choose(trials, study.directions, number)
         return self.space.params_at(arm, self._density(arm, trials))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Refuses: all dimensions are known.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            f"{type(self).__name__} searches {', '.join(self.space.distributions)}, not {param_name!r}"
-        )
 
     def choose(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection], number: int) -> Arm:
         """The arm that trial ``number`` shall try, given the other trials."""

@@ -24,8 +24,46 @@ LEVELS = (0.5, 0.9, 0.1, 0.75, 0.25)  # of the threshold's depth: the slope of t
 WORTHWHILE = 0.9  # a model of a higher density is not worth having
 
 
-class _DensitySampler(optuna.samplers.BaseSampler):
-    """What Optuna asks of a sampler of one density; `propose` is all that differs. Without state."""
+class WholeSampler(optuna.samplers.BaseSampler):
+    """A sampler that proposes all parameters at once, from the study's other trials alone. Without state.
+
+    Attributes:
+        distributions: All parameters that it proposes.
+    """
+
+    distributions: dict[str, BaseDistribution]
+
+    def propose_params(self, study: Study, number: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """What trial ``number`` shall try, given all other trials of the study."""
+        raise NotImplementedError
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All that it proposes."""
+        return self.distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Proposes, given the study's other trials."""
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        return self.propose_params(study, trial.number, others)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Refuses: all parameters are known.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{type(self).__name__} searches {', '.join(self.distributions)} and cannot propose {param_name!r}; "
+            "for other dimensions use the samplers gp, tpe or random"
+        )
+
+
+class _DensitySampler(WholeSampler):
+    """A sampler of one density; `propose` is all that differs."""
 
     def __init__(self, low: float, max_drop: float) -> None:
         if not 0 < low < 1:
@@ -34,35 +72,16 @@ class _DensitySampler(optuna.samplers.BaseSampler):
             raise ValueError(f"max_drop={max_drop}: the bound must be a fraction of at least 0, such as 0.01")
         self.low = low
         self.max_drop = max_drop
+        self.distributions = {"density": FloatDistribution(low, 1.0, log=True)}
 
     def propose(self, trials: Sequence[FrozenTrial]) -> float:
         """The density to try next, given all other trials of the study."""
         raise NotImplementedError
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The density alone."""
-        return {"density": FloatDistribution(self.low, 1.0, log=True)}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Proposes, given the study's other trials."""
-        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+    def propose_params(self, study: Study, number: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """The density."""
         # exp(log(low)) may fall short of low by the last bit, and Optuna would not take it
-        return {"density": min(1.0, max(self.low, self.propose(others)))}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Refuses: there is one parameter.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            f"{type(self).__name__} searches the density alone and cannot propose {param_name!r}; "
-            "with more dimensions use the samplers gp, tpe or random"
-        )
+        return {"density": min(1.0, max(self.low, self.propose(trials)))}
 
 
 class ThresholdSampler(_DensitySampler):
