@@ -7,6 +7,7 @@ from rich.console import Console
 
 from autocompress.record import read_record
 from autocompress.show import make_console, short, show_list, show_result
+from autocompress.words import words
 
 FOLDER = Path("/runs/[bold]demo")  # brackets are rich's markup: a path may have them
 ESCAPE = "\x1b["
@@ -102,3 +103,29 @@ def test_paths_below_the_current_folder_are_short(monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert short(tmp_path / "autocompress-runs" / "a") == Path("autocompress-runs/a")
     assert short(Path("/elsewhere/a")) == Path("/elsewhere/a")
+
+
+def test_a_front_is_a_table_and_a_limit_on_a_cost_a_row(recorded):
+    objectives = [{"name": "latency", "unit": "ms"}, {"name": "size", "unit": "bytes"}]
+    front = [
+        {"number": n, "density": 0.1, "drop_pp": 0.5, "values": {"latency": 1.5, "size": 4000.0}} for n in (2, 3)
+    ]
+    judged = {"value": 5.5, "met": False, "is_cost": True, "unit": "ms"}
+    limits = [{"constraint": "latency<=5ms", "val": {"value": 4.9, "excess": -0.02}, "test": judged}]
+    found = recorded.found(recorded.three_trials(), objectives=objectives, front=front, constraints=limits)
+    rows = [re.split(r" {2,}", line.strip()) for line in shown(found).splitlines()]
+    assert ["density", "drop on val", "latency", "size"] in rows
+    assert ["trial 2 (the answer)", "0.1000", "+0.50", "1.5 ms", "4.0 kB"] in rows
+    assert ["trial 3", "0.1000", "+0.50", "1.5 ms", "4.0 kB"] in rows
+    assert ["latency<=5ms", "5.5 ms", "violated"] in rows
+
+
+def test_the_shortlist_is_said_in_words(recorded, tmp_path):
+    tested = {"number": 2, "density": 0.04, "outcome": "certified", "upper": 0.0093}
+    skipped = {"number": 1, "density": 0.02, "outcome": None, "upper": None}
+    for shortlist in ([tested], [tested, skipped]):
+        result = recorded.found(recorded.three_trials(), shortlist=shortlist)
+        record = read_record(recorded.write_study(tmp_path, f"of-{len(shortlist)}", result=result))
+        said = " ".join(words(record))
+        assert ("trial 2 (density 0.04) loses at most 0.93 pp, certified" in said) is (len(shortlist) > 1)
+        assert ("trial 1 (density 0.02) was not tested" in said) is (len(shortlist) > 1)
