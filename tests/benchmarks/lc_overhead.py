@@ -31,7 +31,7 @@ def main() -> int:
     task = Task(resnet18(num_classes=10).eval(), split, split, split).on("cpu")
     default = LearningCompression(epochs=EPOCHS)
     c_steps = max(1, round(default.c_steps * steps / default.n_steps(split)))
-    config = LearningCompression(steps=steps, c_steps=c_steps, distill=0.0)
+    config = LearningCompression(steps=steps, c_steps=c_steps, distill=0.0, mu=1.0)
     print(f"{steps} gradient steps, {c_steps} C steps\n{'scheme':50s}{'plain s':>9s}{'lc s':>8s}{'overhead':>10s}")
     worst = 0.0
     for spec in SCHEMES:
