@@ -219,7 +219,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # torch raises whatever damaged bytes make it
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} is not a readable weights file ({type(error).__name__}: {reason})") from None
+        said = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{file} is not a readable file of torch.save, whatever its name says ({said})") from None
     for wrapper in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
