@@ -220,7 +220,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises whatever damaged bytes make it
         reason = str(error).partition("\n")[0]
         said = f"{type(error).__name__}: {reason}"
-        raise ValueError(f"{file} is not a readable file of torch.save, whatever its name says ({said})") from None
+        raise ValueError(f"{file} is not a readable weights file, whatever its name says ({said})") from None
     for wrapper in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
