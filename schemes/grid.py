@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 CLIPS = 16  # points at which the largest weight may be cut off; the fewer the integers, the deeper
+CLIPS_OF_MANY = 4  # with 8 bits little is cut off: 16 points take 0.6% off the squared error of a ResNet-18
+MANY = 100  # integers on either side of zero
 REFINEMENTS = 3
 AT_A_TIME = 2**18  # weights that are worked on: so many stay in the processor's cache
 SMALLEST = 1e-30  # channels below it are zero
@@ -42,9 +44,9 @@ def _quantize_rows(w: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
     largest = w.abs().amax(1)
     unclipped = _short(largest.clamp_min(SMALLEST) / q_max)
     scale, error = unclipped, _error(w, unclipped, q_max)
-    deepest = min(0.8, 5.6 / q_max)
-    for k in range(CLIPS):
-        clip = 1 - deepest * (k + 1) / CLIPS
+    deepest, clips = min(0.8, 5.6 / q_max), CLIPS if q_max < MANY else CLIPS_OF_MANY
+    for k in range(clips):
+        clip = 1 - deepest * (k + 1) / clips
         scale, error = _better(w, _short(clip * unclipped), scale, error, q_max)
     for _ in range(REFINEMENTS):
         q = _integers(w, scale, q_max)
