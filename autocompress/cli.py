@@ -314,7 +314,10 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = asked.get(name, options[name])  # a study of an earlier version may lack one
         elif name not in BUDGET and not _is_same(name, options[name], asked[name]):
-            was = f"the study {options['resume']!r} was made with {asked[name]!r}, not {options[name]!r}"
+            before, now = (
+                ", ".join(one) if isinstance(one, tuple) else one for one in (asked[name], options[name])
+            )
+            was = f"the study {options['resume']!r} was made with {before!r}, not {now!r}"
             hint = f"'--{name.replace('_', '-')}'"
             raise click.BadParameter(f"{was}; resume it as it was or begin a new one", param_hint=hint)
 
