@@ -137,7 +137,7 @@ class Posterior:
         return float(min(1.0, max(self.low, math.exp(-depth))))
 
 
-@lru_cache(maxsize=128)  # one state of a study is asked about several times, and by arm
+@lru_cache(maxsize=48)  # one state of a study is asked about several times, and by arm; half a MB each
 def fit_posterior(
     seen: tuple[Observation, ...], low: float, bound: float, *, seed: int = 0, shared: float = SHARED
 ) -> Posterior:
@@ -162,7 +162,7 @@ def fit_posterior(
 
     x, weights = _sample(log_likelihood, seed, rounds=ROUNDS if seen else 1)
     curves, _, shared_noise = _from_normal(x, depth_max, bound)
-    return Posterior(low, curves, weights, shared_noise[:, 0])
+    return Posterior(low, curves, weights, shared_noise[:, 0].copy())  # a view would keep all of x
 
 
 # The model. A draw is a point x of shape (6,); under the prior its coordinates are standard normal.
