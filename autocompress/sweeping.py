@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,6 +17,7 @@ from autocompress.analysis import analyze
 from autocompress.bundle import rebuild
 from autocompress.data import digits
 from autocompress.devices import usable_device
+from autocompress.display import SECONDS_BETWEEN_LINES, Footer
 from autocompress.environment import provenance
 from autocompress.files import read_json, write_json
 from autocompress.goal import as_objective
@@ -24,6 +26,7 @@ from autocompress.interrupt import gentle_interrupt
 from autocompress.macs import count_macs
 from autocompress.measurement import Measurement, measure
 from autocompress.metrics import Metric, as_metric
+from autocompress.progress import Listener, heard_by
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_settings
 from autocompress.scheme import Facts, Scheme, describe, parse_scheme
 from autocompress.search import INTERRUPTED
@@ -282,7 +285,8 @@ class Sweeping:
         if kept := self._load(cell.number):
             self._log(cell, self.folder.load_trial(cell.number), kept["row"])
             return kept
-        with GpuWindow(torch.device(self.device), every_s=GPU_EVERY_S) as window:
+        gpu = GpuWindow(torch.device(self.device), every_s=GPU_EVERY_S)
+        with gpu as window, heard_by(self._now_and_then(f"trial {cell.number:>3}  {cell.scheme}")):
             result = run_trial(self._spec(cell, facts))
         model = result.model
         assert model is not None, "a trial that has just run has its model"
@@ -294,6 +298,19 @@ class Sweeping:
         timeline = [[at.seconds, at.free_bytes, at.utilization_pct] for at in window.usage.timeline]
         curves = {name: list(values) for name, values in result.curves.items()}
         return self._save(cell.number, {"row": row, "curves": curves, "timeline": timeline})
+
+    def _now_and_then(self, what: str) -> Listener:
+        """Says how far a long trial has come."""
+        footer, said_at = Footer(what), time.monotonic()
+
+        def heard(done: float) -> None:
+            nonlocal said_at
+            footer.advance(done)
+            if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:
+                said_at = time.monotonic()
+                self.progress(str(footer.__rich__()))
+
+        return heard
 
     def _spec(self, cell: Cell, facts: Facts) -> TrialSpec:
         return TrialSpec(

@@ -67,6 +67,15 @@ def test_the_table_has_means_and_deviations_over_the_repeats(found: Sweep) -> No
     assert np.isnan(table["accuracy_sd"][0])
 
 
+def test_a_long_trial_says_how_far_it_has_come(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("autocompress.sweeping.SECONDS_BETWEEN_LINES", 0.0)
+    run(tiny_task, tmp_path, said, schemes="StructPrune", densities=(0.5,), repeats=1)
+    assert sum(line.startswith("trial   1  StructPrune") for line in said) > 2
+
+
 def test_what_cannot_be_reached_is_said_once(found: Sweep) -> None:
     (failed,) = found.failed
     assert (failed["scheme"], failed["density_asked"]) == ("StructPrune", 1e-6)
