@@ -90,15 +90,14 @@ def _agree(actual: Tensor, expected: Tensor) -> bool:
 @contextmanager
 def _masked(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
     """Zeros in place of the entries of parameters that are not kept, for a ``with`` block."""
-    whole = {name: model.get_parameter(name).detach().clone() for name in kept}
-    with torch.no_grad():
-        try:
-            for name, entries in kept.items():
-                model.get_parameter(name).mul_(entries)
-            yield
-        finally:
-            for name, values in whole.items():
-                model.get_parameter(name).copy_(values)
+    whole = {name: model.get_parameter(name).data for name in kept}
+    try:
+        for name, entries in kept.items():
+            model.get_parameter(name).data = whole[name] * entries
+        yield
+    finally:
+        for name, values in whole.items():
+            model.get_parameter(name).data = values
 
 
 def _outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
