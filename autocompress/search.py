@@ -22,6 +22,7 @@ from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 
 TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
+HOPELESS = 0.1  # probability up to which a density is not worth a last trial
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
 TIME_IS_UP = "the time is up"
@@ -212,7 +213,11 @@ def _missing(study: optuna.Study, plan: Plan, arm: Arm) -> float | None:
     if belief is None:
         return None
     own = of_arm(arm, _states(study, TrialState.COMPLETE))
-    density = min(belief.threshold(PROBABILITY), math.exp(-affordable_depth(own)))
+    density, affordable = belief.threshold(PROBABILITY), math.exp(-affordable_depth(own))
+    if affordable < density:
+        if belief.p_feasible(affordable) <= HOPELESS:
+            return None
+        density = affordable
     if best is not None and arm.holds(best.params):
         found = asked_density(best)
         if belief.p_feasible(found) >= PROBABILITY:
