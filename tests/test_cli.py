@@ -132,11 +132,21 @@ def found(job: Job) -> dict:
     return job.ended.json
 
 
+SEED = """
+import sys
+from pathlib import Path
+import autocompress as ac
+from autocompress.tracking import Tracker
+ac.digits(cache=Path(sys.argv[1]) / "cache")
+Tracker(Path(sys.argv[1]), "digits").flush()
+"""
+
+
 @pytest.fixture(scope="module")
-def place(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Where the dense model and the database are made already, without a study: it saves each run seconds."""
     seeded = Place(tmp_path_factory.mktemp("seeded"))
-    shutil.copytree(job.place.out / "cache", seeded.out / "cache")
+    subprocess.run([sys.executable, "-c", SEED, seeded.out], env=seeded.env, cwd=seeded.cwd, check=True)
     return seeded
 
 
@@ -350,7 +360,7 @@ def outcome(found: dict) -> list[tuple[float, float]]:
     return [(trial["density"], trial["score"]) for trial in found["trials"]]
 
 
-def test_the_same_seed_gives_the_same_result_bit_for_bit(job, place, tmp_path):
+def test_the_same_seed_gives_the_same_result_bit_for_bit(place, tmp_path):
     def run(place: Place) -> tuple[dict, dict[str, bytes]]:
         options = ("--trials", 2, "--epochs", 2, "--max-drop", "20%", "--seed", 5, "--name", "seeded")
         ended = autocompress(place, "tune", *options, "--json", "--quiet")
@@ -365,7 +375,7 @@ def test_the_same_seed_gives_the_same_result_bit_for_bit(job, place, tmp_path):
     assert weights_again == weights
     assert len(weights) == 2
     (dense,) = (fresh.out / "cache").glob("*.safetensors")
-    assert dense.read_bytes() == (job.place.out / "cache" / dense.name).read_bytes()
+    assert dense.read_bytes() == (place.out / "cache" / dense.name).read_bytes()
     for name in ("scores", "drop_pp", "verdict", "density", *COSTS):
         assert again[name] == first[name]
 
@@ -592,6 +602,7 @@ def test_a_sum_of_schemes_for_latency(place, short):
     assert check_sizes(place, "sum", found) > 8  # names and shapes are a third of so small a file
 
 
+@pytest.mark.slow
 def test_a_composition_by_name_with_a_relative_drop(place, short):
     ended, found = short("PruneQuantize16", "--drop", "relative", "-v", name="both")
     assert "at most 20% of accuracy relative to the dense model's" in ended.stdout
@@ -656,11 +667,11 @@ for number, line in enumerate(sys.stdin):
 
 
 @pytest.fixture(scope="module")
-def refusals(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def refusals(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """Every bad command's end. Each is a process of its own, forked off one that has imported torch."""
-    place = bad_place(tmp_path_factory.mktemp("refused"))
-    shutil.copytree(job.place.out / "cache", place.out / "cache")
-    shutil.copy(job.place.out / "mlflow.db", place.out)
+    seeded, place = place, bad_place(tmp_path_factory.mktemp("refused"))
+    shutil.copytree(seeded.out / "cache", place.out / "cache")
+    shutil.copy(seeded.out / "mlflow.db", place.out)
     cases = REFUSED | OBJECTIVES_THAT_FAIL
     done = subprocess.run(
         [sys.executable, "-c", ONE_BY_ONE],

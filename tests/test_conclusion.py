@@ -13,7 +13,7 @@ from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialSpec, run_trial
 
 MakeSpec = Callable[..., TrialSpec]
-BOUND = Bound(0.3)
+BOUND = Bound(0.25)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def test_every_example_is_run_here() -> None:
     assert {file.name for file in EXAMPLES.glob("*.py")} == set(PRINTS)
 
 
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize("name", [pytest.param("own_model.py", marks=pytest.mark.slow), "custom_objective.py"])
 def test_example(name: str, tmp_path: Path) -> None:
     argv = [sys.executable, "-W", "error", str(EXAMPLES / name)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -23,6 +23,8 @@ def largest_rank_one(facts: Matrices) -> int:
 
 
 class TestLowRank(SchemeConformance):
+    models = some_models("plain", "residual", "depthwise", "flattened", "attention")
+
     def make_scheme(self) -> Scheme:
         return LowRank()
 

@@ -158,6 +158,8 @@ class TestNeuronPrune(Structured):
 
 
 class TestFilterPrune(Structured):
+    models = some_models("plain", "residual", "concatenated", "grouped")  # what StructPrune does, and less
+
     def make_scheme(self) -> Scheme:
         return FilterPrune()
 
