@@ -252,7 +252,8 @@ def _of_order(shortlist: Sequence[TrialResult], certified: int) -> Iterator[str]
     if len(shortlist) == 1:
         return
     if certified == len(shortlist):
-        yield f"So are the {certified - 1} denser of the shortlist, tested before it."
+        denser = "is the denser one" if certified == 2 else f"are the {certified - 1} denser ones"
+        yield f"So {denser} of the shortlist, tested before it."
         return
     failed, last = shortlist[certified], shortlist[-1]
     named = f"trial {failed.number} of density {failed.density:.3g}"
