@@ -149,6 +149,11 @@ def in_words(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
+def constrained(text: str) -> str:
+    """What a constraint is about, in words: ``"balanced accuracy"`` of ``"balanced_accuracy>=0.9"``."""
+    return re.split("[<>]=", text)[0].replace("_", " ")
+
+
 def in_unit(value: float, unit: str) -> str:
     """A value in its unit: bytes and counts in multiples of a thousand, scores to four decimals."""
     if unit == "bytes":

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.comparison import in_unit
+from autocompress.comparison import constrained, in_unit
 from autocompress.metrics import Metric, as_metric, classes_present, smallest_class
 from autocompress.task import Evaluation
 
@@ -54,7 +54,7 @@ class Checked:
     @property
     def metric(self) -> str:
         """What is constrained, in words."""
-        return _metric(self.text)
+        return constrained(self.text)
 
     @property
     def shown(self) -> str:
@@ -103,14 +103,14 @@ class Judged:
                 ends = f"{in_unit(self.lower, self.unit)} to {in_unit(self.upper, self.unit)}"
                 known = f", {ends} with {self.confidence:.0%} confidence"
             required = f"(required: {self.text})" if self.met else f", which violates {self.text}"
-            return f"Its {_metric(self.text)} is {value}{known} {required}.".replace(" ,", ",")
+            return f"Its {constrained(self.text)} is {value}{known} {required}.".replace(" ,", ",")
         at_least = ">=" in self.text
         lower, upper = f"at least {self.lower:.4f}", f"at most {self.upper:.4f}"
         violated = "" if self.met else f"which violates {self.text}, "
         bound = (lower if at_least else upper) if self.met else (upper if at_least else lower)
         sure = f"{bound} with {self.confidence:.0%} confidence"
         required = f" (required: {self.text})" if self.met else ""
-        return f"On test {_metric(self.text)} is {self.value:.4f}, {violated}{sure}{required}."
+        return f"On test {constrained(self.text)} is {self.value:.4f}, {violated}{sure}{required}."
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,6 @@ def parse_constraint(text: str, classes: Sequence[str] = ()) -> Constraint:
         )
     name, operator, number, percent = match.groups()
     return Constraint(as_metric(name, classes), operator == ">=", float(number) / (100 if percent else 1))
-
-
-def _metric(text: str) -> str:
-    return re.split("[<>]=", text)[0].replace("_", " ")
 
 
 def _resampled(metric: Metric, evaluation: Evaluation, resamples: int) -> NDArray[np.float64]:

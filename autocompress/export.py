@@ -112,9 +112,7 @@ def export(
         probes = _probes(example_input.detach().cpu())
         with torch.inference_mode():
             expected = [stored(x).float().numpy() for x in probes]
-        errors = _write_all(stored, probes, expected, staging, provenance, formats)
-        if dense is not None and errors["safetensors"] == 0:
-            errors["safetensors"] = _error(_rebuilt(staging, dense, probes), expected)
+        errors = _write_all(stored, probes, expected, staging, provenance, dense, formats)
         refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
         integers = weight_dtype(stored) == torch.int8
         readme = _readme(errors, probes[0], expected[0].shape[-1], provenance, refused, integers)
@@ -151,6 +149,7 @@ def _write_all(
     expected: Arrays,
     folder: Path,
     provenance: Provenance,
+    dense: nn.Module | None,
     formats: Sequence[str],
 ) -> dict[str, float | str]:
     """Writes every format into ``folder``; for each its error against the model, or why there is none."""
@@ -180,7 +179,9 @@ def _write_all(
         progress.report(len(writers) / (len(writers) + 1))
         answers = elsewhere.finish([name for name in writers if name not in (*failed, "safetensors")])
     errors = {name: _error(found, expected) for name, found in answers.items()}
-    return {"safetensors": 0.0} | failed | errors
+    if "safetensors" not in failed:  # `bundle.save` has compared the weights
+        errors["safetensors"] = 0.0 if dense is None else _error(_rebuilt(folder, dense, probes), expected)
+    return failed | errors
 
 
 def _rebuilt(folder: Path, dense: nn.Module, probes: Sequence[Tensor]) -> Arrays | str:

@@ -1,11 +1,18 @@
 """The report of a study: one HTML file that opens anywhere, the same in Markdown, and its figures."""
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from autocompress.comparison import as_bytes, as_count, comparison, in_unit, in_words, timed_together
+from autocompress.comparison import (
+    as_bytes,
+    as_count,
+    comparison,
+    constrained,
+    in_unit,
+    in_words,
+    timed_together,
+)
 from autocompress.figures import Figure, draw
 from autocompress.files import read_json
 from autocompress.record import Record, read_record
@@ -180,8 +187,8 @@ def _besides(trial: Mapping[str, Any]) -> str:
     """The trial's value of each constraint, and which of them it violates."""
     said = ""
     for one in trial.get("constraints") or ():
-        name = re.split("[<>]=", one["text"])[0].replace("_", " ")
-        said += f", {name} {in_unit(one['value'], one.get('unit', ''))}" + " (violated)" * (one["excess"] > 0)
+        said += f", {constrained(one['text'])} {in_unit(one['value'], one.get('unit', ''))}"
+        said += " (violated)" * (one["excess"] > 0)
     return said
 
 
