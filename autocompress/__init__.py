@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from autocompress.measurement import Measurement, compare, measure
     from autocompress.metrics import Metric, accuracy, balanced_accuracy
     from autocompress.own_task import make_task
-    from autocompress.result import Result, Watcher
+    from autocompress.result import Result
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
     from autocompress.sweep_result import Sweep
     from autocompress.sweeping import sweep
     from autocompress.task import Task, TensorSplit
     from autocompress.tuning import tune
+    from autocompress.watcher import Watcher
 
 # Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
 _HOMES = {
@@ -35,12 +36,13 @@ _HOMES = {
     "measurement": ("Measurement", "compare", "measure"),
     "metrics": ("Metric", "accuracy", "balanced_accuracy"),
     "goal": ("Objective", "objective"),
-    "result": ("Result", "Watcher"),
+    "result": ("Result",),
     "scheme": ("Compose", "Scheme", "Theta", "parse_scheme", "register_scheme"),
     "tuning": ("tune",),
     "sweep_result": ("Sweep",),
     "sweeping": ("sweep",),
     "task": ("Task", "TensorSplit"),
+    "watcher": ("Watcher",),
 }
 
 __all__ = [

@@ -3,9 +3,9 @@
 import warnings
 
 from autocompress.dimensions import on_model
-from autocompress.result import Settings
 from autocompress.samplers import check_sampler
 from autocompress.scheme import AUTO, Facts, Scheme, describe
+from autocompress.settings import Settings
 from autocompress.space import Space
 from autocompress.task import Task
 

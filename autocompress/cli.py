@@ -28,7 +28,8 @@ from autocompress.sweep_command import OF_A_TRIAL, OF_RECOVERY, sweep
 from autocompress.task_options import restore, take_options, task_options
 
 if TYPE_CHECKING:
-    from autocompress.result import Result, Watcher
+    from autocompress.result import Result
+    from autocompress.watcher import Watcher
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 # Options that may change when a study is resumed.
@@ -220,11 +221,11 @@ def tune(
     from autocompress.optuna_store import check_database
     from autocompress.own_task import make_task
     from autocompress.recovery import make_recovery, with_settings
-    from autocompress.result import Silent
     from autocompress.runtimes import check_runtime
     from autocompress.scheme import parse_schemes
     from autocompress.show import make_console, show_result
     from autocompress.storage import check_name, prepare_out
+    from autocompress.watcher import Silent
 
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:

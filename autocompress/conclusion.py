@@ -16,12 +16,14 @@ from autocompress.limit import Limit
 from autocompress.measurement import Measurement, compare
 from autocompress.per_class import per_class
 from autocompress.progress import span
-from autocompress.result import Settings, Tested, Watcher
+from autocompress.result import Tested
 from autocompress.runtimes import shown_runtimes
 from autocompress.scheme import Facts, Scheme, Weights, describe
+from autocompress.settings import Settings
 from autocompress.storage import StudyFolder
 from autocompress.task import Evaluation, Task
 from autocompress.trial import TrialResult
+from autocompress.watcher import Watcher
 
 
 @dataclass(frozen=True)

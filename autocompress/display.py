@@ -13,8 +13,8 @@ from rich.text import Text
 from autocompress.comparison import as_bytes, as_count, in_unit, in_words
 from autocompress.posterior import Posterior
 from autocompress.progress import heard_by
-from autocompress.result import Beginning
 from autocompress.trial import TrialResult
+from autocompress.watcher import Beginning
 
 
 class Display:
@@ -125,7 +125,9 @@ class Display:
     def _values(self, result: TrialResult) -> list[str]:
         """The objectives, where there are several."""
         assert self._beginning is not None
-        named = zip(self._beginning.settings.objectives, result.values, strict=True) if result.others else ()
+        if len(result.values) == 1:
+            return []
+        named = zip(self._beginning.settings.objectives, result.values, strict=True)
         return [f"{one.name} {in_unit(value, one.unit)}" for one, value in named]
 
     def failed(self, number: int, reason: str) -> None:

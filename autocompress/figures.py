@@ -146,15 +146,14 @@ def _front(record: Record, found: Mapping[str, Any]) -> tuple[str, str, str, "Ca
     first, second = found["objectives"][:2]
     kinds = (("yes", "o", "trial within the bound"), ("no", "x", "trial beyond it"), ("rejected", "1", "given up"))
     for kind, marker, label in kinds:
-        at = [(t["value"], t["others"][0]) for t in record.trials if _standing(t) == kind and t.get("others")]
+        at = [t["values"][:2] for t in record.trials if _standing(t) == kind]
         if at:
             colour = COMPRESSED if kind == "yes" else BOUND
             ax.plot(*zip(*at, strict=True), marker, color=colour, ms=6, label=label)
     points = [(one["values"][first["name"]], one["values"][second["name"]]) for one in found["front"]]
     ax.plot(*zip(*sorted(points), strict=True), color=COMPRESSED, lw=1.2, alpha=0.6, label="the front")
     if record.answer is not None:
-        at_answer = record.answer["value"], record.answer["others"][0]
-        ax.plot(*at_answer, "o", ms=13, mfc="none", mec=INK, mew=1.5, label="the answer")
+        ax.plot(*record.answer["values"][:2], "o", ms=13, mfc="none", mec=INK, mew=1.5, label="the answer")
     labels = [f"{one['name']} [{one['unit']}]" if one["unit"] else one["name"] for one in (first, second)]
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.grid()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from autocompress.certify import certifiable_drop
 from autocompress.recovery import settings_of
-from autocompress.result import Settings
+from autocompress.settings import Settings
 from autocompress.task import Task
 from autocompress.trial import TrialResult
 

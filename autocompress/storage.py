@@ -214,8 +214,8 @@ def _trial_result(record: dict[str, Any]) -> TrialResult:
     measurement = Measurement.from_json(record.pop("measurement"))
     curves = {name: tuple(values) for name, values in record.pop("curves").items()}
     constraints = tuple(Checked(**one) for one in record.pop("constraints", ()))
-    others = tuple(record.pop("others", ()))
-    return TrialResult(measurement=measurement, curves=curves, constraints=constraints, others=others, **record)
+    values = tuple(record.pop("values"))
+    return TrialResult(measurement=measurement, curves=curves, constraints=constraints, values=values, **record)
 
 
 def new_folder(home: Path, name: str | None, asked: Mapping[str, Any]) -> StudyFolder:

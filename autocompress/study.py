@@ -23,16 +23,18 @@ from autocompress.posterior import Posterior
 from autocompress.prospect import nearest_miss, prospect
 from autocompress.ranks import team
 from autocompress.report import write_report
-from autocompress.result import Beginning, Result, Settings, Watcher
+from autocompress.result import Result
 from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
 from autocompress.selection import answer, finished, front, posterior, shortlist
+from autocompress.settings import Settings
 from autocompress.space import DENSITY, Configuration
 from autocompress.storage import StudyFolder
 from autocompress.task import Task
 from autocompress.tracking import Tracker, final_metrics
 from autocompress.training import n_steps, threads_for
 from autocompress.trial import TrialResult, TrialSpec, can_be_cheap
+from autocompress.watcher import Beginning, Watcher
 from autocompress.workplace import Workplace
 
 
@@ -183,8 +185,7 @@ class Study:
             scheme=chosen.scheme,
             facts=facts,
             recovery=chosen.recovery,
-            objective=settings.objective,
-            others=settings.others,
+            objectives=settings.objectives,
             bound=settings.bound,
             dense=self.dense,
             seed=int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]),
@@ -319,6 +320,7 @@ class Study:
 
     def _result(self, stopped: str, told: Mapping[str, Any]) -> Result:
         belief = self._belief(self._best()) if self.records else None
+        several = len(self.settings.objectives) > 1
         return Result(
             name=self.folder.path.name,
             records=tuple(self.records),
@@ -328,8 +330,8 @@ class Study:
             stopped=stopped,
             seconds=time.perf_counter() - self.began,
             folder=self.folder.path,
-            objectives=self.settings.objectives if self.settings.others else (),
-            front=tuple(t.number for t in front(self.study)) if self.settings.others else (),
+            objectives=self.settings.objectives if several else (),
+            front=tuple(t.number for t in front(self.study)) if several else (),
             **told,
         )
 

@@ -320,7 +320,7 @@ class Sweeping:
             scheme=self.schemes[cell.scheme],
             facts=facts,
             recovery=self.recovery,
-            objective=as_objective("density"),
+            objectives=(as_objective("density"),),
             bound=ANY_DROP,
             dense=self.dense,
             seed=int(np.random.SeedSequence([self.seed, cell.repeat]).generate_state(1)[0]),

@@ -187,7 +187,7 @@ class Tracker:
             "rejected": float(result.rejected),
             "steps": float(result.steps),
             "value": result.value,
-            **{f"value_{i}": value for i, value in enumerate(result.others, start=2)},
+            **{f"value_{i}": value for i, value in enumerate(result.values[1:], start=2)},
             "seconds": result.seconds,
             **{_UNFIT.sub("_", f"constraint/{one.metric}"): one.value for one in result.constraints},
             **(scores or {}),

@@ -78,7 +78,7 @@ class TrialSpec:
         scheme: How to compress.
         facts: What the scheme found out about the model, once for the study.
         recovery: How to compress and train.
-        objective: What the search optimizes.
+        objectives: What the search optimizes.
         bound: What may be lost.
         dense: The dense model's evaluation on val.
         seed: Seeds the trial.
@@ -91,7 +91,6 @@ class TrialSpec:
         start: A denser model of an earlier trial to start from; None for the dense model.
         cheap: Whether the trial gives up when it cannot make it, and leaves starts for others.
         params: What else the search proposed, by name; it is in the scheme and the recovery already.
-        others: Further objectives.
     """
 
     number: int
@@ -100,7 +99,7 @@ class TrialSpec:
     scheme: Scheme
     facts: Facts
     recovery: Recovery
-    objective: Objective
+    objectives: tuple[Objective, ...]
     bound: Bound
     dense: Evaluation
     seed: int
@@ -113,7 +112,6 @@ class TrialSpec:
     runtime: str = "eager"
     profile_device: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
-    others: tuple[Objective, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class TrialResult:
             0.01 is one point.
         drop_se: Standard error of ``drop``, from the samples that one model gets right and the other wrong.
         feasible: Whether ``drop`` is within the study's bound and the constraints are met.
-        value: The objective.
+        values: The objectives, in their order.
         seconds: Wall time of the whole trial.
         measurement: What the realized model costs.
         plan: What `Scheme.realize` needs to build the architecture again; JSON types only.
@@ -144,7 +142,6 @@ class TrialResult:
         starts: By density: the state dicts that denser trials and sparser ones can start from; not on disk with
             the record, but beside it.
         params: What the search proposed beside the density, by name.
-        others: The further objectives.
     """
 
     number: int
@@ -154,7 +151,7 @@ class TrialResult:
     drop: float
     drop_se: float
     feasible: bool
-    value: float
+    values: tuple[float, ...]
     seconds: float
     measurement: Measurement
     plan: Mapping[str, Any]
@@ -168,12 +165,11 @@ class TrialResult:
     recovery: str = ""
     starts: Mapping[float, Weights] = field(default_factory=dict, compare=False, repr=False)
     params: Mapping[str, Any] = field(default_factory=dict)
-    others: tuple[float, ...] = ()
 
     @property
-    def values(self) -> tuple[float, ...]:
-        """All objectives, the first one first."""
-        return (self.value, *self.others)
+    def value(self) -> float:
+        """The objective, or the first of several."""
+        return self.values[0]
 
     @property
     def rejected(self) -> bool:
@@ -266,7 +262,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         drop=drop,
         drop_se=drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative),
         feasible=feasible,
-        value=spec.objective(measurement, dense_cost),
+        values=tuple(objective(measurement, dense_cost) for objective in spec.objectives),
         seconds=time.perf_counter() - began,
         measurement=measurement,
         plan=recovered.theta.plan,
@@ -280,7 +276,6 @@ def _run(spec: TrialSpec) -> TrialResult:
         recovery=suiting(spec.recovery, scheme).method,
         starts=starts,
         params=dict(spec.params),
-        others=tuple(objective(measurement, dense_cost) for objective in spec.others),
     )
 
 
@@ -334,7 +329,7 @@ def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
 def _costs(spec: TrialSpec, task: Task, realized: nn.Module, kept: int) -> tuple[Measurement, Measurement | None]:
     """What the realized model costs, and the dense one: timed beside it where the objective compares them."""
     limits = [one.objective for one in spec.constraints if isinstance(one, Limit)]
-    measured = (spec.objective, *spec.others, *limits)
+    measured = (*spec.objectives, *limits)
     beside = [task.model] if spec.timing and any(one.is_relative for one in measured) else []
     dense_params = count_params(task.model)
     cost, *dense = compare(

@@ -24,17 +24,19 @@ from autocompress.mlflow_store import without_secrets
 from autocompress.optuna_store import connected
 from autocompress.ranks import team
 from autocompress.recovery import Recovery, make_recovery, with_settings
-from autocompress.result import DEFAULT_TRIALS, Result, Settings, Silent, Watcher
+from autocompress.result import Result
 from autocompress.runtimes import check_runtime
 from autocompress.samplers import check_sampler
 from autocompress.scheme import AUTO, Scheme, as_schemes
 from autocompress.search import TOLERANCE
+from autocompress.settings import DEFAULT_TRIALS, Settings
 from autocompress.space import Space
 from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder, study_settings
 from autocompress.study import Study
 from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker
 from autocompress.trial import Bound
+from autocompress.watcher import Silent, Watcher
 
 Asked: TypeAlias = str | Objective | Callable[[Measurement], float]
 
@@ -138,8 +140,7 @@ def tune(
         schemes=schemes,
         dimensions=dimensions,
         bound=Bound(max_drop, relative=_is_relative(drop)),
-        objective=objectives[0],
-        others=objectives[1:],
+        objectives=objectives,
         is_auto=scheme == AUTO,
         # An unknown name is refused before the training; what the space is on the model is not known yet.
         sampler=check_sampler(

@@ -7,7 +7,7 @@ import torch
 
 from autocompress.devices import visible_gpus
 from autocompress.parcel import pack_shared
-from autocompress.result import Settings
+from autocompress.settings import Settings
 from autocompress.task import Task
 from autocompress.workers import InProcess, LocalWorkers, Remote, Workers
 

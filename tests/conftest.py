@@ -84,7 +84,7 @@ def make_spec(tiny_task: Task) -> Callable[..., TrialSpec]:
             "scheme": scheme,
             "facts": scheme.analyze(task.model, task.example_input),
             "recovery": LearningCompression(epochs=4, c_steps=2, lr=0.05),
-            "objective": as_objective("density"),
+            "objectives": (as_objective("density"),),
             "bound": Bound(0.1),
             "dense": task.evaluate(task.model, task.val),
             "seed": 1000 + number,

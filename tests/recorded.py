@@ -40,7 +40,7 @@ def trial(number: int, density: float, drop: float, *, bound: float = 0.01) -> d
         "drop": drop,
         "drop_se": 0.004,
         "feasible": drop <= bound,
-        "value": density,
+        "values": [density],
         "seconds": 2.0,
         "measurement": measurement(int(10_000 * density)),
         "plan": {},

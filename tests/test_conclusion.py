@@ -8,9 +8,10 @@ import pytest
 from autocompress.conclusion import Answer, Conclusion
 from autocompress.lc import LearningCompression
 from autocompress.measurement import measure
-from autocompress.result import Settings, Silent
+from autocompress.settings import Settings
 from autocompress.storage import StudyFolder
 from autocompress.trial import Bound, TrialSpec, run_trial
+from autocompress.watcher import Silent
 
 MakeSpec = Callable[..., TrialSpec]
 BOUND = Bound(0.25)
@@ -33,7 +34,7 @@ def conclude(tmp_path: Path, make_spec: MakeSpec):
             assert trial.model is not None
             listed.append(Answer(trial, spec.scheme, spec.facts, trial.model.state_dict()))
         task, folder = spec.task, StudyFolder(tmp_path / "study")
-        settings = Settings((spec.scheme,), BOUND, spec.objective)
+        settings = Settings((spec.scheme,), BOUND, spec.objectives)
         cost = measure(task.model, task.example_input, timing=False)
         try:
             return Conclusion(settings, task, spec.dense, cost, folder, Silent()).judge(listed)

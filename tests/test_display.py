@@ -15,9 +15,10 @@ from autocompress.display import Display, Footer
 from autocompress.goal import Objective
 from autocompress.latency import Latency
 from autocompress.measurement import Measurement
-from autocompress.result import Beginning, Settings
 from autocompress.sampler import ThresholdSampler
+from autocompress.settings import Settings
 from autocompress.trial import Bound, TrialResult
+from autocompress.watcher import Beginning
 
 LATENCY = (Latency(1, 0.25, 0.4, 100), Latency(32, 0.8, 5.0, 40))
 HALF = (Latency(1, 0.125, 0.2, 100), Latency(32, 0.4, 2.5, 40))
@@ -53,7 +54,7 @@ def trial(number: int, *, density: float = 0.25, drop: float = 0.005, feasible: 
         drop=drop,
         drop_se=0.002,
         feasible=feasible,
-        value=density,
+        values=(density,),
         seconds=2.0,
         measurement=replace(COMPRESSED, density=density),
         plan={},
@@ -67,7 +68,7 @@ def beginning(*, relative: bool = False, notes: tuple[str, ...] = (), timeout_s:
     settings = Settings(
         schemes=(ac.parse_scheme("StructPrune"),),
         bound=Bound(0.015, relative),
-        objective=Objective("density", lambda m: m.density),
+        objectives=(Objective("density", lambda m: m.density),),
         trials=5,
         timeout_s=timeout_s,
     )
@@ -122,7 +123,7 @@ def test_an_objective_that_is_maximized_is_sought_at_its_highest():
     objective = Objective("throughput", lambda m: m.throughput_per_s, "maximize")
     console = plain()
     with Display(console) as display:
-        display.began(replace(asked, settings=replace(asked.settings, objective=objective)))
+        display.began(replace(asked, settings=replace(asked.settings, objectives=(objective,))))
     assert "highest throughput that loses" in printed(console)
 
 

@@ -33,7 +33,7 @@ def folder(tmp_path: Path, make_spec: Callable[..., TrialSpec]) -> Iterator[Stud
     for density in DENSITIES:
         trial = study.ask()
         trial.suggest_float("density", 0.1, 1.0, log=True)
-        found = {"density": density - 0.01, "value": density - 0.01, "drop": density / 10}
+        found = {"density": density - 0.01, "values": (density - 0.01,), "drop": density / 10}
         folder.save_trial(replace(result, number=trial.number, density_asked=trial.params["density"], **found))
     adopt(study, BOUND, folder)
     yield folder

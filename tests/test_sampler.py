@@ -72,7 +72,7 @@ def dense() -> FrozenTrial:
 
 def done(density: float, drop: float, drop_se: float = 0.0, **attrs: object) -> FrozenTrial:
     return create_trial(
-        value=density,
+        values=(density,),
         params={"density": density},
         distributions={"density": DENSITY},
         user_attrs={"drop": drop, "drop_se": drop_se, **attrs},

@@ -219,7 +219,7 @@ def test_an_error_that_is_no_trials_own_ends_the_search(home: Home) -> None:
         raise KeyError("x")
 
     with pytest.raises(ValueError, match="the objective 'fails' raised"):
-        home.search(3, spec={"objective": as_objective(fails)})
+        home.search(3, spec={"objectives": (as_objective(fails),)})
     assert home.states == [TrialState.COMPLETE, TrialState.RUNNING]
     assert home.search(1) == BUDGET_SPENT  # what was running runs again
     assert [result.number for result in home.log.results] == [1]
@@ -310,7 +310,7 @@ def told(
     """Enters a finished trial; returns its number."""
     study.add_trial(
         optuna.trial.create_trial(
-            value=density if value is None else value,
+            values=(density if value is None else value,),
             params={"density": density},
             distributions={"density": FloatDistribution(LOW, 1.0, log=True)},
             user_attrs={

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Iterator[StudyFolder]:
 
 @pytest.fixture
 def result(make_spec: Callable[..., TrialSpec]) -> TrialResult:
-    return run_trial(make_spec(number=3, timing=True, objective=as_objective("latency")))
+    return run_trial(make_spec(number=3, timing=True, objectives=(as_objective("latency"),)))
 
 
 # JSON

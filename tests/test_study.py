@@ -19,8 +19,8 @@ import autocompress as ac
 from autocompress.files import read_json
 from autocompress.goal import OBJECTIVES, as_objective
 from autocompress.lc import LearningCompression
-from autocompress.result import Settings
 from autocompress.scheme import SCHEMES, describe
+from autocompress.settings import Settings
 from autocompress.show import show_result
 from autocompress.trial import Bound
 
@@ -407,7 +407,8 @@ def test_an_objective_without_a_number_leaves_no_study_behind(task, out, value):
 
 
 def test_settings_check_themselves_and_name_the_study(task):
-    asked = {"schemes": (ac.parse_scheme("StructPrune"),), "bound": Bound(0.01), "objective": as_objective("size")}
+    scheme, size = ac.parse_scheme("StructPrune"), as_objective("size")
+    asked = {"schemes": (scheme,), "bound": Bound(0.01), "objectives": (size,)}
     for wrong, message in [({"trials": 0}, "trials=0"), ({"timeout_s": -1.0}, "timeout=-1")]:
         with pytest.raises(ValueError, match=message):
             Settings(**asked, **wrong)

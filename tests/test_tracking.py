@@ -34,7 +34,7 @@ def trial_result(number, density=0.25, feasible=True):
         drop=0.01,
         drop_se=0.002,
         feasible=feasible,
-        value=density,
+        values=(density,),
         seconds=2.5,
         measurement=Measurement(density, 250, 1000, 12_500, "cpu", LATENCY),
         plan={},

@@ -79,7 +79,7 @@ def test_another_seed_is_another_trial(make_spec: MakeSpec) -> None:
 
 
 def test_a_result_says_what_its_model_does(make_spec: MakeSpec, tiny_task: Task) -> None:
-    spec = make_spec(number=7, density=0.45, objective=as_objective("macs"))
+    spec = make_spec(number=7, density=0.45, objectives=(as_objective("macs"),))
     result = run_trial(spec)
     assert result.model is not None and not any(m.training for m in result.model.modules())
     evaluation = tiny_task.evaluate(result.model, tiny_task.val)
@@ -169,7 +169,7 @@ def test_realize_checks_and_leaves_the_masked_model(tiny_task: Task) -> None:
 
 def test_an_objective_that_fails_says_so(make_spec: MakeSpec) -> None:
     with pytest.raises(ValueError, match="the objective 'fails' raised KeyError"):
-        run_trial(make_spec(objective=as_objective(fails)))
+        run_trial(make_spec(objectives=(as_objective(fails),)))
 
 
 def fails(measurement: object) -> float:
@@ -183,7 +183,7 @@ def test_results_survive_pickle(make_spec: MakeSpec) -> None:
 
 @pytest.mark.slow  # two processes that import torch
 def test_a_trial_in_another_process_is_the_same(make_spec: MakeSpec) -> None:
-    specs = [make_spec(number=n, objective=as_objective(attrgetter("density"))) for n in (1, 2)]
+    specs = [make_spec(number=n, objectives=(as_objective(attrgetter("density")),)) for n in (1, 2)]
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         elsewhere = list(pool.map(run_trial, specs))

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 import autocompress as ac
-from autocompress.result import Silent
+from autocompress.watcher import Silent
 
 WARM, MOST = 20, 0.05
 

@@ -53,7 +53,7 @@ def made(epochs: int) -> TrialSpec:
         scheme=scheme,
         facts=scheme.analyze(task.model, task.example_input),
         recovery=LearningCompression(epochs=epochs),
-        objective=as_objective("density"),
+        objectives=(as_objective("density"),),
         bound=Bound(0.01),
         dense=task.evaluate(task.model, task.val),
         seed=0,
