@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from autocompress.own_task import make_task
     from autocompress.result import Result
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
+    from autocompress.splits import TensorSplit
     from autocompress.sweep_result import Sweep
     from autocompress.sweeping import sweep
-    from autocompress.task import Task, TensorSplit
+    from autocompress.task import Task
     from autocompress.tuning import tune
     from autocompress.watcher import Watcher
 
@@ -41,7 +42,8 @@ _HOMES = {
     "tuning": ("tune",),
     "sweep_result": ("Sweep",),
     "sweeping": ("sweep",),
-    "task": ("Task", "TensorSplit"),
+    "splits": ("TensorSplit",),
+    "task": ("Task",),
     "watcher": ("Watcher",),
 }
 

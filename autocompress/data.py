@@ -8,7 +8,8 @@ from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
 from autocompress.models import trained
-from autocompress.task import Task, TensorSplit
+from autocompress.splits import TensorSplit
+from autocompress.task import Task
 
 
 def digits(cache: Path | str | None = None, seed: int = 0) -> Task:

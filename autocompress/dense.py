@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autocompress.macs import count_macs
 from autocompress.models import cached
 from autocompress.progress import heard_by
-from autocompress.task import Batch, Task, as_bytes, device_of, fingerprint, kept_on
+from autocompress.splits import Batch, as_bytes, fingerprint, kept_on
+from autocompress.task import Task, device_of
 from autocompress.training import Descent, Stream, n_steps, threads_for
 
 OPTIMIZERS = ("adamw", "sgd")

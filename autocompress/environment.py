@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autocompress.task import Split, Task, TensorSplit
+from autocompress.splits import Split, TensorSplit
+from autocompress.task import Task
 
 PACKAGES = (
     "autocompress",

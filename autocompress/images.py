@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autocompress.task import Batch, as_bytes
+from autocompress.splits import Batch, as_bytes
 from autocompress.transforms import Preprocessing, Size, augment, resize, with_channels
 
 CPU = torch.device("cpu")

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from autocompress.learner import Learner, Penalty, Precision, Snapshot
 from autocompress.progress import heard_by
 from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, is_hard, observe
-from autocompress.task import Split, Task
+from autocompress.splits import Split
+from autocompress.task import Task
 from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
 SOFT = 1.0  # the first penalty where weights are drawn to θ

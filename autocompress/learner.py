@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from autocompress.ranks import team
 from autocompress.scheme import Evidence, Weights
-from autocompress.task import Batch, Split, Task, device_of, kept_on
+from autocompress.splits import Batch, Split, kept_on
+from autocompress.task import Task, device_of
 from autocompress.training import Descent, Optimizer, TaughtStream, distillation_loss
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]

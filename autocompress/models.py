@@ -17,7 +17,8 @@ from torchvision.models.resnet import BasicBlock
 
 from autocompress import weights
 from autocompress.macs import count_macs
-from autocompress.task import Loss, Split
+from autocompress.splits import Split
+from autocompress.task import Loss
 from autocompress.training import fit, threads_for
 
 

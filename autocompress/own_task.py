@@ -19,7 +19,8 @@ from autocompress.metrics import Metric, as_metric
 from autocompress.own_model import Made, call_factory, load_factory, make_model, parse_arguments
 from autocompress.readers import read
 from autocompress.samples import PARTS, Found, Reading, Samples
-from autocompress.task import Data, Split, Task, TensorSplit, as_split, classification_loss, labels_of, predict
+from autocompress.splits import Data, Split, TensorSplit, as_split, labels_of
+from autocompress.task import Task, classification_loss, predict
 from autocompress.task_options import TaskOptions
 from autocompress.transforms import IMAGENET, Preprocessing, parse_augmentations
 

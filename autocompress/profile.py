@@ -13,7 +13,8 @@ from autocompress.macs import count_params
 from autocompress.measurement import Measurement, compare
 from autocompress.models import build
 from autocompress.scheme import Evidence, Scheme, observe
-from autocompress.task import Batch, classification_loss
+from autocompress.splits import Batch
+from autocompress.task import classification_loss
 
 BUDGET_S = 5.0  # of timing, a model, runtime and batch size
 CALIBRATION = 16  # samples for schemes that look at data

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.parcel import pack, unpack
-from autocompress.task import Batch, Split, Task, device_of
+from autocompress.splits import Batch, Split
+from autocompress.task import Task, device_of
 
 # The others wait while rank 0 does all else, for hours. That a process has died is told by its connections.
 PATIENCE = timedelta(days=365)

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 from torch import Tensor, nn
 
 from autocompress.plugins import Registry
-from autocompress.task import Batch, Loss
+from autocompress.splits import Batch
+from autocompress.task import Loss
 
 Weights: TypeAlias = dict[str, Tensor]
 Facts: TypeAlias = Any

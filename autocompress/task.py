@@ -2,156 +2,33 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import RandomSampler
 
 from autocompress import progress
 from autocompress.metrics import Metric, Outputs, Targets, accuracy, as_metric
 from autocompress.model_check import check_model
+from autocompress.splits import (
+    Data,
+    HalfBatches,
+    LoaderSplit,
+    Split,
+    TensorSplit,
+    as_bytes,
+    as_split,
+    fingerprint,
+    kept_on,
+    labels_of,
+)
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Batch: TypeAlias = tuple[Tensor, Tensor]
-
-
-class Split(Protocol):
-    """One part of the data, served in batches of ``(x, y)``: x of shape ``(n, ...)``, y of shape ``(n,)``.
-
-    Where a sample may have several labels, y is of shape ``(n, labels)``, floating, of zeros and ones.
-    """
-
-    @property
-    def n_samples(self) -> int:
-        """How many samples the split holds."""
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in a full batch."""
-
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass. With a generator: shuffled by it, the last incomplete batch left out (for training)."""
-
-
-@dataclass(frozen=True)
-class TensorSplit:
-    """Data held as two tensors: ``x`` of shape ``(n, ...)``, ``y`` of shape ``(n,)`` or ``(n, labels)``."""
-
-    x: Tensor
-    y: Tensor
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.y.ndim == 2 and self.y.shape[1] == 1 and not self.y.is_floating_point():  # as MedMNIST has them
-            object.__setattr__(self, "y", self.y.squeeze(1))
-        if len(self.x) != len(self.y):
-            raise ValueError(f"x holds {len(self.x)} samples and y {len(self.y)}; they must be as many")
-        if len(self.x) == 0:
-            raise ValueError("a split holds no samples; each of train, val and test needs some")
-
-    @property
-    def n_samples(self) -> int:
-        """How many samples the split holds."""
-        return len(self.x)
-
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `Split.batches`."""
-        n, size = self.n_samples, min(self.batch_size, self.n_samples)
-        if generator is None:
-            for start in range(0, n, size):
-                yield self.x[start : start + size], self.y[start : start + size]
-            return
-        order = torch.randperm(n, generator=generator)
-        for start in range(0, n - size + 1, size):
-            chosen = order[start : start + size]
-            yield self.x[chosen], self.y[chosen]
-
-
-def kept_on(split: Split, device: torch.device) -> Split:
-    """The split with its samples on the device, if it holds them as tensors that take a quarter of the room there.
-
-    A split may say itself what it keeps there, as images do; a loader is served as it is.
-    """
-    if device.type != "cuda":
-        return split
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    own: Callable[[torch.device, int], Split] | None = getattr(split, "kept_on", None)
-    if own is not None:
-        return own(device, free_bytes // 4)
-    if not isinstance(split, TensorSplit) or split.x.nbytes > free_bytes // 4:
-        return split
-    return TensorSplit(split.x.to(device), split.y.to(device), split.batch_size)
-
-
-@dataclass(frozen=True)
-class LoaderSplit:
-    """Data served by a DataLoader of ``(x, y)`` batches, shuffled or not as the loader was made."""
-
-    loader: DataLoader[Batch]
-
-    @property
-    def n_samples(self) -> int:
-        """How many samples the split holds."""
-        return len(self.loader.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in a full batch."""
-        return self.loader.batch_size or 1
-
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `Split.batches`. The generator, when given, seeds the loader's own sampler."""
-        if generator is not None:
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        smallest = min(self.batch_size, self.n_samples) if generator is not None else 1
-        yield from (batch for batch in cast(Iterable[Batch], self.loader) if len(batch[0]) >= smallest)
-
-
-@dataclass(frozen=True)
-class HalfBatches:
-    """A split with each of its batches cut in two, for a device that has no room for a whole one."""
-
-    split: Split
-
-    @property
-    def n_samples(self) -> int:
-        """How many samples the split holds."""
-        return self.split.n_samples
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in a full batch."""
-        return (min(self.split.batch_size, self.n_samples) + 1) // 2
-
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `Split.batches`."""
-        for x, y in self.split.batches(generator):
-            yield from zip(*(torch.split(one, self.batch_size) for one in (x, y)), strict=True)
-
-
-Data: TypeAlias = Split | DataLoader[Batch] | tuple[Tensor, Tensor]
-
-
-def as_split(data: Data, name: str) -> Split:
-    """Any accepted form of data as a `Split`.
-
-    Raises:
-        ValueError: If ``data`` is of another form or empty; ``name`` says which part it was.
-    """
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor | np.ndarray) for t in data):
-        return TensorSplit(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
-    if isinstance(data, DataLoader):
-        return LoaderSplit(data)
-    if hasattr(data, "batches") and hasattr(data, "n_samples"):
-        return cast(Split, data)
-    raise ValueError(
-        f"{name}= must be a DataLoader, or a pair (x, y) of tensors or numpy arrays, not a {type(data).__name__}"
-    )
 
 
 @dataclass(frozen=True)
@@ -344,25 +221,6 @@ def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:
         )
     if labels and not ((y == 0) | (y == 1)).all():
         raise ValueError(f"{name}= serves labels other than 0 and 1; a sample has a label or has it not")
-
-
-def labels_of(split: Split) -> Tensor:
-    """All targets of a split that holds them; of others those of the first batch."""
-    y = getattr(split, "y", None)
-    return y if isinstance(y, Tensor) else next(split.batches())[1]
-
-
-def fingerprint(split: Split) -> bytes:
-    """A hash of a split's samples; of a DataLoader, which would have to read them all, of how many there are."""
-    if isinstance(split, TensorSplit):
-        return hashlib.sha256(as_bytes(split.x) + as_bytes(split.y)).digest()
-    own = getattr(split, "fingerprint", None)
-    return own() if callable(own) else hashlib.sha256(str(split.n_samples).encode()).digest()
-
-
-def as_bytes(tensor: Tensor) -> bytes:
-    """The values of a tensor in order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:

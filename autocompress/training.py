@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from autocompress import progress
-from autocompress.task import Batch, Loss, Split, TensorSplit, device_of, evaluating, predict
+from autocompress.splits import Batch, Split, TensorSplit
+from autocompress.task import Loss, device_of, evaluating, predict
 
 Taught: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 Optimizer: TypeAlias = Literal["sgd", "adamw"]

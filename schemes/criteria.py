@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Weights
-from autocompress.task import Batch, device_of, evaluating
+from autocompress.splits import Batch
+from autocompress.task import device_of, evaluating
 
 EntryCriterion: TypeAlias = Literal["l1", "l2", "lamp", "taylor", "obd", "random"]
 ENTRY_CRITERIA: tuple[str, ...] = get_args(EntryCriterion)

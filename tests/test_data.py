@@ -11,7 +11,8 @@ import autocompress.models
 from autocompress.data import digits
 from autocompress.macs import count_params
 from autocompress.models import ARCHITECTURES, SmallResNet, trained
-from autocompress.task import Task, TensorSplit
+from autocompress.splits import TensorSplit
+from autocompress.task import Task
 
 
 @pytest.fixture(scope="module")

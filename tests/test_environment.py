@@ -4,7 +4,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.environment import data_digest, provenance, tensors_digest, versions
-from autocompress.task import LoaderSplit, Task, TensorSplit
+from autocompress.splits import LoaderSplit, TensorSplit
+from autocompress.task import Task
 
 
 def test_versions_are_those_that_are_installed():

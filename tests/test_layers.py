@@ -23,7 +23,7 @@ ENGINE = (
         "task_options",
         "model_check",
     ),
-    ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency"),
+    ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency", "splits"),
     ("task", "onnx_export", "executorch_export"),
     ("deployed", "macs", "runtimes"),
     ("measurement", "constraint", "per_class", "cka", "transforms", "environment", "system_metrics"),
@@ -54,7 +54,7 @@ ENGINE = (
     ("__main__",),
 )
 # All that a plugin may import of the engine, ours as a third party's; siblings come relatively.
-PLUGINS = {"schemes": {"scheme", "task"}, "objectives": {"goal", "measurement"}}
+PLUGINS = {"schemes": {"scheme", "splits", "task"}, "objectives": {"goal", "measurement"}}
 
 
 def autocompress_imports(source: str, package: str) -> Iterator[str]:

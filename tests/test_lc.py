@@ -18,7 +18,8 @@ from autocompress.learner import Learner, Penalty
 from autocompress.macs import count_params
 from autocompress.scheme import Compose, Facts, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize8, Quantize16
-from autocompress.task import Batch, Task, TensorSplit
+from autocompress.splits import Batch, TensorSplit
+from autocompress.task import Task
 from autocompress.testing import masked_model
 from autocompress.training import Optimizer, n_steps
 

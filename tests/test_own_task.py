@@ -20,7 +20,7 @@ from autocompress.metrics import accuracy
 from autocompress.models import SmallResNet, build, classifier, first_conv
 from autocompress.own_model import cached_weights, make_model, parse_arguments, read_weights
 from autocompress.schemes import StructPrune
-from autocompress.task import TensorSplit
+from autocompress.splits import TensorSplit
 from autocompress.transforms import Preprocessing, augment, parse_augmentations
 from autocompress.trial import Bound, TrialSpec, run_trial
 

@@ -15,7 +15,8 @@ import autocompress as ac
 from autocompress import ranks
 from autocompress.images import HeldImages, Sampling
 from autocompress.ranks import LostProcessError, Share, Team
-from autocompress.task import Task, TensorSplit
+from autocompress.splits import TensorSplit
+from autocompress.task import Task
 from autocompress.transforms import Preprocessing
 
 # Run by itself, the script recovers some models and writes their weights; in a team, rank 0 does.
@@ -31,7 +32,8 @@ from autocompress.lc import LearningCompression
 from autocompress.learner import Learner
 from autocompress.recovery import iterative, layerwise
 from autocompress.schemes import LowRank, Prune, StructPrune
-from autocompress.task import Task, TensorSplit
+from autocompress.splits import TensorSplit
+from autocompress.task import Task
 from autocompress.transforms import Preprocessing
 
 

@@ -24,7 +24,8 @@ from autocompress.recovery import (
     with_settings,
 )
 from autocompress.scheme import Scheme, parse_scheme
-from autocompress.task import Task, TensorSplit
+from autocompress.splits import TensorSplit
+from autocompress.task import Task
 
 # By magnitude: without a look at data.
 Prune = partial(schemes.Prune, criterion="l2")

@@ -9,7 +9,8 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.metrics import balanced_accuracy
-from autocompress.task import LoaderSplit, Task, TensorSplit, as_split, device_of, evaluating, kept_on, predict
+from autocompress.splits import LoaderSplit, TensorSplit, as_split, kept_on
+from autocompress.task import Task, device_of, evaluating, predict
 
 
 def data(n: int = 10) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autocompress.task import LoaderSplit, Task, TensorSplit, as_split
+from autocompress.splits import LoaderSplit, TensorSplit, as_split
+from autocompress.task import Task
 from autocompress.training import (
     WORTH_SHARING,
     Descent,

@@ -18,7 +18,8 @@ from autocompress.learner import EVIDENCE_BATCHES
 from autocompress.scheme import Evidence, observe, parse_scheme
 from autocompress.schemes.criteria import ENTRY_CRITERIA
 from autocompress.schemes.importance import CHANNEL_CRITERIA
-from autocompress.task import TensorSplit, channels_last
+from autocompress.splits import TensorSplit
+from autocompress.task import channels_last
 from autocompress.training import fit
 
 SCHEMES = (

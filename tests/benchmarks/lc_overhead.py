@@ -17,7 +17,8 @@ from torchvision.models import resnet18
 from autocompress.lc import LearningCompression
 from autocompress.learner import Learner, Penalty
 from autocompress.scheme import parse_scheme
-from autocompress.task import Task, TensorSplit
+from autocompress.splits import TensorSplit
+from autocompress.task import Task
 
 EPOCHS, IMAGES, BATCH = 30, 1000, 64
 SCHEMES = ("Prune", "StructPrune", "StructPrune(criterion=obd, normalize=parameters)", "FilterPrune")

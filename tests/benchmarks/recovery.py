@@ -27,7 +27,8 @@ from autocompress import digits
 from autocompress.models import SmallResNet
 from autocompress.recovery import make_recovery, suiting
 from autocompress.scheme import parse_scheme
-from autocompress.task import Task, TensorSplit, predict
+from autocompress.splits import TensorSplit
+from autocompress.task import Task, predict
 from autocompress.training import fit
 
 SCHEMES = {
