@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from autocompress.posterior import Array, Posterior, quantile
 from autocompress.sampler import ThresholdSampler, WholeSampler, affordable_depth, depth_of, observations
-from autocompress.space import Arm, Space
+from autocompress.space import DENSITY, Arm, Space
 
 ALIKE = math.log(2)  # standard deviation of the log density at the bound between arms, around what they share
 BEATS = 0.05  # an arm that is better than the best one known with a smaller probability is not tried again
@@ -154,7 +154,19 @@ class ArmSampler(WholeSampler):
         return float(worths.at(i, np.array([depth]))[0, 0]) if reachable else math.inf
 
     def _by_arm(self, trials: Sequence[FrozenTrial]) -> list[list[FrozenTrial]]:
-        return [of_arm(arm, trials) for arm in self.space.arms]
+        """The trials of each arm, as `of_arm`, but with one look at each trial."""
+        own: list[list[FrozenTrial]] = [[] for _ in self.space.arms]
+        choices = [name for name in self.distributions if name != DENSITY]
+        of: dict[tuple[Any, ...], list[list[FrozenTrial]]] = {}
+        for trial in trials:
+            if not (params := trial.params) or trial.user_attrs.get("dense"):
+                continue
+            chosen = tuple(params.get(name) for name in choices)
+            if chosen not in of:
+                of[chosen] = [mine for arm, mine in zip(self.space.arms, own, strict=True) if arm.holds(params)]
+            for mine in of[chosen]:
+                mine.append(trial)
+        return own
 
     def _of(self, arm: Arm) -> ThresholdSampler:
         return ThresholdSampler(arm.low, self.max_drop, self.seed)
@@ -185,6 +197,8 @@ class Worths:
         as_log = (every > 0).all(axis=0)
 
         def scored(points: Sequence[tuple[float, Array]]) -> tuple[Array, Array]:
+            """Depths in ascending order, and the scores there."""
+            points = sorted(points, key=lambda point: point[0])
             values = np.array([v for _, v in points]).reshape(len(points), len(sign))
             logs = np.log(np.where(as_log, values, 1.0))
             return np.array([depth for depth, _ in points]), sign * np.where(as_log, logs, values)
@@ -197,7 +211,7 @@ class Worths:
         depth, score = self._points[i]
         if not len(depth):
             return np.full((len(self._slope), len(depths)), math.inf)
-        nearest = np.abs(depths[:, None] - depth).argmin(axis=1)
+        nearest = np.searchsorted((depth[1:] + depth[:-1]) / 2, depths)
         return np.asarray((score[nearest] + self._slope * (depths - depth[nearest])[:, None]).T)
 
 
@@ -213,7 +227,8 @@ def _slope(points: Sequence[tuple[Array, Array]], dense: tuple[Array, Array], ob
 
 def of_arm(arm: Arm, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """The trials of an arm, the dense model left out."""
-    return [t for t in trials if not t.user_attrs.get("dense") and t.params and arm.holds(t.params)]
+    own = (t for t in trials if not arm.params or arm.holds(t.params))
+    return [t for t in own if t.params and not t.user_attrs.get("dense")]
 
 
 def _is_feasible(trial: FrozenTrial) -> bool:

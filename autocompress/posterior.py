@@ -7,7 +7,7 @@ With one free density the drop is a noisy, nearly monotone curve of the log dens
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,14 +25,16 @@ SE_FLOOR = 1e-4  # a standard error estimated as 0 says only that no sample disa
 BOUND_FLOOR = 0.005  # the scale of the cliff when the bound itself is smaller
 FAR = 5  # a drop of more bounds than this says only that it is beyond: curves saturate, the family does not
 
-# Adaptive importance sampling, settled by its Monte-Carlo error: 1% of the interval's width at 25 ms.
+MANY = 48  # observations that are believed, see `telling`
+AT_A_TIME = 8  # of them are evaluated at all draws: so many stay in a processor's cache
+
+# Adaptive importance sampling, settled by its Monte-Carlo error: 1% of the interval's width at 10 ms.
 DIMENSIONS, ROUNDS, POINTS = 6, 8, 1280
 WIDEN = 1.5  # the next round's covariance over that of the draws so far
 ENOUGH = 8  # effective draws that a fit needs; more contract too slowly, fewer are no fit
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """What a finished trial says: at ``depth`` = log(1 / density) it dropped ``drop``, or at least that.
 
     Attributes:
@@ -78,12 +80,16 @@ class Curves:
         """The drops at depths of shape (m,), shape (n, m)."""
         t, a = self.threshold, self.plateau
 
-        def cliff(u: Array) -> Array:
-            return _softplus(self.steepness * (u - t) + self.bend)
+        foot, height = self._scale
+        rise = (_softplus(self.steepness * (depth - t) + self.bend) - foot) * height
+        return np.asarray(a * _ramp(depth) + rise)
 
-        foot = cliff(np.zeros(1))
-        rise = (cliff(depth) - foot) / (cliff(t) - foot)
-        return np.asarray(a * _ramp(depth) + (self.bound - a * _ramp(t)) * rise)
+    @cached_property
+    def _scale(self) -> tuple[Array, Array]:
+        """F(0), and (D - a g(t)) / (F(t) - F(0)), shape (n, 1) each."""
+        foot = _softplus(self.bend - self.steepness * self.threshold)
+        height = self.bound - self.plateau * _ramp(self.threshold)
+        return foot, height / (_softplus(self.bend) - foot)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +113,11 @@ class Posterior:
 
     def p_feasible(self, density: float) -> float:
         """The probability that the true drop at ``density`` is within the bound."""
-        return float(self.weights @ (self.curves.threshold[:, 0] >= math.log(1 / density)))
+        return 1 - self._thresholds.p_below(math.log(1 / density))
 
     def threshold(self, probability: float) -> float:
         """The smallest density feasible with at least this probability; never below the study's lowest."""
-        return self._density(quantile(self.curves.threshold[:, 0], self.weights, 1 - probability))
+        return self._density(self._thresholds.quantile(1 - probability))
 
     def interval(self, mass: float = 0.8) -> tuple[float, float]:
         """The central interval ``(low, high)`` that holds the threshold density with probability ``mass``."""
@@ -119,11 +125,7 @@ class Posterior:
 
     def learnable_interval(self, mass: float = 0.8) -> tuple[float, float]:
         """The same interval were the noise common to all trials known: what more trials can narrow."""
-        t, s, w = self.curves.threshold[:, 0], self.shared, self.weights
-        mean_t, mean_s = w @ t, w @ s
-        slope = float(w @ ((t - mean_t) * (s - mean_s)) / (w @ (s - mean_s) ** 2))
-        residual = t - slope * (s - mean_s)
-        high, low = (self._density(quantile(residual, w, q)) for q in ((1 - mass) / 2, (1 + mass) / 2))
+        high, low = (self._density(self._learnable.quantile(q)) for q in ((1 - mass) / 2, (1 + mass) / 2))
         return low, high
 
     def curve(self, densities: ArrayLike, mass: float = 0.8) -> tuple[Array, Array, Array]:
@@ -133,11 +135,23 @@ class Posterior:
         middle, low, high = (np.array([quantile(d, self.weights, q) for d in drops.T]) for q in levels)
         return middle, low, high
 
+    @cached_property
+    def _thresholds(self) -> "_Draws":
+        return _Draws(self.curves.threshold[:, 0], self.weights)
+
+    @cached_property
+    def _learnable(self) -> "_Draws":
+        """The threshold less what the common noise explains of it."""
+        t, s, w = self.curves.threshold[:, 0], self.shared, self.weights
+        mean_t, mean_s = w @ t, w @ s
+        slope = float(w @ ((t - mean_t) * (s - mean_s)) / (w @ (s - mean_s) ** 2))
+        return _Draws(t - slope * (s - mean_s), w)
+
     def _density(self, depth: float) -> float:
         return float(min(1.0, max(self.low, math.exp(-depth))))
 
 
-@lru_cache(maxsize=48)  # one state of a study is asked about several times, and by arm; half a MB each
+@lru_cache(maxsize=128)  # one state of a study is asked about several times, and by arm; half a MB each
 def fit_posterior(
     seen: tuple[Observation, ...], low: float, bound: float, *, seed: int = 0, shared: float = SHARED
 ) -> Posterior:
@@ -154,8 +168,7 @@ def fit_posterior(
         shared: Share of the sampling variance that trials have in common, between 0 and 1.
     """
     depth_max = math.log(1 / low)
-
-    told = _as_arrays(seen, FAR * max(bound, BOUND_FLOOR))
+    told = _as_arrays(telling(seen, bound), FAR * max(bound, BOUND_FLOOR))
 
     def log_likelihood(x: Array) -> Array:
         return _log_likelihood(told, *_from_normal(x, depth_max, bound), shared)
@@ -185,6 +198,30 @@ def _from_normal(x: Array, depth_max: float, bound: float) -> tuple[Curves, Arra
     return Curves(threshold, plateau, steepness, bend, bound), training_noise, shared
 
 
+def telling(seen: Sequence[Observation], bound: float) -> Sequence[Observation]:
+    """At most `MANY` observations: half of those are nearest to where drops cross the bound, half spread evenly.
+
+    Further ones would narrow the posterior by less than it is wrong: trials share half of their sampling noise,
+    which no number of them averages out, and with hundreds the family of curves is believed further than it fits.
+    They are chosen by their depths, so that the luck of a trial does not matter to whether it is.
+    """
+    if len(seen) <= MANY:
+        return seen
+    depth = np.array([one.depth for one in seen])
+    order = np.argsort(depth, kind="stable")
+    beyond = np.array([one.rejected or one.drop > bound for one in seen])[order]
+    # The cut with the fewest observations on the wrong side of it; the middle one of several.
+    wrong = np.cumsum(np.concatenate([[np.sum(~beyond)], np.where(beyond, 1, -1)]))
+    cuts = np.flatnonzero(wrong == wrong.min())
+    crossing = depth[order][min(cuts[len(cuts) // 2], len(seen) - 1)]
+    by_distance = np.argsort(np.abs(depth - crossing), kind="stable")
+    near, rest = by_distance[: MANY // 2], np.sort(by_distance[MANY // 2 :])
+    spread = rest[np.argsort(depth[rest], kind="stable")][
+        np.linspace(0, len(rest) - 1, MANY - len(near)).round().astype(int)
+    ]
+    return [seen[i] for i in np.sort(np.concatenate([near, spread]))]
+
+
 class _Told(NamedTuple):
     """Observations as arrays of shape (m,); ``rejected`` where the drop is at least ``drop``."""
 
@@ -207,19 +244,30 @@ def _log_likelihood(
     told: _Told, curves: Curves, training_noise: Array, shared_noise: Array, shared: float
 ) -> Array:
     """Log probability of the observations under each draw, shape (n,)."""
+    log_p = np.zeros(len(shared_noise))
+    for i in range(0, len(told.depth), AT_A_TIME):
+        part = slice(i, i + AT_A_TIME)
+        some = _Told(told.depth[part], told.drop[part], told.se[part], told.rejected[part])
+        log_p += _log_probabilities(some, curves, training_noise, shared_noise, shared).sum(axis=1)
+    return log_p
+
+
+def _log_probabilities(
+    told: _Told, curves: Curves, training_noise: Array, shared_noise: Array, shared: float
+) -> Array:
+    """Of each observation under each draw, up to a constant, shape (n, m)."""
     depth, drop, se, rejected = told
-    if not len(depth):
-        return np.zeros(len(shared_noise))
     expected = curves(depth)
     misfit = MISFIT * (expected - curves.bound)
-    scale = np.sqrt((1 - shared) * se**2 + training_noise**2 + misfit**2)
-    r = (drop - expected - math.sqrt(shared) * se * shared_noise) / scale
-    log_p = -np.log(scale) - (NU + 1) / 2 * np.log1p(r**2 / NU)
+    variance = misfit**2 + ((1 - shared) * se**2 + training_noise**2)
+    away = drop - expected - math.sqrt(shared) * se * shared_noise
+    spread = variance + away**2 / NU
+    log_p = NU / 2 * np.log(variance) - (NU + 1) / 2 * np.log(spread)
     if rejected.any():
         # P(T >= r) for Student's t with 4 degrees of freedom, in closed form.
-        s = r[:, rejected] / np.sqrt(1 + r[:, rejected] ** 2 / NU)
+        s = away[:, rejected] / np.sqrt(spread[:, rejected])
         log_p[:, rejected] = np.log(np.maximum(1e-300, 0.5 - 0.375 * s * (1 - s**2 / 12)))
-    return np.asarray(log_p.sum(axis=1))
+    return np.asarray(log_p)
 
 
 def _softplus(x: Array) -> Array:
@@ -240,16 +288,17 @@ def _sample(log_likelihood: Callable[[Array], Array], seed: int, rounds: int) ->
     its posterior density over the mixture of the normals of all rounds (AMIS's deterministic mixture).
     """
     points = _normal_points(seed).reshape(ROUNDS, POINTS, DIMENSIONS)
-    mean, root = np.zeros(DIMENSIONS), np.eye(DIMENSIONS)
-    x = np.empty((0, DIMENSIONS))
-    log_p, proposals = np.empty(0), []
+    x, log_p, mixture = np.empty((0, DIMENSIONS)), np.empty(0), np.empty(0)
+    log_w, proposals = np.empty(0), list[tuple[Array, Array]]()
     for z in points[:rounds]:
+        mean, root = _fit(x, log_w) if proposals else (np.zeros(DIMENSIONS), np.eye(DIMENSIONS))
         new = mean + z @ root.T
+        of_new = [_log_normal(new, *earlier) for earlier in proposals] or [np.full(len(new), -np.inf)]
+        mixture = np.concatenate([mixture, np.logaddexp.reduce(of_new)])
         x, log_p = np.concatenate([x, new]), np.concatenate([log_p, log_likelihood(new)])
         proposals.append((mean, root))
-        mixture = np.logaddexp.reduce([_log_normal(x, *p) for p in proposals]) - math.log(len(proposals))
+        mixture = np.logaddexp(mixture, _log_normal(x, mean, root))
         log_w = log_p - (x**2).sum(axis=1) / 2 - mixture
-        mean, root = _fit(x, log_w)
     return x, _normalized(log_w)
 
 
@@ -267,8 +316,8 @@ def _fit(x: Array, log_w: Array) -> tuple[Array, Array]:
 
 
 def _log_normal(x: Array, mean: Array, root: Array) -> Array:
-    z = np.linalg.solve(root, (x - mean).T)
-    return np.asarray(-(z**2).sum(axis=0) / 2 - np.log(np.diag(root)).sum())
+    z = (x - mean) @ np.linalg.inv(root).T
+    return np.asarray(-np.einsum("ij,ij->i", z, z) / 2 - np.log(np.diag(root)).sum())
 
 
 def _normalized(log_w: Array) -> Array:
@@ -293,6 +342,20 @@ def _normal_points(seed: int) -> Array:
 
 def quantile(values: Array, weights: Array, level: float) -> float:
     """The smallest value with at least ``level`` of the weight at or below it."""
-    order = np.argsort(values)
-    cumulative = np.cumsum(weights[order])
-    return float(values[order][min(np.searchsorted(cumulative, level * cumulative[-1]), len(values) - 1)])
+    return _Draws(values, weights).quantile(level)
+
+
+class _Draws:
+    """Weighted draws of a number, sorted once for many questions."""
+
+    def __init__(self, values: Array, weights: Array) -> None:
+        order = np.argsort(values)
+        self.values, self.p_up_to = values[order], np.cumsum(weights[order])
+
+    def quantile(self, level: float) -> float:
+        first = self.p_up_to.searchsorted(level * self.p_up_to[-1])
+        return float(self.values[min(first, len(self.values) - 1)])
+
+    def p_below(self, value: float) -> float:
+        before = self.values.searchsorted(value)
+        return float(self.p_up_to[before - 1]) if before else 0.0

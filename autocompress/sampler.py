@@ -23,6 +23,8 @@ NEARLY_KNOWN = 1.2  # when high / low of the threshold's interval is below this,
 LEVELS = (0.5, 0.9, 0.1, 0.75, 0.25)  # of the threshold's depth: the slope of the curve matters now, too
 WORTHWHILE = 0.9  # a model of a higher density is not worth having
 
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
 
 class WholeSampler(optuna.samplers.BaseSampler):
     """A sampler that proposes all parameters at once, from the study's other trials alone. Without state.
@@ -128,9 +130,10 @@ class ThresholdSampler(_DensitySampler):
 
     def posterior(self, trials: Iterable[FrozenTrial]) -> Posterior:
         """What the finished among ``trials`` say about the threshold; the prior when there are none."""
-        return fit_posterior(
-            tuple(observations(trials)), self.low, self.max_drop, seed=self.seed, shared=self.shared
-        )
+        return self._believing(observations(trials))
+
+    def _believing(self, seen: Sequence[Observation]) -> Posterior:
+        return fit_posterior(tuple(seen), self.low, self.max_drop, seed=self.seed, shared=self.shared)
 
     def done(self, trials: Sequence[FrozenTrial], tolerance: float) -> str | None:
         """Why no further trial is worth its cost, in words; None when one is.
@@ -139,14 +142,14 @@ class ThresholdSampler(_DensitySampler):
             trials: All trials of the study.
             tolerance: The relative width of the threshold's 80% interval that is narrow enough: 0.05 is 5%.
         """
-        posterior = self.posterior(trials)
-        depths = [o.depth for o in observations(trials)]
-        if not depths:
+        seen = observations(trials)
+        if not seen:
             return None
+        posterior = self._believing(seen)
         if ends := _no_overlap(trials, posterior, self.low):
             return ends
         if posterior.p_feasible(self.low) >= 0.9:
-            tried = max(depths) >= math.log(1 / self.low) - APART
+            tried = max(seen).depth >= math.log(1 / self.low) - APART
             return f"the lowest density allowed, {self.low:.3g}, is within the bound" if tried else None
         worthwhile = max(WORTHWHILE, self.low**0.25)
         if posterior.p_feasible(worthwhile) <= 0.1:
@@ -162,10 +165,11 @@ class ThresholdSampler(_DensitySampler):
 
     def propose(self, trials: Sequence[FrozenTrial]) -> float:
         """The density to try next: never within 2% of one that was tried or is running."""
-        posterior = self.posterior(trials)
+        seen = observations(trials)
+        posterior = self._believing(seen)
         depth_max = math.log(1 / self.low)
         running = sorted(depth_of(t) for t in trials if t.state == TrialState.RUNNING and "density" in t.params)
-        taken = [0.0, *(o.depth for o in observations(trials)), *running]
+        taken = [0.0, *(o.depth for o in seen), *running]
         threshold = np.clip(posterior.curves.threshold[:, 0], 0, depth_max)
         part, weights = _heaviest_part(threshold, posterior.weights, running)
         low, high = posterior.learnable_interval()
@@ -208,16 +212,14 @@ class BisectionSampler(_DensitySampler):
 
 def observations(trials: Iterable[FrozenTrial]) -> list[Observation]:
     """What the finished trials say; not the dense model, whose drop of 0 every curve starts from."""
-    return [
-        Observation(
-            depth_of(t),
-            float(t.user_attrs["drop"]),
-            max(SE_FLOOR, float(t.user_attrs.get("drop_se") or 0)),
-            bool(t.user_attrs.get("rejected")),
-        )
-        for t in trials
-        if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and "drop" in t.user_attrs and depth_of(t) > 0
-    ]
+    seen = []
+    for trial in trials:  # written for studies of thousands of trials
+        if trial.state not in FINISHED or "drop" not in (told := trial.user_attrs):
+            continue
+        if (density := asked_density(trial)) < 1:
+            se, rejected = told.get("drop_se") or 0.0, told.get("rejected")
+            seen.append(Observation(-math.log(density), told["drop"], max(SE_FLOOR, se), bool(rejected)))
+    return seen
 
 
 def depth_of(trial: FrozenTrial) -> float:
@@ -227,7 +229,8 @@ def depth_of(trial: FrozenTrial) -> float:
 
 def asked_density(trial: FrozenTrial) -> float:
     """The density that a trial was run at: what was proposed, or as low as its scheme could go."""
-    return float(trial.user_attrs.get("density_asked", trial.params.get("density", 1.0)))
+    asked = trial.user_attrs.get("density_asked")
+    return float(trial.params.get("density", 1.0) if asked is None else asked)
 
 
 def affordable_depth(trials: Iterable[FrozenTrial]) -> float:
@@ -277,6 +280,11 @@ def _heaviest_part(threshold: Array, weights: Array, cuts: Sequence[float]) -> t
 def _keep_apart(depth: float, taken: Sequence[float], depth_max: float) -> float:
     """The depth nearest to ``depth``, within the study's, that is 2% in density away from all taken."""
     gap = -math.log1p(-APART) + 1e-9
-    candidates = [depth, depth_max, *(t + s * gap for t in taken for s in (-1, 1))]
-    free = [c for c in candidates if 0 <= c <= depth_max and all(abs(c - t) >= gap * (1 - 1e-9) for t in taken)]
-    return min(free, key=lambda c: abs(c - depth), default=depth)
+    there = np.sort(np.asarray(taken))
+    candidates = np.concatenate([[depth, depth_max], there - gap, there + gap])
+    candidates = candidates[(candidates >= 0) & (candidates <= depth_max)]
+    after = np.searchsorted(there, candidates)
+    left, right = there[np.maximum(after - 1, 0)], there[np.minimum(after, len(there) - 1)]
+    away = np.minimum(np.abs(candidates - left), np.abs(candidates - right))
+    free = candidates[away >= gap * (1 - 1e-9)]
+    return float(free[np.abs(free - depth).argmin()]) if len(free) else depth

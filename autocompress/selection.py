@@ -79,9 +79,10 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
     feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
     if not feasible:
         return None
+    of_arms = [(trial, space.arm_of(trial.params)) for trial in feasible]
     p: dict[int, float] = {}
     for arm in (*space.arms, None):
-        mine = [trial for trial in feasible if space.arm_of(trial.params) is arm]
+        mine = [trial for trial, its_arm in of_arms if its_arm is arm]
         belief = posterior(study, space, bound, arm) if mine else None
         p |= {trial.number: _p_feasible(belief, bound, trial) for trial in mine}
     probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]

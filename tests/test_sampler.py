@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autocompress.certify import paired_bounds
 from autocompress.lc import LearningCompression
+from autocompress.posterior import MANY, ROUNDS, Observation, _sample, telling
 from autocompress.sampler import BisectionSampler, ThresholdSampler
 from autocompress.samplers import SAMPLERS, check_sampler, make_sampler
 from autocompress.schemes import StructPrune
@@ -296,6 +297,39 @@ def test_noise_that_trials_share_does_not_average_out() -> None:
         return high / low - 1
 
     assert width(0.0) < 0.8 * width(0.5)
+
+
+def test_of_many_observations_those_near_the_crossing_and_some_of_the_others_tell() -> None:
+    depths = np.random.default_rng(0).permutation(np.linspace(0.01, 3.9, 400)).tolist()
+    seen = [Observation(depth, 0.01 * math.exp(3 * (depth - 2)), 0.003) for depth in depths]
+    told = telling(seen, BOUND)
+    assert len(told) == MANY and len(set(told)) == MANY
+    assert [one for one in seen if one in told] == told  # as they came
+    away = sorted(abs(one.depth - 2) for one in told)
+    assert away[MANY // 2 - 1] < 0.13 and max(np.diff(sorted(one.depth for one in told))) < 0.25
+    assert telling(seen[:MANY], BOUND) == seen[:MANY]
+    nothing = [one._replace(drop=0.5) for one in seen]  # the crossing is before all of them
+    assert min(one.depth for one in telling(nothing, BOUND)) == 0.01
+    everything = [one._replace(drop=0.0) for one in seen]
+    assert sorted(one.depth for one in telling(everything, BOUND))[-MANY // 2 :] == sorted(depths)[-MANY // 2 :]
+
+
+def test_many_trials_are_as_good_as_their_bounded_number_that_is_believed() -> None:
+    simulation = Simulation("exponential", 7, 2000, 0.5, 0.002)
+    densities = np.exp(-np.random.default_rng(0).uniform(0.02, -math.log(LOW), 300))
+    trials = [done(density, *simulation.observe(density)) for density in densities.tolist()]
+    sampler = ThresholdSampler(LOW, BOUND)
+    low, high = sampler.posterior(trials).interval()
+    assert low < math.exp(-simulation.depth) < high < 1.5 * low
+    few_low, few_high = sampler.posterior(trials[:MANY]).interval()
+    assert math.log(high / low) < math.log(few_high / few_low)
+
+
+def test_the_draws_have_the_moments_of_a_posterior_known_in_closed_form() -> None:
+    x, weights = _sample(lambda x: -(((x[:, 0] - 1) / 0.5) ** 2) / 2 - ((x[:, 1] + 3) ** 2) / 2, 0, ROUNDS)
+    mean = weights @ x
+    assert mean == pytest.approx([0.8, -1.5, 0, 0, 0, 0], abs=0.02)
+    assert weights @ (x - mean) ** 2 == pytest.approx([0.2, 0.5, 1, 1, 1, 1], rel=0.05)
 
 
 def test_a_bound_of_zero_is_allowed() -> None:

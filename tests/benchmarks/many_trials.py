@@ -3,7 +3,8 @@
     python tests/benchmarks/many_trials.py [TRIALS]
 
 The trials are made up. Prints processor seconds of each step, and exits with 1 where resuming takes more than 5 of
-them or the report more than 20.
+them, the report more than 20, or a density more than 0.05, be it the first after a new result or one more: the
+least of five, for what else the machine does.
 """
 
 import runpy
@@ -12,33 +13,41 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import optuna
 
 from autocompress.lc import LearningCompression
 from autocompress.mend import restore, set_aside_if_damaged
 from autocompress.optuna_store import open_study
 from autocompress.report import write_report
 from autocompress.schemes import StructPrune
-from autocompress.search import Plan, add_dense, adopt, set_sampler
+from autocompress.search import Plan, add_dense, adopt, entry_of, set_sampler
 from autocompress.selection import answer, finished, posterior
-from autocompress.space import Space
+from autocompress.space import Configuration, Space
 from autocompress.storage import StudyFolder
-from autocompress.trial import Bound
+from autocompress.trial import Bound, TrialResult
 
 SPACE = Space((StructPrune(),), LearningCompression(), (0.002,))
-RESUME_S, REPORT_S = 5, 20
-took: dict[str, float] = {}
+MOST_S = {
+    "resuming": 5,
+    "the report": 20,
+    "a density, with no new result": 0.05,
+    "a density after a new result": 0.05,
+}
+REPEATS = 5
+took: dict[str, list[float]] = {}
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.process_time()
     yield
-    took[what] = time.process_time() - began
-    print(f"{what:45s}{took[what]:8.3f} s", flush=True)
+    took.setdefault(what, []).append(time.process_time() - began)
+    print(f"{what:45s}{took[what][-1]:8.3f} s", flush=True)
 
 
 def main() -> int:
@@ -67,16 +76,35 @@ def main() -> int:
             assert len([folder.load_trial(trial.number) for trial in finished(study)]) == n
             answer(study, SPACE, bound)
             posterior(study, SPACE, bound)
-        with timed("a density, with no new result"):
-            SPACE.suggest(study.ask())
-        with timed("a density after a new result"):
-            study.sampler.shared = 0.49  # another posterior
-            SPACE.suggest(study.ask())
+        known = folder.load_trial(n)
+        for _ in range(REPEATS):
+            with timed("a density, with no new result"):
+                trial, chosen = ask(study, plan)
+            tell(study, trial, replace(known, number=trial.number, density_asked=chosen.density), bound)
+            with timed("a density after a new result"):
+                ask(study, plan)
         folder.close()
         with timed("the report"):
             write_report(path)
         print(f"the journal has {(path / 'journal.log').stat().st_size / 1e6:.1f} MB")
-    return 1 if took["resuming"] > RESUME_S or took["the report"] > REPORT_S else 0
+    return 1 if any(min(took[what]) > most for what, most in MOST_S.items()) else 0
+
+
+def ask(study: optuna.Study, plan: Plan) -> tuple[optuna.Trial, Configuration]:
+    """What a search does before each trial: whether to go on, and if so, where."""
+    study.sampler.done(study.get_trials(deepcopy=False), plan.tolerance)
+    trial = study.ask()
+    return trial, SPACE.suggest(trial)
+
+
+def tell(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound: Bound) -> None:
+    """Enters a result into the study."""
+    attributes, constraints = entry_of(result, bound)
+    for name, value in attributes.items():
+        trial.set_user_attr(name, value)
+    for name, excess in constraints.items():
+        trial.set_constraint(name, excess)
+    study.tell(trial, result.values)
 
 
 if __name__ == "__main__":
