@@ -75,6 +75,7 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     from autocompress.recovery import make_recovery
     from autocompress.show import make_console, show_sweep
     from autocompress.storage import check_name, prepare_out
+    from autocompress.sweep_grid import distinct_schemes
 
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
@@ -83,7 +84,7 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])
-    checked("--scheme", sweeping.distinct_schemes, options["schemes"])
+    checked("--scheme", distinct_schemes, options["schemes"])
     training = {name: options.pop(name) for name in OF_RECOVERY if name in options}
     training["score_steps"] = options.pop("score_steps") or None
     given = {name: value for name, value in training.items() if value is not None}

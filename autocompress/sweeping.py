@@ -3,9 +3,8 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from autocompress.measurement import Measurement, measure
 from autocompress.metrics import Metric, as_metric
 from autocompress.progress import Listener, heard_by
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_settings
-from autocompress.scheme import Facts, Scheme, describe, parse_scheme
+from autocompress.scheme import Facts, Scheme, parse_scheme
 from autocompress.search import INTERRUPTED
 from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
 from autocompress.sweep_files import write_sweep
+from autocompress.sweep_grid import Cell, distinct_densities, distinct_schemes, grid
 from autocompress.sweep_result import DENSE, Sweep
 from autocompress.task import Evaluation, Task
 from autocompress.tracking import COSTS, Tracker
@@ -92,7 +92,7 @@ def sweep(
         ValueError: If an argument is not usable; the message says what is allowed.
     """
     parsed = distinct_schemes(schemes)
-    densities = _checked_densities(densities)
+    densities = distinct_densities(densities)
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; it must be at least 1")
     if seed < 0:
@@ -131,55 +131,6 @@ def sweep(
         return running.run(list(grid(parsed, densities, repeats)), tracker)
     finally:
         folder.close()
-
-
-def distinct_schemes(given: str | Scheme | Sequence[str | Scheme]) -> dict[str, Scheme]:
-    """Schemes by what describes them."""
-    several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
-    if not several:
-        raise ValueError("there is no scheme to sweep over; give one or more, such as StructPrune")
-    schemes = [parse_scheme(one) if isinstance(one, str) else one for one in several]
-    by_name = {describe(scheme): scheme for scheme in schemes}
-    if len(by_name) < len(schemes):
-        raise ValueError(f"a scheme is given twice: {', '.join(describe(scheme) for scheme in schemes)}")
-    return by_name
-
-
-def _checked_densities(given: Sequence[float]) -> tuple[float, ...]:
-    densities = tuple(float(one) for one in given)
-    if not densities or not all(0 < one <= 1 for one in densities):
-        raise ValueError(f"densities={list(given)}; give one or more numbers above 0 and at most 1")
-    if len(set(densities)) < len(densities):
-        raise ValueError(f"densities={list(given)}; one is given twice")
-    return densities
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One trial of a sweep.
-
-    Attributes:
-        number: From 1.
-        scheme: What describes its scheme.
-        density: What it shall have.
-        repeat: Which run of the scheme and the density it is, from 1.
-    """
-
-    number: int
-    scheme: str
-    density: float
-    repeat: int
-
-
-def grid(schemes: Mapping[str, Scheme], densities: Sequence[float], repeats: int) -> Iterator[Cell]:
-    """All cells, the first run of each before the second of any: a sweep cut short has something of all."""
-    wanted = [
-        (repeat, name, density)
-        for repeat, (name, scheme) in product(range(1, repeats + 1), schemes.items())
-        for density in (densities if scheme.takes_density else (1.0,))
-    ]
-    for number, (repeat, name, density) in enumerate(wanted, start=1):
-        yield Cell(number, name, density, repeat)
 
 
 class Sweeping:
@@ -252,7 +203,7 @@ class Sweeping:
         ]
 
     def _failed(self, cell: Cell, reason: str) -> dict[str, Any]:
-        one = {**_key(cell), "reason": reason}
+        one = {**cell.key, "reason": reason}
         self.progress(f"trial {cell.number:>3}  {Sweep.failure(one)}")
         self.tracker.failed(cell.number, reason, {"scheme": cell.scheme, "repeat": cell.repeat})
         return one
@@ -336,7 +287,7 @@ class Sweeping:
             for split, seen in (("val", val), ("test", test)):
                 scores[f"{metric.name}_{split}"] = _finite(metric.score(seen.targets, seen.outputs))
         costs = {name: getattr(cost, name) for name in COSTS}
-        return {**_key(cell), **scores, **costs, "device": cost.device, "seconds": seconds}
+        return {**cell.key, **scores, **costs, "device": cost.device, "seconds": seconds}
 
     def _log(self, cell: Cell, result: TrialResult, row: Mapping[str, Any]) -> None:
         scores = {name: row[name] for name in row if name.endswith(("_val", "_test")) and row[name] is not None}
@@ -384,15 +335,6 @@ class Sweeping:
             artifacts=[self.folder.result_file, *files],
         )
         return result
-
-
-def _key(cell: Cell) -> dict[str, Any]:
-    return {
-        "number": cell.number,
-        "scheme": cell.scheme,
-        "density_asked": cell.density,
-        "repeat": cell.repeat,
-    }
 
 
 def _finite(score: float) -> float | None:

@@ -28,7 +28,7 @@ ENGINE = (
     ("deployed", "macs", "runtimes"),
     ("measurement", "constraint", "per_class", "cka", "transforms", "environment", "system_metrics"),
     ("scheme", "goal", "training", "images", "samples"),
-    ("models", "certify", "limit", "array_readers", "file_readers", "parcel"),
+    ("sweep_grid", "models", "certify", "limit", "array_readers", "file_readers", "parcel"),
     ("ranks",),
     ("learner",),
     ("lc",),

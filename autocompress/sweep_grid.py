@@ -1,0 +1,68 @@
+"""The grid of a sweep: schemes × densities × repeats, checked and put in order."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from autocompress.scheme import Scheme, describe, parse_scheme
+
+
+def distinct_schemes(given: str | Scheme | Sequence[str | Scheme]) -> dict[str, Scheme]:
+    """Schemes by what describes them."""
+    several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
+    if not several:
+        raise ValueError("there is no scheme to sweep over; give one or more, such as StructPrune")
+    schemes = [parse_scheme(one) if isinstance(one, str) else one for one in several]
+    by_name = {describe(scheme): scheme for scheme in schemes}
+    if len(by_name) < len(schemes):
+        raise ValueError(f"a scheme is given twice: {', '.join(describe(scheme) for scheme in schemes)}")
+    return by_name
+
+
+def distinct_densities(given: Sequence[float]) -> tuple[float, ...]:
+    """Densities, each within its bounds and given once."""
+    densities = tuple(float(one) for one in given)
+    if not densities or not all(0 < one <= 1 for one in densities):
+        raise ValueError(f"densities={list(given)}; give one or more numbers above 0 and at most 1")
+    if len(set(densities)) < len(densities):
+        raise ValueError(f"densities={list(given)}; one is given twice")
+    return densities
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trial of a sweep.
+
+    Attributes:
+        number: From 1.
+        scheme: What describes its scheme.
+        density: What it shall have.
+        repeat: Which run of the scheme and the density it is, from 1.
+    """
+
+    number: int
+    scheme: str
+    density: float
+    repeat: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The cell as the first columns of its row."""
+        return {
+            "number": self.number,
+            "scheme": self.scheme,
+            "density_asked": self.density,
+            "repeat": self.repeat,
+        }
+
+
+def grid(schemes: Mapping[str, Scheme], densities: Sequence[float], repeats: int) -> Iterator[Cell]:
+    """All cells, the first run of each before the second of any: a sweep cut short has something of all."""
+    wanted = [
+        (repeat, name, density)
+        for repeat, (name, scheme) in product(range(1, repeats + 1), schemes.items())
+        for density in (densities if scheme.takes_density else (1.0,))
+    ]
+    for number, (repeat, name, density) in enumerate(wanted, start=1):
+        yield Cell(number, name, density, repeat)
