@@ -15,8 +15,9 @@ MIN_REPEATS = 20
 WARM_UP = 3
 # Timing ends when the median is known to this share of itself, with about 95% confidence.
 PRECISION = 0.03
-# A model runs for so long before it is another's turn: against drift little, against cold caches enough.
-TURN_S = 0.002
+# Timed of a model before it is another's turn: little against drift, so much that the turn's first pass, which is
+# not timed, costs little. That pass finds the caches full of another model and its own threads asleep.
+TURN_S, TURN_PASSES = 0.002, 3
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def time_in_turns(
 ) -> list[Latency]:
     """Times one batch through each model, in turns of some passes: A B A B ..., so that drift meets all alike.
 
-    Each median is known to `PRECISION` in the end, unless the budget is spent before.
+    A turn begins with a pass that is not timed, so that each model is timed as if it ran alone. Each median is
+    known to `PRECISION` in the end, unless the budget is spent before.
 
     Args:
         runs: The models.
@@ -66,8 +68,9 @@ def time_in_turns(
     began, budget_s, spent_s = time.perf_counter(), budget_s * len(runs), 0.0
     while min(map(len, times_ms)) < MIN_REPEATS or spent_s < budget_s:
         for run, times in zip(runs, times_ms, strict=True):
-            turn_ms = 0.0
-            while turn_ms < 1e3 * TURN_S:
+            _timed_ms(run, x)
+            before, turn_ms = len(times), 0.0
+            while turn_ms < 1e3 * TURN_S or len(times) - before < TURN_PASSES:
                 times.append(_timed_ms(run, x))
                 turn_ms += times[-1]
         spent_s = time.perf_counter() - began

@@ -1,3 +1,6 @@
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,16 @@ def small_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
 
 
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Branching(nn.Module):
     """What no exporter can follow."""
 
@@ -36,6 +49,20 @@ def test_onnx_runtime_computes_what_the_model_computes() -> None:
     for x in (IMAGE, IMAGE[:1], IMAGE.to(memory_format=torch.channels_last)):
         (found,) = run(x)
         assert torch.allclose(torch.from_numpy(found), model(x), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_onnx_runtime_leaves_the_cores_to_the_next_model() -> None:
+    model, x = nn.Linear(1024, 1024).eval(), torch.zeros(256, 1024)
+    with threads(2):
+        run = prepare("onnxruntime", model, x)
+        used = []
+        for _ in range(5):
+            run(x)
+            before = time.process_time()
+            time.sleep(0.02)
+            used.append(time.process_time() - before)
+    assert min(used) < 0.002
 
 
 @torch.inference_mode()
