@@ -11,7 +11,8 @@ from autocompress.export import Provenance, export
 from autocompress.models import SmallResNet
 from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize16
-from autocompress.schemes.lowrank import Matrices
+from autocompress.schemes.rank_choice import Matrices, choose_ranks
+from autocompress.schemes.spectrum import Spectrum
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
 from autocompress.testing_models import some_models
 
@@ -92,6 +93,51 @@ def test_the_nearest_matrix_of_its_rank(layer: nn.Module, density: float) -> Non
     torch.testing.assert_close(norms[0], norms[1])  # the factors share the scale
 
 
+def of_spectrum(name: str, m: int, n: int) -> Tensor:
+    """A matrix whose singular values fall in some way, in 64 bits."""
+    torch.manual_seed(0)
+    random, i = torch.randn(m, n, dtype=torch.double), torch.arange(min(m, n))
+    u, _, v = torch.linalg.svd(random, full_matrices=False)
+    values = {
+        "random": torch.linalg.svdvals(random),
+        "falling slowly": 1 / (1 + i),
+        "falling fast": torch.exp(-0.2 * i),
+        "a gap": torch.where(i < 24, 1 - i / 30, 1e-3),
+        "low rank": torch.where(i < 24, 1 - i / 30, 0.0),
+    }
+    if name == "rows of many scales":
+        return random * 10 ** (-6 * torch.rand(m, 1))
+    return (u * values[name]) @ v
+
+
+SPECTRA = ("random", "falling slowly", "falling fast", "a gap", "low rank", "rows of many scales")
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n"), [(64, 288), (160, 64)])
+def test_the_error_is_that_of_the_singular_value_decomposition(spectrum: str, m: int, n: int) -> None:
+    """Whatever the spectrum, the scale, the rank and the layout in memory."""
+    exact = of_spectrum(spectrum, m, n)
+    for scale, rank in ((1.0, 6), (1e-22, 20), (1e20, 24), (0.05, 40)):
+        weight = (exact * (scale / exact.norm())).float().view(m, -1, 2, 2)
+        if rank > 20:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        first, second = Spectrum.of(weight, rank=rank).factors(weight, rank)
+        assert (first.shape, second.shape) == ((rank, n // 4, 2, 2), (m, rank, 1, 1))
+        matrix = weight.flatten(1).double()
+        error = (second.flatten(1).double() @ first.flatten(1).double() - matrix).norm()
+        least = torch.linalg.svdvals(matrix)[rank:].norm()
+        assert error <= 1.00001 * least + 1e-6 * matrix.norm(), (scale, rank, float(error / matrix.norm()))
+
+
+def test_64_bits_are_for_spectra_that_need_them() -> None:
+    weight = of_spectrum("falling fast", 64, 288).float()
+    assert Spectrum.of(weight, rank=20).matrix.dtype == torch.float32
+    assert Spectrum.of(weight, rank=40).matrix.dtype == torch.float64
+    assert Spectrum.of(1e-22 * weight).matrix.dtype == torch.float64
+    assert Spectrum.of(weight.bfloat16()).matrix.dtype == torch.float32
+
+
 def best_loss(energies: dict[str, Tensor], facts: Matrices, budget: int) -> float:
     """The least energy that must be lost to fit the budget, over all combinations of ranks: brute force."""
     choices = []
@@ -115,7 +161,7 @@ def test_the_ranks_lose_little_more_energy_than_the_best_ones(seed: int) -> None
         decay = torch.arange(min(m, n)) * -(0.1 + 0.3 * torch.rand((), generator=generator))
         energies[layer] = (decay.exp() / decay.exp().sum()).double()
     for density in (0.8, 0.5, 0.3, 0.15):
-        ranks = LowRank().choose_ranks(energies, density, facts)
+        ranks = choose_ranks(energies, density, facts)
         size = sum(facts.size(layer, rank) for layer, rank in ranks.items())
         lost = sum(float(e[ranks[layer] :].sum()) for layer, e in energies.items())
         assert size <= density * facts.n_params < size + largest_rank_one(facts)
