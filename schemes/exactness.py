@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .removal import remove_channels
-from .slices import Group, kept_entries
+from .slices import Group, zeroed
 
 SMALL = (64, 128)  # sides of an image that are tried before its own
 TOLERANCE = 1e-4  # of the largest output; an error in the groups shows in the first digits
@@ -43,7 +43,7 @@ class Exam:
             outputs = _outputs(remove_channels(self.model, groups, removed), self.x, self.training)
         except Exception:  # a forward pass that meets sizes it was not written for may raise anything
             return False
-        with _masked(self.model, kept_entries(groups, removed, dict(self.model.named_parameters()))):
+        with _masked(self.model, groups, removed):
             expected = _outputs(self.model, self.x, self.training)
         return len(outputs) == len(expected) and all(map(_agree, outputs, expected))
 
@@ -88,12 +88,12 @@ def _agree(actual: Tensor, expected: Tensor) -> bool:
 
 
 @contextmanager
-def _masked(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
-    """Zeros in place of the entries of parameters that are not kept, for a ``with`` block."""
-    whole = {name: model.get_parameter(name).data for name in kept}
+def _masked(model: nn.Module, groups: Sequence[Group], removed: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Zeros in place of what goes with some channels, for a ``with`` block."""
+    whole = {name: p.data for name, p in model.named_parameters()}
     try:
-        for name, entries in kept.items():
-            model.get_parameter(name).data = whole[name] * entries
+        for name, values in zeroed(groups, removed, whole).items():
+            model.get_parameter(name).data = values
         yield
     finally:
         for name, values in whole.items():
@@ -132,7 +132,8 @@ def _stir(model: nn.Module) -> None:
             if not tensor.is_floating_point() or not (is_statistic or isinstance(tensor, nn.Parameter)):
                 continue
             first = tensor.flatten()[:1]
-            if tensor.numel() > 1 and bool((tensor == first).all()):
+            # The first two alone tell of most that they are not constant.
+            if tensor.numel() > 1 and bool((tensor.flatten()[:2] == first).all() and (tensor == first).all()):
                 low = -0.5 if first == 0 else 0.5
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
 

@@ -13,7 +13,7 @@ from .attention import heads_of_rows, make_traceable
 from .exactness import Exam, exact
 from .findings import Findings
 from .removal import remove_channels
-from .slices import Group, Slices, first_channels, kept_entries, sizes_along
+from .slices import Group, Slices, first_channels, kept_entries, sizes_along, zeroed
 from .trace import Trace
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "kept_entries",
     "remove_channels",
     "sizes_along",
+    "zeroed",
 ]
 
 
@@ -54,7 +55,8 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
 
 def _traced(model: nn.Module, x: Tensor) -> tuple[Trace, bool]:
     """The trace of a forward pass, and of one in train mode if that is needed to reach all parameters."""
-    trace = Trace(make_traceable(copy.deepcopy(model)), heads_of_rows(model))
+    shared: dict[int, object] = {id(p): p for p in model.parameters()}  # passes change nothing but statistics
+    trace = Trace(make_traceable(copy.deepcopy(model, shared)), heads_of_rows(model))
     trace.run(x)
     if all(name in trace.positions for name, _ in model.named_parameters()):
         return trace, False

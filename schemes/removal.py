@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attention import known_attention, make_thin
 from .computing import takes_whole_groups
 from .layernorm import make_thin_norm
-from .slices import Group
+from .slices import Group, positions_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 VISION_TRANSFORMER = "torchvision.models.vision_transformer"
@@ -61,12 +61,8 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
 def _gone(groups: Sequence[Group], removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Tensor]:
     """The positions that go, by tensor and dimension."""
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-    for group in groups:
-        leaves = torch.zeros(group.width, dtype=torch.bool)
-        leaves[list(removed.get(group.root, ()))] = True
-        if leaves.any():
-            for s in (*group.slices, *group.buffers):
-                gone[s.parameter, s.dim].append(s.positions[leaves[s.channels]])
+    for s, positions in positions_of(groups, removed):
+        gone[s.parameter, s.dim].append(positions)
     return {place: torch.cat(positions) for place, positions in gone.items()}
 
 

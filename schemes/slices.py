@@ -6,7 +6,7 @@ every other layer that is added to it (Fang et al., "DepGraph: Towards Any Struc
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -91,13 +91,37 @@ def kept_entries(
     """For each parameter that a group reaches: True where the entry stays (the parameter's shape)."""
     names = {s.parameter for group in groups for s in group.slices}
     kept = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in sorted(names)}
-    for group in groups:
-        gone = torch.zeros(group.width, dtype=torch.bool)
-        gone[list(removed[group.root])] = True
-        for s in group.slices:
-            mask = kept[s.parameter]
-            mask.index_fill_(s.dim, s.positions[gone[s.channels]].to(mask.device), False)
+    for s, gone in positions_of(groups, removed):
+        if s.parameter in kept:
+            kept[s.parameter].index_fill_(s.dim, gone.to(kept[s.parameter].device), False)
     return kept
+
+
+def zeroed(
+    groups: Sequence[Group], removed: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Copies of weights with zeros in place of what goes with some channels."""
+    values = {name: w.clone() for name, w in weights.items()}
+    for s, gone in positions_of(groups, removed):
+        if s.parameter in values:
+            values[s.parameter].index_fill_(s.dim, gone.to(values[s.parameter].device), 0)
+    return values
+
+
+def positions_of(
+    groups: Sequence[Group], channels: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Slices, Tensor]]:
+    """The slices of parameters and buffers that some channels live in, and where in each of them.
+
+    Args:
+        groups: The groups.
+        channels: The channels, by the root of their group; none of the groups that are not named.
+    """
+    for group in groups:
+        meant = torch.zeros(group.width, dtype=torch.bool)
+        meant[list(channels.get(group.root, ()))] = True
+        if meant.any():
+            yield from ((s, s.positions[meant[s.channels]]) for s in (*group.slices, *group.buffers))
 
 
 def first_channels(groups: Sequence[Group]) -> list[int]:

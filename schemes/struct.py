@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autocompress.scheme import Evidence, Theta, Weights, automatic, density_error, register_scheme
 
 from .criteria import Observed, check_criterion
-from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, sizes_along
+from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, sizes_along, zeroed
 from .importance import (
     CHANNEL_CRITERIA,
     NORMALIZATIONS,
@@ -199,8 +199,7 @@ class StructPrune:
         # Channels that are zero already go whatever the target: it is free, and it makes pi idempotent.
         steps = max(int(fits.int().argmax()), order.n_dead)
         removed = _by_group(facts.groups, order.channels[: order.ends[steps]])
-        kept = kept_entries(facts.groups, removed, weights)
-        values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
+        values, kept = zeroed(facts.groups, removed, weights), kept_entries(facts.groups, removed, weights)
         return Theta(values, kept, int(sizes[steps]), {"removed": removed})
 
     def _removal_order(self, weights: Weights, facts: Structure) -> Order:
