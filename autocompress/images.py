@@ -83,7 +83,7 @@ class HeldImages:
         return self.sampling.batch_size
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `autocompress.task.Split.batches`; with a generator the samples are augmented."""
+        """One pass, see `autocompress.splits.Split.batches`; with a generator the samples are augmented."""
         names = self.sampling.augmentations
         for chosen, seeds in self.sampling.order(self.n_samples, generator):
             pixels = self.pixels[chosen]
@@ -137,7 +137,7 @@ class FileImages:
         return self.sampling.batch_size
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `autocompress.task.Split.batches`; with a generator the samples are augmented."""
+        """One pass, see `autocompress.splits.Split.batches`; with a generator the samples are augmented."""
         order = self.sampling.order(self.n_samples, generator)
         names = self.sampling.augmentations if generator is not None else ()
         reader = _Reader(self.files, self.y, self.preprocessing, names)

@@ -203,7 +203,7 @@ class Share:
         return self.split.batch_size
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `autocompress.task.Split.batches`."""
+        """One pass, see `autocompress.splits.Split.batches`."""
         for x, y in self.split.batches(generator):
             yield x[self.rank :: self.size], y[self.rank :: self.size]
 
