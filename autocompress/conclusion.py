@@ -1,16 +1,21 @@
 """The end of a study: the answer is judged on test, measured beside the dense model, and exported."""
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from autocompress.aside import Aside
 from autocompress.bundle import Provenance, rebuild
 from autocompress.certify import Outcome, Verdict, certified_in_order, certify, conclude
 from autocompress.constraint import Constraint, Judged
 from autocompress.deployed import deployed
+from autocompress.drawing import get_ready as draw_early
 from autocompress.export import Export, export
+from autocompress.export import get_ready as export_early
 from autocompress.layers import compare_layers
 from autocompress.limit import Limit
 from autocompress.measurement import Measurement, compare
@@ -80,6 +85,19 @@ class Judgement:
         return replace(self, certificate=replace(self.certificate, outcome="not certifiable"))
 
 
+def get_ready(model: nn.Module, example_input: Tensor, file: Path, home: Path) -> None:
+    """The first call of `Conclusion.aside`: after it, exporting and drawing there take little time.
+
+    Args:
+        model: The dense model, on the CPU; it is written as ONNX, to be measured beside the answer.
+        example_input: A batch of at least one sample.
+        file: Where to write it, see `Conclusion.dense_onnx`.
+        home: The folder of all studies.
+    """
+    export_early(model, example_input, file)
+    draw_early(home)
+
+
 @dataclass(frozen=True)
 class Conclusion:
     """Ends studies.
@@ -92,6 +110,8 @@ class Conclusion:
         folder: Where the study lives.
         watcher: Is told how it goes.
         timing: Whether what is asked needs more measured than can be counted.
+        aside: Runs what need not run here.
+        dense_onnx: The dense model's ONNX file, if it was written already.
     """
 
     settings: Settings
@@ -101,6 +121,8 @@ class Conclusion:
     folder: StudyFolder
     watcher: Watcher
     timing: bool = False
+    aside: Aside = field(default_factory=Aside)
+    dense_onnx: Path | None = None
 
     def of(self, shortlist: Sequence[Answer]) -> dict[str, Any]:
         """What `autocompress.result.Result` says of the answer, by the names of its fields.
@@ -121,6 +143,7 @@ class Conclusion:
         results = {"metric": task.metric.name, "scores": scores, "verdict": told["sentence"]}
         exported = self._export(found.rebuilt, answer, results)
         onnx = next((one.path for one in exported.artifacts if one.format == "onnx"), None)
+        dense_onnx = self.dense_onnx if self.dense_onnx and self.dense_onnx.exists() else None
         self.watcher.doing("measuring the answer beside the dense model")
         costs = compare(
             [task.model, found.rebuilt],
@@ -129,7 +152,7 @@ class Conclusion:
             dense_params=self.dense_cost.params,
             params=[None, best.measurement.params],
             runtimes=shown_runtimes(settings.runtime, settings.measured_on),
-            onnx_files=[None, onnx],
+            onnx_files=[dense_onnx, onnx],
         )
         return {
             **told,
@@ -236,7 +259,15 @@ class Conclusion:
         )
         formats = self.settings.formats
         where = self.folder.best
-        exported = export(model, task.example_input, where, provenance, dense=task.model, formats=formats)
+        exported = self.aside.call(
+            export,
+            copy.deepcopy(model).cpu(),
+            task.example_input.cpu(),
+            where,
+            provenance,
+            dense=copy.deepcopy(task.model).cpu(),
+            formats=formats,
+        )
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
         return exported

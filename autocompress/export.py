@@ -20,7 +20,7 @@ from autocompress.bundle import Provenance, dtype_name
 from autocompress.deployed import deployed
 from autocompress.executorch_export import MAX_BATCH, check_executorch, write_pte
 from autocompress.onnx_export import quietly, weight_dtype, write_onnx
-from autocompress.parity import Arrays, FreshProcess, reason
+from autocompress.parity import Arrays, FreshProcess, reason, start_early
 
 FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "executorch": "model.pte", "safetensors": bundle.WEIGHTS}
 ON_REQUEST = ("executorch",)  # of the formats
@@ -125,6 +125,24 @@ def export(
         tuple(Artifact(name, path, path.stat().st_size, float(errors[name])) for name, path in paths.items()),
         refused,
     )
+
+
+def get_ready(model: nn.Module, example_input: Tensor, file: Path) -> None:
+    """Does once what makes a process's first export slow, so that the next takes a fraction of the time.
+
+    Args:
+        model: What is written as ONNX, as it is deployed; it is not changed.
+        example_input: A batch of at least one sample.
+        file: Where to; it appears when it is complete.
+    """
+    start_early()
+    plain = copy.deepcopy(deployed(model, example_input)).cpu().to(memory_format=torch.contiguous_format).eval()
+    traced = torch.zeros_like(_probes(example_input[:1].detach().cpu())[-1])
+    partial = file.with_suffix(".partial")
+    write_onnx(plain, traced, partial)
+    partial.replace(file)
+    _write_pt2(plain, traced, partial)
+    partial.unlink()
 
 
 def _probes(example: Tensor) -> list[Tensor]:

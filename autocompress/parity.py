@@ -29,7 +29,7 @@ class FreshProcess:
     """A second Python that runs exported files while this one is still exporting. A context manager.
 
     It is started early and given each file as it is written, so that importing torch and loading the file
-    cost little extra time.
+    cost little extra time. Whoever knows well before that a file will come calls `start_early`.
 
     Args:
         folder: An existing folder for what the two processes exchange.
@@ -41,16 +41,8 @@ class FreshProcess:
         save_arrays(folder / "inputs.npz", inputs)
 
     def __enter__(self) -> Self:
-        # -P keeps this script's folder off the path: a module of autocompress must not stand in for another.
-        command = [sys.executable, "-P", __file__, str(self._folder)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | NO_TELEMETRY,
-        )
+        self._process = _waiting.pop() if _waiting else _started()
+        self._say(str(self._folder))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,10 +51,13 @@ class FreshProcess:
 
     def start(self, format: str, file: Path) -> None:
         """Has ``file`` loaded and run on the inputs; returns at once."""
+        self._say([format, str(file)])
+
+    def _say(self, what: object) -> None:
         assert self._process.stdin is not None
         # A process that has died is reported by `finish`, with what it said last.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps([format, str(file)]) + "\n")
+            self._process.stdin.write(json.dumps(what) + "\n")
             self._process.stdin.flush()
 
     def finish(self, formats: Sequence[str]) -> dict[str, Arrays | str]:
@@ -82,6 +77,27 @@ class FreshProcess:
         if (error := self._folder / f"{format}.error").exists():
             return error.read_text(encoding="utf-8")
         return lost
+
+
+_waiting: list[subprocess.Popen[str]] = []  # processes that have no folder yet; they end with this one
+
+
+def start_early() -> None:
+    """Starts the process that the next `FreshProcess` uses."""
+    if not _waiting:
+        _waiting.append(_started())
+
+
+def _started() -> subprocess.Popen[str]:
+    # -P keeps this script's folder off the path: a module of autocompress must not stand in for another.
+    return subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | NO_TELEMETRY,
+    )
 
 
 def save_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
@@ -145,11 +161,14 @@ RUNNERS: Mapping[str, Callable[[Path, Arrays], Arrays]] = {
 }
 
 
-def main(folder: Path) -> None:
-    """The fresh process: one ``[format, path]`` a line on stdin until it closes."""
+def main() -> None:
+    """The fresh process: on stdin the folder, then one ``[format, path]`` a line until it closes."""
     import onnxruntime  # noqa: F401  imported while there is nothing to do yet
-    import torch  # noqa: F401
+    import torch.export  # noqa: F401
 
+    if not (said := sys.stdin.readline()):
+        return
+    folder = Path(json.loads(said))
     inputs = load_arrays(folder / "inputs.npz")
     for line in sys.stdin:
         format, file = json.loads(line)
@@ -161,4 +180,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     sys.modules["autocompress"] = None  # type: ignore[assignment]  # importing it fails from here on
-    main(Path(sys.argv[1]))
+    main()

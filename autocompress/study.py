@@ -1,5 +1,7 @@
 """A study, from the question to the artifact: the whole job in the order in which it happens."""
 
+import copy
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +13,8 @@ import optuna
 from optuna.storages import RDBStorage
 
 from autocompress.analysis import Analyses
-from autocompress.conclusion import Answer, Conclusion
+from autocompress.aside import WORTH_S, Aside
+from autocompress.conclusion import Answer, Conclusion, get_ready
 from autocompress.files import read_json, write_json
 from autocompress.interrupt import gentle_interrupt
 from autocompress.limit import Limit, check_all
@@ -64,6 +67,7 @@ class Study:
         self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
         self.workplace = Workplace(settings, task)
         self.register, self.database = register, database
+        self.aside, self.dense_onnx = Aside(), folder.path / ".dense.onnx"
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
         self.analyses = Analyses(task)
@@ -84,6 +88,8 @@ class Study:
             raise
         finally:
             self.workplace.close()
+            self.aside.close()
+            self.dense_onnx.unlink(missing_ok=True)
 
     def _run(self) -> Result:
         settings, task = self.settings, self.task
@@ -257,6 +263,16 @@ class Study:
         self.tracker.trial(record, best.density if best else None, beliefs)
         if len(self.records) == 1:
             self._remember_run()
+        self._look_ahead(record.seconds)
+
+    def _look_ahead(self, seconds: float) -> None:
+        """Has the end prepared beside the trials where enough of them are to come; never beside what is timed."""
+        left_s = (self.settings.trials - len(self.records)) * seconds / self.settings.workers
+        if left_s >= WORTH_S and not self.timing and team().size == 1 and (os.cpu_count() or 1) > 1:
+            model = copy.deepcopy(self.task.model).cpu()
+            self.aside.start(
+                get_ready, model, self.task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
+            )
 
     def _remember_run(self) -> None:
         self.folder.update_settings({"mlflow_run": self.tracker.run_id})
@@ -279,7 +295,15 @@ class Study:
     def _conclude(self, stopped: str) -> Result:
         """Judges the answer on test, measures it beside the dense model, and saves everything."""
         conclusion = Conclusion(
-            self.settings, self.task, self.dense, self.dense_cost, self.folder, self.watcher, self.timing
+            self.settings,
+            self.task,
+            self.dense,
+            self.dense_cost,
+            self.folder,
+            self.watcher,
+            self.timing,
+            self.aside,
+            self.dense_onnx,
         )
         shortlisted = self._shortlist()
         if shortlisted:
@@ -290,7 +314,7 @@ class Study:
         write_json(self.folder.result_file, result.to_json(), sealed=True)
         self.watcher.doing("writing the report")
         try:
-            reported = write_report(self.folder.path, ours=True)
+            reported = self.aside.call(write_report, self.folder.path, ours=True)
         except Exception as error:  # the study is saved, and its report can be written at any time
             again = f"autocompress report {result.name} tries again"
             self.watcher.warned(f"no report: {type(error).__name__}: {error} ({again})")

@@ -39,7 +39,7 @@ ENGINE = (
     ("trial", "posterior", "space"),
     ("storage", "sampler", "mlflow_store"),
     ("mlflow_runs", "workers", "cluster", "arms", "optuna_store"),
-    ("selection", "samplers"),
+    ("selection", "samplers", "aside"),
     ("search", "tracking", "ui"),
     ("settings", "result", "record", "sweep_result", "mend"),
     ("watcher",),
