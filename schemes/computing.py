@@ -182,19 +182,23 @@ def _grouped(
     """Ties the channels of a grouped convolution; returns the labels of its outputs.
 
     Its weight has shape (outputs, inputs of a group, ...), transposed (inputs, outputs of a group, ...). In both
-    cases its second dimension is seen by all groups alike.
+    cases its second dimension is seen by all groups alike. A weight that is the same for every channel, a blur
+    made as wide as the input, has no labels for the first.
     """
     groups, couplings = call.argument("groups"), call.couplings
-    assert first is not None  # it is at least as long as there are groups
-    ours = first.view(groups, -1)
-    rows = None if read is None else read.view(groups, -1)
+    ours, rows = (None if labels is None else labels.view(groups, -1) for labels in (first, read))
     if takes_whole_groups(groups, call.x.shape[1] // groups):
-        couplings.tie(ours, ours[:, :1])
-        couplings.tie_or_pin(ours[:, :1], rows, FIXED)
         if second is not None:
             couplings.pin(second, "they are inside the groups of a convolution")
-        return ours[:, :1].expand(groups, call.outs[0].shape[1] // groups).reshape(-1)
-    couplings.tie(ours, ours[:1])
+        of_group = ours if ours is not None else rows
+        if of_group is None:
+            return None
+        couplings.tie(of_group, of_group[:, :1])
+        if ours is not None:
+            couplings.tie_or_pin(ours[:, :1], rows, FIXED)
+        return of_group[:, :1].expand(groups, call.outs[0].shape[1] // groups).reshape(-1)
+    if ours is not None:
+        couplings.tie(ours, ours[:1])
     shared = None if second is None else second.expand(groups, -1)
     inputs, outputs = (ours, shared) if call.argument("transposed") else (shared, ours)
     couplings.tie_or_pin(inputs, rows, FIXED)

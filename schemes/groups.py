@@ -4,7 +4,7 @@ import copy
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,29 @@ __all__ = [
     "kept_entries",
     "remove_channels",
     "sizes_along",
+    "warn_of_whole",
     "zeroed",
 ]
 
 
-def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
+def warn_of_whole(why: str, layers: Iterable[str]) -> None:
+    """Warns that layers keep all their channels."""
+    warnings.warn(f"left at full width, as {why}: {', '.join(layers)}", stacklevel=3)
+
+
+def find_groups(
+    model: nn.Module, example_input: Tensor, tell: Callable[[str, list[str]], None] = warn_of_whole
+) -> tuple[Group, ...]:
     """The channels of a model that can be removed, in groups that live in the same tensors.
 
     Whatever a removal would change beyond the channels themselves stays whole: what reaches the output (classes
     are not pruned), what LayerNorm or a softmax takes together, what the forward pass picks by its place or
-    counts on. Warnings name the layers, one for each reason. A last check takes half of the channels out and
-    compares outputs.
+    counts on. A last check takes half of the channels out and compares outputs.
 
     Args:
         model: Left as it is.
         example_input: A batch of one sample.
+        tell: Is told of the layers that stay whole for each reason.
     """
     model = copy.deepcopy(model).cpu().eval()  # where float32 is not cut to fewer bits
     # In other layouts torch computes with views of memory, which say nothing of channels.
@@ -49,7 +57,7 @@ def find_groups(model: nn.Module, example_input: Tensor) -> tuple[Group, ...]:
     right = exact(Exam.of(model, x, training), found.groups)
     wrong = {group.root for group in found.groups} - {group.root for group in right}
     for why, layers in found.left_whole(wrong).items():
-        warnings.warn(f"left at full width, as {why}: {', '.join(_abridged(layers))}", stacklevel=2)
+        tell(why, _abridged(layers))
     return tuple(right)
 
 

@@ -88,8 +88,8 @@ class Layer:
 def find_layers(traced: fx.GraphModule) -> tuple[list[Layer], list[str]]:
     """The layers whose weights can become integers, and the names of the weights of those that cannot.
 
-    Left out are transposed convolutions in groups (their output channels lie in two dimensions) and weights
-    that something else reads as well.
+    Left out are transposed convolutions in groups (their output channels lie in two dimensions), weights that
+    something else reads as well, and those of layers whose bias is computed.
     """
     axes: dict[Any, int] = INTEGER | STORED
     uses = _uses(traced)
@@ -100,9 +100,8 @@ def find_layers(traced: fx.GraphModule) -> tuple[list[Layer], list[str]]:
         axis, weight = axes[node.target], arguments(node)[1]
         users = uses[id(_attribute(traced, weight))]
         in_groups = node.target in STORED and arguments(node)[GROUPS_OF_TRANSPOSED:][:1] not in ((), (1,))
-        if in_groups or any(
-            axes.get(user.target) != axis or arguments(user)[1].op != "get_attr" for user in users
-        ):
+        alike = all(axes.get(user.target) == axis and _are_stored(arguments(user)[1:3]) for user in users)
+        if in_groups or not alike:
             left.append(weight.target)
             continue
         batchnorm = _batchnorm_behind(node) if len(users) == 1 else None
@@ -129,13 +128,18 @@ def _is_parameter(traced: fx.GraphModule, node: Any) -> bool:
     )
 
 
+def _are_stored(given: Sequence[fx.Node | None]) -> bool:
+    """Whether optional arguments are parameters or buffers as they are, and not computed from them."""
+    return all(node is None or node.op == "get_attr" for node in given)
+
+
 def _batchnorm_behind(node: fx.Node) -> fx.Node | None:
     """The BatchNorm with fixed statistics that alone reads ``node``, channel by channel."""
     user = next(iter(node.users))
     if len(node.users) > 1 or user.target != BATCHNORM or arguments(user)[0] is not node:
         return None
     *_, mean, var, training = arguments(user)[:6]
-    if training or mean is None or var is None:
+    if training or mean is None or var is None or not _are_stored(arguments(user)[1:5]):
         return None
     by_channel = node.target != aten.linear.default or node.meta["val"].dim() == 2
     return user if by_channel else None

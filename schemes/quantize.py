@@ -28,7 +28,7 @@ class SixteenBit(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """Float32 logits of a float32 batch, and whatever else the model puts out."""
         dtype = next(p.dtype for p in self.inner.parameters() if p.is_floating_point())
-        return tree_map(_in_32_bits, self.inner(x.to(dtype)))
+        return tree_map(_in_32_bits, self.inner(x.to(dtype) if x.is_floating_point() else x))
 
 
 def _in_32_bits(output: Any) -> Any:

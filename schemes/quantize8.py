@@ -95,7 +95,8 @@ class Quantize8:
         if not axes:
             raise ValueError("Quantize8 finds no linear or convolutional weights in this model")
         if left:
-            warnings.warn(f"left in float32 (something else reads them too): {', '.join(left)}", stacklevel=2)
+            why = "something else reads them too, their bias is computed, or they are transposed in groups"
+            warnings.warn(f"left in float32 ({why}): {', '.join(left)}", stacklevel=2)
         places = {node: i for i, node in enumerate(operators(traced))}
         points = tuple(places[node] for node in find_points(traced, layers))
         return Integers(axes, traced, points, example_input[:1].detach().clone())

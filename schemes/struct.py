@@ -1,7 +1,6 @@
 """Structured pruning: whole channels and neurons are removed, so the model is smaller and faster as it is."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -12,7 +11,16 @@ from torch import Tensor, nn
 from autocompress.scheme import Evidence, Theta, Weights, automatic, density_error, register_scheme
 
 from .criteria import Observed, check_criterion
-from .groups import Group, find_groups, first_channels, kept_entries, remove_channels, sizes_along, zeroed
+from .groups import (
+    Group,
+    find_groups,
+    first_channels,
+    kept_entries,
+    remove_channels,
+    sizes_along,
+    warn_of_whole,
+    zeroed,
+)
 from .importance import (
     CHANNEL_CRITERIA,
     NORMALIZATIONS,
@@ -129,23 +137,32 @@ class StructPrune:
         roles = Roles.of(model)
         skipped = modules_matching(model, self.skip, "skip")
         least_of, relative_of = self._floors(model, roles), self._relative_widths(model, roles)
-        found = [g for g in find_groups(model, example_input) if self.prunes(g) and not roles.owners(g) & skipped]
-        rated = {g.root: can_rate(self.criterion, g, roles) for g in found}
-        _warn_of_whole(
-            (g for g in found if not rated[g.root]), f"criterion={self.criterion!r} cannot rate their channels"
-        )
-        found = [g for g in found if rated[g.root]]
-        steps = {g.root: self._step(g, roles) for g in found}
+        whole: dict[str, list[str]] = {}  # layers that keep all their channels, by the reason
+        every = find_groups(model, example_input, whole.__setitem__)
+        meant = [g for g in every if self.prunes(g) and not roles.owners(g) & skipped]
+        rated = [g for g in meant if can_rate(self.criterion, g, roles)]
+        steps = {g.root: self._step(g, roles) for g in rated}
         fine = WIDE if self.align == "auto" else 0
-        floors = {g.root: _floor(least_of(g), steps[g.root], fine) for g in found}
-        narrow = (g for g in found if any(least_of(g) < len(part) <= floors[g.root] for part in g.parts))
-        _warn_of_whole(narrow, f"align={self.align} leaves them no narrower width")
-        groups = tuple(g for g in found if any(len(part) > floors[g.root] for part in g.parts))
+        floors = {g.root: _floor(least_of(g), steps[g.root], fine) for g in rated}
+        narrow = [g for g in rated if any(least_of(g) < len(part) <= floors[g.root] for part in g.parts)]
+        groups = tuple(g for g in rated if any(len(part) > floors[g.root] for part in g.parts))
+        whole |= _named(
+            (f"criterion={self.criterion!r} cannot rate their channels", _but(meant, rated)),
+            (f"align={self.align} leaves them no narrower width", narrow),
+        )
         if not groups:
-            raise ValueError(
-                f"{type(self).__name__} finds no channels in this model that it can remove: there are none, or "
-                "criterion, skip, align and min_keep leave every layer whole"
+            whole |= _named(
+                (f"they are not what {type(self).__name__} removes", [g for g in every if not self.prunes(g)]),
+                ("skip names them", _but((g for g in every if self.prunes(g)), meant)),
+                ("min_keep keeps all of them", _but(rated, narrow)),
             )
+            why = "; ".join(f"{why}: {', '.join(layers)}" for why, layers in whole.items())
+            raise ValueError(
+                f"{type(self).__name__} finds no channels in this model that it can remove; "
+                + (f"left at full width, as {why}" if whole else "there are none but those of the output")
+            )
+        for why, names in whole.items():
+            warn_of_whole(why, names)
         layers = [
             Layer(part + start, floors[group.root], steps[group.root], relative_of(group), fine)
             for group, start in zip(groups, first_channels(groups), strict=False)
@@ -249,9 +266,16 @@ def _floor(least: int, step: int, fine: int) -> int:
     return least if least <= fine else math.ceil(least / step) * step
 
 
-def _warn_of_whole(groups: Iterable[Group], why: str) -> None:
-    if names := ", ".join(group.root for group in groups):
-        warnings.warn(f"left at full width, as {why}: {names}", stacklevel=3)
+def _but(groups: Iterable[Group], others: Sequence[Group]) -> list[Group]:
+    """The groups that are not among others."""
+    roots = {group.root for group in others}
+    return [group for group in groups if group.root not in roots]
+
+
+def _named(*groups: tuple[str, Iterable[Group]]) -> dict[str, list[str]]:
+    """The names of groups by the reason why they stay whole, where there are any."""
+    named = {why: [group.root for group in members] for why, members in groups}
+    return {why: names for why, names in named.items() if names}
 
 
 def _by_group(groups: tuple[Group, ...], channels: Tensor) -> dict[str, list[int]]:

@@ -54,6 +54,8 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
             exported = program.module(check_guards=False)
     except Exception as error:  # an exporter may raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "specialized it to be a constant" in str(error):
+            first = "its code makes a constant of the batch size, as len(x) does where x.shape[0] does not"
         raise ValueError(
             f"torch.export cannot trace this model for any batch size, so it has no int8 form: {first}"
         ) from error

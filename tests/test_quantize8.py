@@ -260,13 +260,34 @@ class Tied(nn.Module):
 def test_shared_weights_are_stored_once_and_those_that_something_else_reads_stay(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Tied().eval(), torch.randn(16, 6)
-    with pytest.warns(UserWarning, match=r"left in float32 \(something else reads them too\): other.weight$"):
+    with pytest.warns(UserWarning, match=r"left in float32 \(something else reads them too.*\): other.weight$"):
         masked, realized, theta = made(model, x)
     assert torch.equal(theta.values["other.weight"], model.other.weight)
     assert error(run(realized, x), run(masked, x)) < 0.02
     assert [w.shape for w in realized.state_dict().values() if w.dtype == torch.int8] == [(6, 6)]
     write_onnx(realized, torch.zeros(2, 6), tmp_path / "model.onnx")
     assert error(run_onnx(tmp_path / "model.onnx", x), run(realized, x)) < 1e-5
+
+
+class Shifted(nn.Module):
+    """A layer whose bias is a part of another parameter, as the projections of attention are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.shifts = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(12))
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, _ = self.shifts.chunk(2)
+        return self.out(torch.relu(nn.functional.linear(x, self.weight, shift)))
+
+
+def test_a_layer_whose_bias_is_computed_stays_in_float32() -> None:
+    torch.manual_seed(0)
+    model, x = Shifted().eval(), torch.randn(16, 6)
+    with pytest.warns(UserWarning, match=r"left in float32 \(.*their bias is computed.*\): weight$"):
+        masked, realized, _ = made(model, x)
+    assert error(run(realized, x), run(masked, x)) < 0.05
 
 
 def test_grouped_transposed_convolutions_stay_in_float32() -> None:
@@ -289,6 +310,13 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="cannot trace this model for any batch size") as caught:
         Quantize8().analyze(Branches(3, 3), torch.zeros(1, 3))
     assert "\n" not in str(caught.value)
+
+    class Fixed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).view(len(x), 3)
+
+    with pytest.raises(ValueError, match=r"makes a constant of the batch size, as len\(x\) does"):
+        Quantize8().analyze(Fixed(3, 3), torch.zeros(1, 3))
 
 
 def test_without_data_there_is_nothing_to_realize() -> None:

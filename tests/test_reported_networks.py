@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autocompress.scheme import Evidence, Scheme
-from autocompress.schemes import LowRank, Prune, Quantize16, StructPrune
+from autocompress.schemes import FilterPrune, LowRank, Prune, Quantize16, StructPrune
 from autocompress.testing import masked_model, run
 
 CLASSES = 4
@@ -267,6 +267,53 @@ def shared_norm() -> nn.Module:
     return Network(forward, a=conv(3, 8), b=conv(8, 8), norm=nn.BatchNorm2d(8), head=head(8))
 
 
+def blurred(width: Callable[[Tensor], int]) -> nn.Module:
+    """A low-pass filter in front of the stride (Zhang, ICML 2019), expanded to so many channels."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x).relu()
+        return m.head(m.b(F.conv2d(x, m.blur.expand(width(x), 1, 3, 3), stride=2, groups=width(x))).relu())
+
+    model = Network(forward, a=conv(3, 8), b=conv(8, 6), head=head(6))
+    model.register_buffer("blur", torch.rand(1, 1, 3, 3))
+    return model
+
+
+def cross_attention() -> nn.Module:
+    """Queries, keys and values of three widths."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).flatten(2).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.out(m.attention(q, k, v, need_weights=False)[0].mean(1))
+
+    layers = {"q": conv(3, 8), "k": conv(3, 6), "v": conv(3, 10), "out": nn.Linear(8, CLASSES)}
+    return Network(forward, **layers, attention=nn.MultiheadAttention(8, 2, kdim=6, vdim=10, batch_first=True))
+
+
+def scaled_residual() -> nn.Module:
+    """A block of ConvNeXt: depthwise, LayerNorm over the last dimension, a learned scale for each channel."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        y = m.down(F.gelu(m.up(m.norm(m.filter(x).permute(0, 2, 3, 1))))) * m.gamma
+        return m.head(x + y.permute(0, 3, 1, 2))
+
+    layers = {"stem": conv(3, 8), "filter": conv(8, 8, groups=8), "norm": nn.LayerNorm(8)}
+    mlp = {"up": nn.Linear(8, 24), "down": nn.Linear(24, 8), "gamma": nn.Parameter(torch.rand(8))}
+    return Network(forward, **layers, **mlp, head=head(8))
+
+
+def modulated() -> nn.Module:
+    """Scale and shift of a BatchNorm that has none of its own, computed from the input (FiLM)."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        scale, shift = m.film(x.mean((2, 3)))[:, :, None, None].chunk(2, 1)
+        return m.head(m.b((m.norm(m.a(x)) * (1 + scale) + shift).relu()))
+
+    norm = nn.BatchNorm2d(8, affine=False)
+    return Network(forward, a=conv(3, 8), norm=norm, film=nn.Linear(3, 16), b=conv(8, 6), head=head(6))
+
+
 def gated_linear() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.a(x.flatten(1))
@@ -307,11 +354,15 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
             u_net,
             shared_norm,
         ),
-        *(gated_linear, frozen, of_one_channel),
+        *(gated_linear, frozen, of_one_channel, cross_attention, scaled_residual, modulated),
     )
 } | {
     "custom_layer": lambda: nn.Sequential(nn.Flatten(), OwnLinear(192, 12), nn.ReLU(), OwnLinear(12, CLASSES)),
     "depthwise_multiplier": lambda: around(nn.Conv2d(8, 16, 3, groups=8), 16),
+    "transposed_depthwise": lambda: around(nn.ConvTranspose2d(8, 16, 2, 2, groups=8), 16),
+    "transposed_in_groups": lambda: around(nn.ConvTranspose2d(8, 12, 2, 2, groups=4), 12),
+    "blur": lambda: blurred(lambda x: x.shape[1]),
+    "maxout": lambda: around(Fixed(lambda x: x.unflatten(1, (-1, 2)).amax(2)), 4),
     "pixel_unshuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), conv(12, 16), nn.PixelShuffle(2), head(4)),
     "dropout": lambda: around(nn.Sequential(nn.Dropout2d(0.3), nn.AlphaDropout(0.2))),
     "flattened_norm": lambda: nn.Sequential(
@@ -348,6 +399,12 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {  # which layers s
     "rms_norm": (lambda: around(Fixed(lambda x: F.rms_norm(x.movedim(1, 3), (8,)).movedim(3, 1))), "0", "mean"),
     "fourier": (lambda: around(Fixed(lambda x: torch.fft.fft2(x).real)), "0", "nothing is known of .*fft"),
     "unfolded": (lambda: around(Fixed(lambda x: F.fold(F.unfold(x, 2, stride=2), 8, 2, stride=2))), "0", "im2col"),
+    "blur_of_fixed_width": (lambda: blurred(lambda x: 8), "a", "counts on their number"),
+    "maxout_of_fixed_width": (
+        lambda: around(Fixed(lambda x: x.view(-1, 4, 2, 8, 8).amax(2)), 4),
+        "0",
+        "counts on their number",
+    ),
     "hook": (hooked, "0", "size is fixed"),
     "weight_norm": (lambda: in_parametrization(nn.utils.parametrizations.weight_norm), "0.param", "weight_norm"),
     "spectral_norm": (lambda: in_parametrization(nn.utils.parametrizations.spectral_norm), "0.param", "mv"),
@@ -423,6 +480,32 @@ def test_single_weights_go_by_gradients(name: str) -> None:
 def test_layers_that_something_holds_on_to_are_not_factorized(make: Callable[[], nn.Module], whole: str) -> None:
     (said,) = compressed(LowRank(), *made(make))
     assert re.search(rf"^left whole, as the model uses more of them than what they compute: {whole}", said)
+
+
+def test_a_model_that_stays_whole_is_refused_with_the_reasons() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.out(m.b(m.a(x.flatten(1)).relu()).topk(4, 1).values)
+
+    model, x = made(lambda: Network(forward, a=nn.Linear(192, 8), b=nn.Linear(8, 6), out=nn.Linear(4, CLASSES)))
+    top = "nothing is known of the operation topk: b"
+    for scheme, why in {
+        StructPrune(skip=["a"]): "skip names them: a",
+        FilterPrune(): "they are not what FilterPrune removes: a",
+        StructPrune(min_keep=8): "min_keep keeps all of them: a",
+        StructPrune(align=16): "align=16 leaves them no narrower width: a",
+    }.items():
+        with pytest.raises(ValueError, match=f"finds no channels in .*; left at full width, as {top}; {why}$"):
+            scheme.analyze(model, x[:1])
+
+
+def test_integers_stay_integers_in_16_bits() -> None:
+    """Numbers of words, which an embedding looks up."""
+    model, x = nn.Sequential(nn.Embedding(300, 8), nn.Linear(8, CLASSES)).eval(), torch.tensor([[3, 299]])
+    scheme = Quantize16(dtype="bf16")
+    facts = scheme.analyze(model, x)
+    theta = scheme.pi(dict(model.named_parameters()), 1.0, facts)
+    away = (run(scheme.realize(model, theta, facts), x) - run(model, x)).abs().max()
+    assert away <= scheme.tolerance * run(model, x).abs().max()
 
 
 def test_a_model_that_cannot_compute_in_16_bits_is_refused() -> None:
