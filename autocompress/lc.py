@@ -52,7 +52,7 @@ def c_step(
 ) -> Theta:
     """The C step θ = Π(w − λ/μ). Weights without multipliers have λ = 0."""
     shifted = {name: w.detach() for name, w in weights.items()}
-    shifted |= {name: shifted[name] - multiplier / mu for name, multiplier in multipliers.items()}
+    shifted |= {name: shifted[name].sub(multiplier, alpha=1 / mu) for name, multiplier in multipliers.items()}
     return scheme.pi(shifted, density, facts)
 
 
@@ -61,7 +61,7 @@ def residual(weights: Weights, theta: Weights, bound: Mapping[str, Tensor]) -> f
     """The primal residual ‖w − θ‖ / ‖w‖, w − θ over the entries that are bound to θ."""
     if not bound:
         return 0.0
-    away = torch.stack([((weights[name] - theta[name]) * is_bound).norm() for name, is_bound in bound.items()])
+    away = torch.stack([(weights[name] - theta[name]).mul_(is_bound).norm() for name, is_bound in bound.items()])
     size = torch.stack([weights[name].norm() for name in bound])
     return float(away.norm() / size.norm().clamp_min(1e-12))
 
@@ -348,7 +348,7 @@ class LearningCompression:
         theta = c_step(scheme, weights, multipliers, mu, density, facts)
         values = scheme.delta(theta)
         next_penalty = Penalty.towards(values, free_entries(theta), multipliers, mu)
-        hard = replace(next_penalty, mu=math.inf, target=values) if self.score_steps else None
+        hard = frozen(scheme, theta) if self.score_steps else None
         return next_penalty, hard, residual(weights, values, next_penalty.bound)
 
     def n_steps(self, train: Split) -> int:

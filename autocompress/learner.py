@@ -50,7 +50,8 @@ class Penalty:
 
     Attributes:
         mu: The penalty μ; infinity means w = θ.
-        target: Per weight, θ + λ/μ: the point that the bound entries are drawn to.
+        target: Per weight, θ + λ/μ: the point that the bound entries are drawn to; zero at the free ones. A weight
+            that is not there is drawn to zero.
         bound: Per weight, True where the entry is drawn to θ and False where it is free (bool).
     """
 
@@ -66,10 +67,14 @@ class Penalty:
     @classmethod
     def towards(cls, theta: Weights, support: Mapping[str, Tensor], multipliers: Weights, mu: float) -> "Penalty":
         """The penalty of an L step; it binds what is outside of ``support``."""
-        target = {
-            name: theta[name] + multipliers[name] / mu if name in multipliers else theta[name] for name in support
-        }
-        return cls(mu, target, {name: ~kept for name, kept in support.items()})
+        bound = {name: ~kept for name, kept in support.items()}
+        target = {}
+        for name, is_bound in bound.items():
+            shift = multipliers[name] / mu if name in multipliers else None
+            point = theta[name] * is_bound if shift is None else shift.add_(theta[name]).mul_(is_bound)
+            if point.any():
+                target[name] = point
+        return cls(mu, target, bound)
 
     @torch.no_grad()
     def apply(self, weights: Weights, lr: float) -> None:
@@ -78,8 +83,11 @@ class Penalty:
             return
         strength = 1.0 if math.isinf(self.mu) else lr * self.mu / (1 + lr * self.mu)
         drawn = [weights[name] for name in self.bound]
-        away = torch._foreach_sub([self.target[name] for name in self.bound], drawn)
-        torch._foreach_addcmul_(drawn, away, list(self.bound.values()), strength)
+        # As w (1 - strength) + strength x target: a difference would need memory, and that costs most.
+        torch._foreach_addcmul_(drawn, drawn, list(self.bound.values()), -strength)
+        if self.target:
+            shifted = [weights[name] for name in self.target]
+            torch._foreach_add_(shifted, list(self.target.values()), alpha=strength)
 
     @torch.no_grad()
     def multipliers(self, weights: Weights) -> Weights:
@@ -90,7 +98,8 @@ class Penalty:
         """
         if math.isinf(self.mu):
             return {}
-        return {name: self.mu * (self.target[name] - weights[name]) * bound for name, bound in self.bound.items()}
+        away = {name: self.target.get(name, 0) - weights[name] for name in self.bound}
+        return {name: away[name].mul_(bound).mul_(self.mu) for name, bound in self.bound.items()}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ Optimizer: TypeAlias = Literal["sgd", "adamw"]
 MAX_GRADIENT = 1.0  # norm at which gradients are clipped: one bad batch shall not throw a trained network away
 SLOWER = 0.1  # factor on the learning rate after a step that could not be taken
 MOMENT_DECAY = 0.98  # of the running means of gradients: they look back some fifty steps
+SCALED_BACK = 256  # steps after which running means are brought back to scale
 WORTH_SHARING = 200_000_000  # multiply-accumulates of a batch: some milliseconds of one core
 
 
@@ -107,7 +108,10 @@ class Descent:
         return self.steps - self.taken
 
     def gradient_moments(self, power: int) -> dict[str, Tensor]:
-        """The running mean of the gradients to a power of 1 or 2, by name; it is kept from the first call on."""
+        """The running mean of the gradients to a power of 1 or 2, by name and up to a factor that all share.
+
+        It is kept from the first call on.
+        """
         return self._moments.setdefault(power, {})
 
     def step(self, loss: Tensor, average: Callable[[Sequence[Tensor]], None] | None = None) -> float:
@@ -147,17 +151,22 @@ class Descent:
 
     @torch.no_grad()
     def _remember_gradients(self, clipped: float) -> None:
-        """Enters gradients that were divided by ``clipped`` into the running means."""
+        """Enters gradients that were divided by ``clipped`` into the running means.
+
+        What is new weighs more and more, in the place of all that is old shrinking: half as much to write.
+        """
+        age = self.taken % SCALED_BACK
         for power, moments in self._moments.items():
             gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}
             moments |= {name: torch.zeros_like(g) for name, g in gradients.items() if name not in moments}
             means, values = [moments[name] for name in gradients], list(gradients.values())
-            share = (1 - MOMENT_DECAY) * clipped**power
-            torch._foreach_mul_(means, MOMENT_DECAY)
+            if age == 0:
+                torch._foreach_mul_(means, MOMENT_DECAY**SCALED_BACK)
+            weight = clipped**power / MOMENT_DECAY**age
             if power == 1:
-                torch._foreach_add_(means, values, alpha=share)
+                torch._foreach_add_(means, values, alpha=weight)
             else:
-                torch._foreach_addcmul_(means, values, values, share)
+                torch._foreach_addcmul_(means, values, values, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the optimizer remembers, as tensors by name."""

@@ -25,14 +25,13 @@ def best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
     """True at the n highest of all the scores, in their shapes; of equal ones those that come first in memory."""
     if n == 0:
         return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    flat = [_flat(s) for s in scores]
-    return _highest(scores, n, _nth_highest(torch.cat(flat) if len(flat) > 1 else flat[0], n))
+    return _highest(scores, n, _nth_highest([_flat(s) for s in scores], n))
 
 
 def best_with_floors(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
     """True at the n highest of all the scores, as far as each layer keeps as many as its floor."""
     masks = best(scores, n)
-    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    counts = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
     if all(count >= floor for count, floor in zip(counts, floors, strict=True)):
         return masks
     above = [s.masked_fill(best([s], floor)[0], torch.inf) for s, floor in zip(scores, floors, strict=True)]
@@ -142,7 +141,7 @@ def _settled(contests: Sequence[_Contest], n: int, floors: Sequence[int]) -> lis
     if any(floor > len(contest.rising) for contest, floor in zip(contests, left, strict=True)):
         return None
     masks = best_with_floors([contest.lamps for contest in contests], n_left, left)
-    kept = torch.stack([mask.sum() for mask in masks]).tolist()
+    kept = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
     told = all(contest.decided(*counts) for contest, *counts in zip(contests, kept, floors, strict=True))
     return kept if told else None
 
@@ -161,12 +160,14 @@ def rising_order(scores: Tensor) -> Tensor:
 def _highest(scores: Sequence[Tensor], n: int, nth: Tensor) -> list[Tensor]:
     """True at the n highest of all the scores, the lowest of which is ``nth``."""
     masks = [s >= nth for s in scores]
-    surplus = int(torch.stack([mask.sum() for mask in masks]).sum()) - n
+    surplus = int(torch.stack([mask.count_nonzero() for mask in masks]).sum()) - n
     for s, mask in zip(reversed(scores), reversed(masks), strict=True):
         if surplus:
-            dropped = _flat(s == nth).nonzero()[-surplus:, 0]
-            _flat(mask)[dropped] = False
-            surplus -= len(dropped)
+            equal = _flat(s == nth)
+            n_dropped = min(surplus, int(equal.sum()))
+            first = equal.nonzero()[-n_dropped, 0] if n_dropped == surplus else 0  # from there on all are dropped
+            _flat(mask)[first:] &= ~equal[first:]
+            surplus -= n_dropped
     return masks
 
 
@@ -185,24 +186,30 @@ def _chosen(scores: Tensor, mask: Tensor) -> Tensor:
     return scores[mask]
 
 
-def _nth_highest(scores: Tensor, n: int) -> Tensor:
-    k = len(scores) - n
-    if scores.device.type == "cpu":
-        return torch.from_numpy(_kth_lowest(scores.numpy(), k)[None])
-    return scores.kthvalue(k + 1, keepdim=True).values
+def _nth_highest(flat: Sequence[Tensor], n: int) -> Tensor:
+    k = sum(map(len, flat)) - n
+    if flat[0].device.type == "cpu":
+        return torch.from_numpy(_kth_lowest([s.numpy() for s in flat], k)[None])
+    return torch.cat(list(flat)).kthvalue(k + 1, keepdim=True).values
 
 
-def _kth_lowest(scores: NDArray[Any], k: int) -> Any:
+def _kth_lowest(parts: Sequence[NDArray[Any]], k: int) -> Any:
     """The value at place ``k`` in rising order; of many scores, only those near it are looked at closely."""
-    if len(scores) > FEW:
-        sample = np.sort(scores[::SAMPLED])
-        place, margin = k // SAMPLED, int(MARGINS[0] * math.sqrt(len(sample))) + 1
-        low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
-        near = np.compress((scores >= low) & (scores <= high), scores)
-        rank = k - np.count_nonzero(scores < low)
+    n = sum(map(len, parts))
+    sample = np.sort(np.concatenate([scores[::SAMPLED] for scores in parts]))
+    place = k * len(sample) // n
+    for margin in MARGINS if n > FEW else ():
+        width = min(len(sample), margin * math.sqrt(len(sample)) + 1)
+        low, high = sample[max(0, place - int(width))], sample[min(len(sample) - 1, place + int(width))]
+        near = np.concatenate([np.compress((scores > low) & (scores < high), scores) for scores in parts])
+        rank = k - sum(np.count_nonzero(scores <= low) for scores in parts)
         if 0 <= rank < len(near):
             return np.partition(near, rank)[rank]
-    return np.partition(scores, k)[k]
+        for tied in (low, high):  # as the zeros are
+            rank = k - sum(np.count_nonzero(scores < tied) for scores in parts)
+            if 0 <= rank < sum(np.count_nonzero(scores == tied) for scores in parts):
+                return tied
+    return np.partition(np.concatenate(parts), k)[k]
 
 
 def _rising(scores: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def test_penalty_takes_an_implicit_step() -> None:
     # Drawn to θ + λ/μ = 1 + 2/4 = 1.5 with ημ/(1 + ημ) = 0.4/1.4 = 2/7: 5 - 2/7 x 3.5 = 4. The rest is free.
     theta, multipliers = {"w": torch.tensor([1.0, 9.0])}, {"w": torch.tensor([2.0, 0.0])}
     penalty = Penalty.towards(theta, {"w": torch.tensor([False, True])}, multipliers, 4.0)
-    assert penalty.target["w"].tolist() == [1.5, 9.0]
+    assert penalty.target["w"].tolist() == [1.5, 0.0]
     weights = {"w": torch.tensor([5.0, 6.0]), "b": torch.tensor([8.0])}
     penalty.apply(weights, lr=0.1)
     torch.testing.assert_close(weights["w"], torch.tensor([4.0, 6.0]))

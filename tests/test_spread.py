@@ -60,13 +60,19 @@ def test_best_is_the_same_set_in_any_memory_layout() -> None:
     assert best([tied], 17)[0].sum() == 17
 
 
-@pytest.mark.parametrize("scores", ["distinct", "ties", "sorted", "constant"])
+@pytest.mark.parametrize("scores", ["distinct", "ties", "zeros", "sorted", "constant"])
 def test_best_of_many_scores_is_what_sorting_them_says(scores: str) -> None:
     """So many that a sample tells where the threshold lies; in the worst order it tells nothing."""
     x = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    x = {"distinct": x, "ties": (9 * x).round(), "sorted": x.sort().values, "constant": x * 0}[scores]
-    for n in (1, 7, 5_000, 19_999, 20_000):
-        (mask,) = best([x], n)
+    x = {
+        "distinct": x,
+        "ties": (9 * x).round(),
+        "zeros": (x - 0.7).relu(),
+        "sorted": x.sort().values,
+        "constant": x * 0,
+    }[scores]
+    for n in (1, 7, 5_000, 9_000, 19_999, 20_000):
+        mask = torch.cat(best(x.split([3, 12_997, 7_000]), n))
         expected = x.sort(descending=True, stable=True).indices[:n]
         assert torch.equal(mask.nonzero()[:, 0], expected.sort().values)
 

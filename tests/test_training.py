@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from autocompress import training
 from autocompress.splits import LoaderSplit, TensorSplit, as_split
 from autocompress.task import Task
 from autocompress.training import (
@@ -300,16 +301,23 @@ def test_descent_leaves_out_a_bad_step_once_and_slows_down() -> None:
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_descent_remembers_gradients_as_they_were_before_clipping(power: int) -> None:
+def test_descent_remembers_gradients_as_they_were_before_clipping(
+    power: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SCALED_BACK", 4)
     w = nn.Linear(2, 1, bias=False)
     descent = Descent(w, steps=10, lr=0.1)
     descent.step(w.weight.sum())
     assert descent.gradient_moments(power) == {}  # nobody has asked for them before
-    expected = torch.zeros(1, 2)
-    for gradient in (torch.tensor([[30.0, 40.0]]), torch.tensor([[0.1, -0.2]])):
+    expected, factors = torch.zeros(1, 2), []
+    for gradient in 2 * (torch.tensor([[30.0, 40.0]]), torch.tensor([[0.1, -0.2]]), torch.tensor([[3.0, 0.5]])):
         descent.step((gradient * w.weight).sum())
         expected = 0.98 * expected + 0.02 * gradient**power
-        torch.testing.assert_close(descent.gradient_moments(power)["weight"], expected)
+        found = descent.gradient_moments(power)["weight"]
+        factors.append(float(found.norm() / expected.norm()))  # they are known up to a factor
+        torch.testing.assert_close(found / factors[-1], expected)
+    grown = 0.98**-3 / 0.02
+    assert factors == pytest.approx([0.98**-2 / 0.02, grown, 1 / 0.02, 0.98**-1 / 0.02, 0.98**-2 / 0.02, grown])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
