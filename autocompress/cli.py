@@ -84,7 +84,8 @@ def cli() -> None:
     type=Share(0, 1),
     default="15%",
     show_default=True,
-    help="Stop when the lowest density within the bound is known to within this share of it.",
+    help="Stop when the lowest density within the bound is known to within this share of it, or, in the last "
+    "quarter of the trials, an answer is as near.",
 )
 @click.option(
     "--confidence",

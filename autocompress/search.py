@@ -49,7 +49,8 @@ class Plan:
         trials: Trials in all, those of an earlier run of the study included.
         timeout_s: Seconds after which no further trial begins; None for no limit.
         workers: Trials at a time.
-        tolerance: The search ends when the threshold's density is known to within this share.
+        tolerance: The search ends when the threshold's density is known to within this share; in the last quarter
+            of its trials also when its answer is within it of the lowest density that has a probability of 90%.
         steps: Gradient steps of all trials together after which no further one begins; None for no limit.
     """
 
@@ -189,11 +190,17 @@ def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
         arm, known = study.sampler.best(trials, study.directions), study.sampler.done(trials, study.directions)
     else:
         arm, known = plan.space.arms[0], study.sampler.done(trials, plan.tolerance)
-    if known or left <= max(1, plan.trials // 4):
-        density = _missing(study, plan, arm) if arm else None
-        if arm and density is not None and not _is_running(study, arm, density):
+    if arm and (known or left <= max(1, plan.trials // 4)):
+        density, found = _where_the_answer_is(study, plan, arm)
+        is_there = density is not None and found is not None and found <= (1 + plan.tolerance) * density
+        if density is not None and not is_there and not _is_running(study, arm, density):
             study.enqueue_trial(plan.space.params_at(arm, density), skip_if_exists=True)
             return None
+        if is_there and left <= plan.trials // 4 and isinstance(study.sampler, ThresholdSampler):
+            near = f"within {plan.tolerance:.0%} of the lowest that is"
+            return (
+                known or f"density {found:.3g} is within the bound with {PROBABILITY:.0%} probability, and {near}"
+            )
     return known
 
 
@@ -207,22 +214,18 @@ def _states(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=states)
 
 
-def _missing(study: optuna.Study, plan: Plan, arm: Arm) -> float | None:
-    """The density at which an arm's answer should lie, if no trial near it is known to be feasible."""
+def _where_the_answer_is(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[float | None, float | None]:
+    """The density at which an arm's answer should lie, if anywhere, and that of one that is feasible with 90%."""
     belief, best = posterior(study, plan.space, plan.bound, arm), answer(study, plan.space, plan.bound)
     if belief is None:
-        return None
+        return None, None
     own = of_arm(arm, _states(study, TrialState.COMPLETE))
     density, affordable = belief.threshold(PROBABILITY), math.exp(-affordable_depth(own))
-    if affordable < density:
-        if belief.p_feasible(affordable) <= HOPELESS:
-            return None
-        density = affordable
-    if best is not None and arm.holds(best.params):
-        found = asked_density(best)
-        if belief.p_feasible(found) >= PROBABILITY:
-            return density if found > (1 + plan.tolerance) * density else None
-    return density
+    if affordable < density and belief.p_feasible(affordable) <= HOPELESS:
+        return None, None
+    found = asked_density(best) if best is not None and arm.holds(best.params) else None
+    probable = found is not None and belief.p_feasible(found) >= PROBABILITY
+    return min(density, affordable), found if probable else None
 
 
 def _tell(

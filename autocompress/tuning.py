@@ -92,7 +92,7 @@ def tune(
         timeout: Seconds after which no further trial begins.
         epochs_total: Passes over the training data by all trials together after which no further one begins.
         tolerance: The search ends when the lowest feasible density is known to within this share of it, with 80%
-            probability: 0.15 is 15%.
+            probability: 0.15 is 15%. Its last quarter of trials is not run where an answer is as near as that.
         confidence: Of the verdict on test, between 0.5 and 1.
         epochs: Gradient steps of one trial's recovery, in passes over the training data.
         recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a

@@ -199,6 +199,19 @@ def test_a_search_that_knows_ends_with_a_trial_at_its_answer(home: Home) -> None
     assert chosen is not None and chosen.user_attrs["density"] <= 0.5 * (1 + TOLERANCE)
 
 
+def test_the_last_trials_are_spared_where_the_answer_is_found(home: Home) -> None:
+    home.study = home.opened(ThresholdSampler(LOW, BOUND.max_drop))
+    for density, drop in ((0.9, 0.0), (0.6, 0.002), (0.45, 0.01), (0.36, 0.02), (0.3, 0.04), (0.21, 0.07)):
+        told(home.study, density, drop, drop_se=0.008)
+    stopped = home.search(8)
+    assert stopped == "density 0.3 is within the bound with 90% probability, and within 15% of the lowest that is"
+    assert home.log.results == []
+    assert (
+        home.search(8, tolerance=1e-3) == BUDGET_SPENT
+    )  # within a thousandth it is not, and there are more to try
+    assert len(home.log.results) == 2
+
+
 # What goes wrong
 
 
