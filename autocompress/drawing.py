@@ -85,6 +85,7 @@ _PAPER = '<rect width="100%" height="100%" fill="#ffffff"/>'  # a file of its ow
 def write_figure(folder: Path, name: str, canvas: "Canvas") -> str:
     """Writes ``name.svg`` and ``name.png``; returns the SVG without a background, to stand within HTML."""
     svg = _svg(canvas)
+    canvas.set_layout_engine("none")  # it is laid out: as a PNG it is the same
     _write(folder / f"{name}.svg", svg.replace("<defs>", _PAPER + "<defs>", 1).encode())
     _write(folder / f"{name}.png", _png(canvas))
     return svg

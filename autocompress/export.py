@@ -7,6 +7,7 @@ Beside them lies what gives the module itself back, see `autocompress.bundle`.
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from autocompress.bundle import Provenance, dtype_name
 from autocompress.deployed import deployed
 from autocompress.executorch_export import MAX_BATCH, check_executorch, write_pte
 from autocompress.onnx_export import quietly, weight_dtype, write_onnx
-from autocompress.parity import Arrays, FreshProcess, reason, start_early
+from autocompress.parity import Arrays, FreshProcess, reason
 
 FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "executorch": "model.pte", "safetensors": bundle.WEIGHTS}
 ON_REQUEST = ("executorch",)  # of the formats
@@ -135,14 +136,19 @@ def get_ready(model: nn.Module, example_input: Tensor, file: Path) -> None:
         example_input: A batch of at least one sample.
         file: Where to; it appears when it is complete.
     """
-    start_early()
     plain = copy.deepcopy(deployed(model, example_input)).cpu().to(memory_format=torch.contiguous_format).eval()
     traced = torch.zeros_like(_probes(example_input[:1].detach().cpu())[-1])
-    partial = file.with_suffix(".partial")
-    write_onnx(plain, traced, partial)
-    partial.replace(file)
-    _write_pt2(plain, traced, partial)
-    partial.unlink()
+    with (
+        tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder,
+        FreshProcess(Path(folder), [traced.numpy()]) as elsewhere,
+    ):
+        written = {name: Path(folder) / FILES[name] for name in ("pt2", "onnx")}
+        _write_pt2(plain, traced, written["pt2"])
+        elsewhere.start("pt2", written["pt2"])
+        write_onnx(plain, traced, written["onnx"])
+        elsewhere.start("onnx", written["onnx"])
+        elsewhere.keep(tuple(written))
+        written["onnx"].replace(file)
 
 
 def _probes(example: Tensor) -> list[Tensor]:

@@ -10,9 +10,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import IO, Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,7 @@ class FreshProcess:
     """A second Python that runs exported files while this one is still exporting. A context manager.
 
     It is started early and given each file as it is written, so that importing torch and loading the file
-    cost little extra time. Whoever knows well before that a file will come calls `start_early`.
+    cost little extra time. One that has run something before is quicker still, see `keep`.
 
     Args:
         folder: An existing folder for what the two processes exchange.
@@ -41,13 +43,15 @@ class FreshProcess:
         save_arrays(folder / "inputs.npz", inputs)
 
     def __enter__(self) -> Self:
-        self._process = _waiting.pop() if _waiting else _started()
+        self._process, self._said = _waiting.pop() if _waiting else _started()
         self._say(str(self._folder))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if (self._process, self._said) not in _waiting:
+            self._process.kill()
+            self._process.communicate()
+            self._said.close()
 
     def start(self, format: str, file: Path) -> None:
         """Has ``file`` loaded and run on the inputs; returns at once."""
@@ -60,16 +64,33 @@ class FreshProcess:
             self._process.stdin.write(json.dumps(what) + "\n")
             self._process.stdin.flush()
 
+    def keep(self, formats: Sequence[str]) -> None:
+        """Waits for the answers to these, and keeps the process, with all it has imported, for another folder."""
+        if self._has_answered(formats):
+            _waiting.append((self._process, self._said))
+
     def finish(self, formats: Sequence[str]) -> dict[str, Arrays | str]:
         """Waits; for each format its outputs, one array per input, or in one line why there are none."""
         if not formats:
             return {}
-        try:
-            _, said = self._process.communicate(timeout=TIMEOUT_S)
-            lost = f"the process that ran it died with code {self._process.returncode}: {_last_line(said)}"
-        except subprocess.TimeoutExpired:
-            lost = f"it had not answered after {TIMEOUT_S:.0f} s"
+        lost = f"it had not answered after {TIMEOUT_S:.0f} s"
+        if not self._has_answered(formats) and self._process.poll() is not None:
+            self._said.seek(0)
+            died = f"the process that ran it died with code {self._process.returncode}"
+            lost = f"{died}: {_last_line(self._said.read().decode(errors='replace'))}"
         return {format: self._outcome(format, lost) for format in formats}
+
+    def _has_answered(self, formats: Sequence[str]) -> bool:
+        """Waits for all of these, or for the process's end."""
+        end = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < end:
+            ended = self._process.poll() is not None  # asked first: it may answer just before
+            if all(any(self._folder.glob(f"{format}.[en]*")) for format in formats):  # .error or .npz
+                return True
+            if ended:
+                break
+            time.sleep(0.01)
+        return False
 
     def _outcome(self, format: str, lost: str) -> Arrays | str:
         if (answers := self._folder / f"{format}.npz").exists():
@@ -79,25 +100,19 @@ class FreshProcess:
         return lost
 
 
-_waiting: list[subprocess.Popen[str]] = []  # processes that have no folder yet; they end with this one
+_waiting: list[tuple[subprocess.Popen[str], IO[bytes]]] = []  # processes that were kept; they end with this one
 
 
-def start_early() -> None:
-    """Starts the process that the next `FreshProcess` uses."""
-    if not _waiting:
-        _waiting.append(_started())
-
-
-def _started() -> subprocess.Popen[str]:
+def _started() -> tuple[subprocess.Popen[str], IO[bytes]]:
+    """A process, and the file of what it says on stderr."""
+    said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
     # -P keeps this script's folder off the path: a module of autocompress must not stand in for another.
-    return subprocess.Popen(
-        [sys.executable, "-P", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | NO_TELEMETRY,
+    command = [sys.executable, "-P", __file__]
+    environment = os.environ | NO_TELEMETRY
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True, env=environment
     )
+    return process, said
 
 
 def save_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
@@ -162,20 +177,23 @@ RUNNERS: Mapping[str, Callable[[Path, Arrays], Arrays]] = {
 
 
 def main() -> None:
-    """The fresh process: on stdin the folder, then one ``[format, path]`` a line until it closes."""
+    """The fresh process: on stdin a folder, then one ``[format, path]`` a line, and again until it closes."""
     import onnxruntime  # noqa: F401  imported while there is nothing to do yet
     import torch.export  # noqa: F401
 
-    if not (said := sys.stdin.readline()):
-        return
-    folder = Path(json.loads(said))
-    inputs = load_arrays(folder / "inputs.npz")
     for line in sys.stdin:
-        format, file = json.loads(line)
+        said = json.loads(line)
+        if isinstance(said, str):
+            folder = Path(said)
+            inputs = load_arrays(folder / "inputs.npz")
+            continue
+        format, file = said
         try:
             save_arrays(folder / f"{format}.npz", RUNNERS[format](Path(file), inputs))
         except Exception as error:  # whatever a runtime raises is the answer that was asked for
-            (folder / f"{format}.error").write_text(reason(error), encoding="utf-8")
+            partial = folder / f"{format}.partial"
+            partial.write_text(reason(error), encoding="utf-8")
+            partial.replace(folder / f"{format}.error")
 
 
 if __name__ == "__main__":
