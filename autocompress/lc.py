@@ -201,7 +201,8 @@ class LearningCompression:
             loss does not care for shrinks to about 1/e of its distance from θ in one L step. Infinity keeps
             w at θ from the first C step on: gradual pruning with hard masks. None is what suits the scheme:
             infinity for one that removes whole channels (`autocompress.scheme.Hard`), 1 for others.
-        mu_growth: Factor on μ from one C step to the next, as long as w and θ differ.
+        mu_growth: Factor on μ from one C step to the next, as long as w and θ differ. What counts is where μ ends:
+            with fewer C steps it must be larger.
         augmented: Whether there are multipliers: the augmented Lagrangian; without them the quadratic penalty.
         optimizer: ``"sgd"`` or ``"adamw"``.
         lr: Peak learning rate; it follows one cosine over all the steps. None is 0.1 for SGD, 0.001 for AdamW.
