@@ -119,7 +119,8 @@ def search(
         if deadline is not None and time.monotonic() > deadline:
             return TIME_IS_UP
         with folder.turn():
-            adopt(study, plan.bound, folder)
+            for result in adopt(study, plan.bound, folder):  # of another coordinator, which has died
+                events.trial(result)
             trial = next(_abandoned(study, folder), None)
             if trial is None:
                 if reason := _reason_to_stop(study, plan):
@@ -148,12 +149,16 @@ def search(
         folder.give_back()
 
 
-def adopt(study: optuna.Study, bound: Bound, folder: StudyFolder) -> None:
-    """Counts the trials that a killed coordinator had saved but not told the study of."""
+def adopt(study: optuna.Study, bound: Bound, folder: StudyFolder) -> list[TrialResult]:
+    """Counts the trials that a killed coordinator had saved but not told the study of, and returns them."""
+    adopted = []
     for trial in _abandoned(study, folder):
         with contextlib.suppress(ValueError):  # not saved, or not whole: it will run again
-            _record(study, trial, folder.load_trial(trial.number), bound)
+            result = folder.load_trial(trial.number)
+            _record(study, trial, result, bound)
+            adopted.append(result)
         folder.give_back(trial.number)
+    return adopted
 
 
 def _abandoned(study: optuna.Study, folder: StudyFolder) -> Iterator[optuna.Trial]:

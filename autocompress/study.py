@@ -123,7 +123,8 @@ class Study:
             plan = replace(self.plan, workers=executor.size)
             stopped = run_search(self.study, plan, self._spec, executor, self.folder, self, asked_to_stop)
         with self.folder.turn():  # who shares the study concludes after this one, or has done so
-            adopt(self.study, settings.bound, self.folder)  # an interrupt may come between saved and told
+            for result in adopt(self.study, settings.bound, self.folder):  # of one that died, or of Ctrl-C
+                self.trial(result)
             self._catch_up()
             return self._conclude(stopped)
 

@@ -25,7 +25,7 @@ from autocompress.search import Plan, add_dense, search
 from autocompress.selection import finished
 from autocompress.space import Configuration, Space
 from autocompress.storage import StudyFolder
-from autocompress.trial import Bound, TrialSpec
+from autocompress.trial import Bound, TrialResult, TrialSpec
 from autocompress.workers import InProcess
 
 BOUND, TRIALS = Bound(0.05), 5
@@ -85,15 +85,36 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
 
 
-class Quiet:
-    def trial(self, result: object) -> None:
-        pass
+class Heard:
+    """Notes the trials that it is told of."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def trial(self, result: TrialResult) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{result.number}\n")
 
     def failed(self, number: int, reason: str) -> None:
         raise AssertionError(reason)
 
 
-def coordinate(path: Path, url: str, make_spec: Callable[..., TrialSpec], name: str, dies_in: int = 0) -> None:
+class DiesSaved(StudyFolder):
+    """Has its process killed as soon as a trial is saved."""
+
+    def save_trial(self, result: TrialResult) -> None:
+        super().save_trial(result)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def coordinate(
+    path: Path,
+    url: str,
+    make_spec: Callable[..., TrialSpec],
+    name: str,
+    dies_in: int = 0,
+    in_folder: Callable[..., StudyFolder] = StudyFolder,
+) -> None:
     """Takes part in a study; is killed in the trial of that number."""
 
     def spec(number: int, chosen: Configuration) -> TrialSpec:
@@ -103,14 +124,14 @@ def coordinate(path: Path, url: str, make_spec: Callable[..., TrialSpec], name: 
             os.kill(os.getpid(), signal.SIGKILL)
         return make_spec(number, chosen.density, bound=BOUND, recovery=QUICK)
 
-    folder = StudyFolder(path, shared=True)
+    folder = in_folder(path, shared=True)
     with connected(url) as database:
         with folder.turn():
             study = open_shared(database, path.name, "minimize")
             study.sampler = make_sampler("threshold", SPACE, BOUND.max_drop, 3)
             add_dense(study, SPACE, [1.0], BOUND)
         plan = Plan(SPACE, BOUND, TRIALS, tolerance=1e-6)
-        search(study, plan, spec, InProcess(), folder, Quiet())
+        search(study, plan, spec, InProcess(), folder, Heard(path / "heard"))
         assert len(finished(study)) == TRIALS  # it has waited for the others' last trials
     folder.close()
 
@@ -138,8 +159,8 @@ def test_coordinators_share_the_trials_and_take_over_those_of_one_that_dies(
     path = tmp_path / f"study-{tmp_path.name}"
     with connected(url):  # imports what takes a second
         pass
-    first = forked(path, url, make_spec, "first", 1)
-    assert status_of(first) == -signal.SIGKILL
+    for dies in (("first", 1), ("saved", 0, DiesSaved)):
+        assert status_of(forked(path, url, make_spec, *dies)) == -signal.SIGKILL
     others = [forked(path, url, make_spec, name, dies) for name, dies in (("second", 3), ("third", 0))]
     statuses = [status_of(child) for child in others]
     ran = [line.split() for line in (path / "ran").read_text().splitlines()]
@@ -147,8 +168,10 @@ def test_coordinators_share_the_trials_and_take_over_those_of_one_that_dies(
     numbers = [int(number) for number, _ in ran]
     assert set(numbers) == set(range(1, TRIALS + 1))
     again = [number for number in numbers if numbers.count(number) > 1]
-    assert 1 in again  # only what was cut short
+    assert again.count(1) == 2  # only what was cut short, not what was saved
     assert len(again) == 2 * (1 + (statuses[0] != 0))
+    heard = (path / "heard").read_text().split()  # what was saved by one that died, too, by whoever found it
+    assert sorted(map(int, heard)) == list(range(1, TRIALS + 1))
 
     with connected(url) as database:
         trials = finished(open_shared(database, path.name, "minimize"))
