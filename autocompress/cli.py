@@ -231,7 +231,7 @@ def tune(
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_study(ctx, options)
-    if options["name"]:
+    if options["name"] is not None:
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])

@@ -162,7 +162,9 @@ def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[lis
 
 
 def with_classes_checked(found: Found) -> Found:
-    """Refuses data in which a part lacks a class: nothing could be said of it there."""
+    """Refuses data with nothing to tell apart, or in which a part lacks a class: nothing could be said of it."""
+    if len(found.classes) < 2 and found.parts["train"].y.ndim == 1:
+        raise ValueError(f"{found.name} holds one class; there must be two to tell apart, numbered from 0")
     for part, samples in found.parts.items():
         if len(samples) == 0:
             raise ValueError(f"{part} has no samples")

@@ -240,7 +240,7 @@ def new_folder(home: Path, name: str | None, asked: Mapping[str, Any]) -> StudyF
 
 
 def _default_name(home: Path, asked: Mapping[str, Any]) -> str:
-    task, scheme = (re.sub(r"[^A-Za-z0-9]+", "-", asked[key]).strip("-") or key for key in ("task", "scheme"))
+    task, scheme = (re.sub(r"[^A-Za-z0-9]+", "-", asked[key])[:50].strip("-") or key for key in ("task", "scheme"))
     name = f"{task}-{scheme}-{datetime.now():%Y%m%d-%H%M%S}"
     others = (f"{name}-{i}" for i in count(2))
     return name if not (home / name).exists() else next(other for other in others if not (home / other).exists())
@@ -253,7 +253,11 @@ def check_name(name: str) -> str:
         ValueError: If it cannot.
     """
     if not re.fullmatch(NAME, name) or name in RESERVED:
-        raise ValueError(f"name={name!r}; use letters, digits, '.', '_' and '-', and not {' or '.join(RESERVED)}")
+        given = name if len(name) <= 150 else f"{name[:20]}..."
+        raise ValueError(
+            f"name={given!r}; use letters, digits, '.', '_' and '-', 1 to 150 of them, "
+            f"and not {' or '.join(RESERVED)}"
+        )
     return name
 
 

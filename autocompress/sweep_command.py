@@ -80,7 +80,7 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_sweep(ctx, options)
-    if options["name"]:
+    if options["name"] is not None:
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])

@@ -110,6 +110,10 @@ BAD_NAN[4, 2, 2] = np.nan
     [
         ({"val_images": BAD_NAN}, "val_images have pixels that are NaN or infinite, in 1 of 12 .* number 4"),
         ({"val_labels": np.zeros(12, int)}, "val has no sample of class 1"),
+        (
+            {f"{part}_labels": np.zeros(12, int) for part in ("train", "val", "test")},
+            "holds one class; there must be two",
+        ),
         ({"test_labels": np.arange(12) - 1}, "test_labels go out of range, to -1"),
         ({"test_labels": np.arange(12) * 10**9}, "test_labels go out of range"),
         ({"train_labels": np.arange(12) + 0.5}, "train_labels are of type float64; they must be whole numbers"),

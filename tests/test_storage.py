@@ -178,6 +178,7 @@ def test_a_study_without_a_name_is_named_after_task_scheme_and_time(tmp_path: Pa
         "cache",
         "mlflow.db",
         "mlflow-artifacts",
+        "x" * 300,
     ],
 )
 def test_names_that_would_land_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
