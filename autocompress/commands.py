@@ -77,7 +77,7 @@ def list_studies(out: Path) -> None:
 def show(run: str, out: Path, as_json: bool) -> None:
     """Print the result of a study again.
 
-    RUN is a study's name, a beginning that only it has, or "last", which is the default.
+    RUN is a study's name, a beginning that only it has, its path, or "last", which is the default.
     """
     from autocompress.record import damage_named, find_study, read_record
     from autocompress.show import make_console, show_result, show_sweep
@@ -114,7 +114,7 @@ def report(run: str, out: Path) -> None:
 
     From what lies on disk.
 
-    RUN is a study's name, a beginning that only it has, or "last", which is the default.
+    RUN is a study's name, a beginning that only it has, its path, or "last", which is the default.
     """
     from autocompress.record import damage_named, find_study, read_record
     from autocompress.report import write_report
@@ -144,7 +144,7 @@ def replay(run: str, out: Path, tracking_uri: str | None) -> None:
 
     For when that failed, or for another server.
 
-    RUN is a study's name, a beginning that only it has, or "last", which is the default.
+    RUN is a study's name, a beginning that only it has, its path, or "last", which is the default.
     """
     from autocompress.mlflow_store import check_uri, without_secrets
     from autocompress.record import damage_named, find_study

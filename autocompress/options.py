@@ -117,7 +117,7 @@ class Shape(click.ParamType[tuple[int, ...]]):
 
 
 class Run(click.ParamType[str]):
-    """A study by its name, a beginning that only it has, or ``last``; a shell completes the name."""
+    """A study by its name, a beginning that only it has, its path, or ``last``; a shell completes the name."""
 
     name = "run"
 

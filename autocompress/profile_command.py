@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
     """Measure a study's answer beside its dense model, or any model.
 
-    RUN is a study's name, a beginning that only it has, or "last"; without --model the last study is taken.
+    RUN is a study's name, a beginning that only it has, its path, or "last"; without --model the last study is
+    taken.
 
     Where a latency is not known to within 3% when the budget is spent, its interval says so.
     """

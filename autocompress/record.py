@@ -1,6 +1,7 @@
 """A study as it lies on disk: read leniently, from whatever a study has left there, and never changed."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -185,11 +186,13 @@ def study_folders(home: Path) -> list[Path]:
 
 
 def find_study(home: Path, run: str) -> Path:
-    """The folder of the study that ``run`` says: its name, a beginning that only it has, or ``last``.
+    """The folder of the study that ``run`` says: its name, a beginning that only it has, ``last``, or its path.
 
     Raises:
         ValueError: If there is none, or several; the message names those there are.
     """
+    if os.sep in run and (Path(run) / "study.json").is_file():  # as it is printed, and as a shell completes it
+        return Path(run)
     folders = study_folders(home)
     names = [folder.name for folder in folders]
     if not folders:

@@ -52,6 +52,7 @@ def test_a_study_is_found_by_name_beginning_or_last(recorded, tmp_path):
     assert find_study(tmp_path, "digits").name == "digits"  # the whole name, though others begin so
     assert find_study(tmp_path, "che").name == "chest"
     assert find_study(tmp_path, "last").name == "chest"
+    assert find_study(tmp_path / "elsewhere", f"{tmp_path}/chest/") == tmp_path / "chest"
     with pytest.raises(ValueError, match="beginning of digits-a, digits-b"):
         find_study(tmp_path, "digits-")
     with pytest.raises(ValueError, match=r"no study 'x' in .* \(there: chest, "):
