@@ -132,7 +132,8 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
     ax.grid()
     canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
     within = sum(bool(trial["feasible"]) for trial in trials)
-    said = f"{len(trials)} trials, {within} of them within the bound of {bound:g}{record.unit}"
+    n = f"{len(trials)} trial{'s' * (len(trials) != 1)}"
+    said = f"{n}, {within} of them within the bound of {bound:g}{record.unit}"
     if answer is not None:
         said += (
             f"; the answer has density {answer['density']:.3g} and drops {100 * answer['drop']:.2f}{record.unit}"

@@ -1,5 +1,6 @@
 """The report of a study: one HTML file that opens anywhere, the same in Markdown, and its figures."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,17 @@ def write_report(folder: Path, *, ours: bool = False) -> tuple[Path, ...]:
             keep_trailing_newline=True,
         )
         environment.filters |= {"md": _markdown, "one_line": lambda text: " ".join(text.split())}
+        environment.filters["together"] = _together
         text = environment.get_template(f"{name}.j2").render(content)
         temporary = folder / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         written.append(temporary.replace(folder / name))
     return (*written, folder / FIGURES)
+
+
+def _together(value: str) -> str:
+    """A number with its unit on one line; its error, and what is in brackets, may go on the next."""
+    return re.sub(r" (?![±(])", "\N{NO-BREAK SPACE}", value)
 
 
 def _markdown(text: object) -> str:

@@ -123,8 +123,10 @@ def _by_class(found: Mapping[str, Any]) -> Iterator[str]:
 def _search(found: Mapping[str, Any]) -> Iterator[str]:
     belief = found.get("posterior")
     if belief and belief.get("p_feasible") is not None:
+        n = len(found["trials"])
+        trials = "one trial" if n == 1 else f"all {n} trials"
         yield (
-            f"Given all {len(found['trials'])} trials on validation data, the true loss is within the bound with "
+            f"Given {trials} on validation data, the true loss is within the bound with "
             f"a probability of {100 * belief['p_feasible']:.0f}%."
         )
 
