@@ -1,7 +1,7 @@
 import os
 import runpy
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,3 +113,11 @@ def die() -> Callable[..., str]:
 def recorded() -> SimpleNamespace:
     """The functions of ``recorded.py``: studies as they lie on disk, made up."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("recorded.py"))))
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts processes that need no imports: ``Warm`` of ``warm.py``."""
+    source = runpy.run_path(str(Path(__file__).with_name("warm.py")))
+    with source["Warm"](tmp_path_factory.mktemp("warm")) as started:
+        yield started

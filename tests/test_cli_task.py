@@ -2,33 +2,22 @@
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-AUTOCOMPRESS = Path(sys.executable).with_name("autocompress")
 NOT_MET, USAGE = 3, 2
 FAST = ("--train-epochs", "3", "--train-lr", "0.01", "--batch-size", "16", "--epochs", "2", "--trials", "2")
 
 
-@dataclass(frozen=True)
-class Ended:
-    status: int
-    stdout: str
-    stderr: str
-
-
-def run(cwd: Path, *args: str) -> Ended:
-    done = subprocess.run(
-        [str(AUTOCOMPRESS), *args], cwd=cwd, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
-    return Ended(done.returncode, done.stdout, done.stderr)
+@pytest.fixture(scope="module")
+def run(warm: Any) -> Callable[..., Any]:
+    """Runs the command line in a folder."""
+    return lambda cwd, *args: warm.run(["autocompress", *args], cwd, {**os.environ, "COLUMNS": "80"})
 
 
 def bands(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +37,7 @@ def write_npz(file: Path, seed: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+def job(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A study of an .npz with a second metric as a constraint, run once for the tests here."""
     cwd = tmp_path_factory.mktemp("job")
     write_npz(cwd / "bands.npz")
@@ -56,7 +45,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     return cwd, run(cwd, "tune", *asked, "--augment", "jitter", *FAST, "--name", "mine", "--json")
 
 
-def test_the_whole_job_on_own_data(job: tuple[Path, Ended]) -> None:
+def test_the_whole_job_on_own_data(job: tuple[Path, Any]) -> None:
     cwd, ended = job
     assert ended.status in (0, NOT_MET), ended.stderr
     found = json.loads(ended.stdout)
@@ -74,7 +63,9 @@ def test_the_whole_job_on_own_data(job: tuple[Path, Ended]) -> None:
     assert stored["task_options"]["augment"] == ["jitter"]
 
 
-def test_resume_alone_takes_the_model_and_the_data_of_the_study(job: tuple[Path, Ended]) -> None:
+def test_resume_alone_takes_the_model_and_the_data_of_the_study(
+    job: tuple[Path, Any], run: Callable[..., Any]
+) -> None:
     cwd, _ = job
     elsewhere = cwd / "elsewhere"
     elsewhere.mkdir()
@@ -87,7 +78,7 @@ def test_resume_alone_takes_the_model_and_the_data_of_the_study(job: tuple[Path,
 
 
 @pytest.mark.slow
-def test_resume_refuses_other_options_and_other_data(job: tuple[Path, Ended]) -> None:
+def test_resume_refuses_other_options_and_other_data(job: tuple[Path, Any], run: Callable[..., Any]) -> None:
     cwd, _ = job
     other = run(cwd, "tune", "--resume", "mine", "--augment", "flip")
     assert other.status == USAGE
@@ -109,7 +100,9 @@ def test_resume_refuses_other_options_and_other_data(job: tuple[Path, Ended]) ->
         (("--data", "bands.npz", "--model", "resnet81"), "unknown model 'resnet81'; did you mean resnet18"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_no_study(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_line_and_leaves_no_study(
+    run: Callable[..., Any], tmp_path: Path, args: tuple[str, ...], message: str
+) -> None:
     write_npz(tmp_path / "bands.npz")
     (tmp_path / "broken.npz").write_text("no zip")
     ended = run(tmp_path, "tune", *args, *FAST)
@@ -120,7 +113,7 @@ def test_bad_input_is_one_line_and_leaves_no_study(tmp_path: Path, args: tuple[s
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_with_a_network_of_torchvision(tmp_path: Path) -> None:
+def test_a_folder_of_images_with_a_network_of_torchvision(run: Callable[..., Any], tmp_path: Path) -> None:
     x, y = bands(90, 1)
     for i, (image, k) in enumerate(zip(x, y, strict=True)):
         file = tmp_path / "scans" / ("ill" if k else "well") / f"p{i // 3}_{i}.png"
@@ -135,19 +128,3 @@ def test_a_folder_of_images_with_a_network_of_torchvision(tmp_path: Path) -> Non
     assert ended.status in (0, NOT_MET), ended.stderr
     assert "1 of 91 images cannot be read and were left out" in ended.stdout
     assert "no trained weights of resnet18 are on this machine" in ended.stdout
-
-
-def test_help_lists_the_options(tmp_path: Path) -> None:
-    ended = run(tmp_path, "tune", "--help")
-    assert ended.status == 0
-    for option in (
-        "--model",
-        "--data",
-        "--metric",
-        "--constraint",
-        "--augment",
-        "--balance",
-        "--freeze",
-        "--group",
-    ):
-        assert option in ended.stdout

@@ -4,8 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,22 +25,6 @@ ELSEWHERE = (
     "studies.md",
     "your-own-model.md",
 )  # documents with tests of their own
-SERVER = """
-import os, shlex, sys
-from autocompress import cli, goal, lc, report, scheme, show, storage, study  # so that each command starts at once
-
-for number, line in enumerate(sys.stdin):
-    child = os.fork()
-    if child == 0:
-        out = os.open(f"../{number}.out", os.O_WRONLY | os.O_CREAT)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.argv = shlex.split(line)
-        if sys.argv[0] == "autocompress":
-            cli.main()
-        os.execvp(sys.argv[0], sys.argv)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 def fences(document: Path, language: str) -> list[str]:
@@ -76,22 +58,11 @@ def reader(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def typed(reader: Path) -> dict[str, tuple[int, str]]:
+def typed(warm, reader: Path) -> dict[str, tuple[int, str]]:
     """How each command ended and what it said, all of them typed in order."""
-    done = subprocess.run(
-        [sys.executable, "-c", SERVER],
-        cwd=reader,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        input="\n".join(TYPED),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    statuses = map(int, done.stdout.split())
-    said = [(reader.parent / f"{n}.out").read_text() for n in range(len(TYPED))]
-    return dict(zip(TYPED, zip(statuses, said, strict=True), strict=True))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = [(line, warm.run(shlex.split(line), reader, env)) for line in TYPED]
+    return {line: (done.status, done.stdout + done.stderr) for line, done in ended}
 
 
 @pytest.mark.slow
@@ -144,10 +115,9 @@ def patient(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", OWN)
-def test_a_command_on_data_of_ones_own_works(patient, line):
-    command = [Path(sys.executable).with_name("autocompress"), *shlex.split(line)[1:], *BRIEFLY.split()]
-    done = subprocess.run(command, cwd=patient, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode in (0, 3), done.stderr  # whether so short a study meets its bound is another matter
+def test_a_command_on_data_of_ones_own_works(warm, patient, line):
+    done = warm.run([*shlex.split(line), *BRIEFLY.split()], patient)
+    assert done.status in (0, 3), done.stderr  # whether so short a study meets its bound is another matter
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
 
 

@@ -1,9 +1,8 @@
 """The examples run as they stand, from another folder, and write nothing outside it."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +18,9 @@ def test_every_example_is_run_here() -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("own_model.py", marks=pytest.mark.slow), "custom_objective.py"])
-def test_example(name: str, tmp_path: Path) -> None:
-    argv = [sys.executable, "-W", "error", str(EXAMPLES / name)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+def test_example(name: str, warm: Any, tmp_path: Path) -> None:
+    done = warm.run([str(EXAMPLES / name)], tmp_path, {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.status == 0, done.stderr
     for text in PRINTS[name]:
         assert text in done.stdout
     assert [file.name for file in tmp_path.iterdir()] == ["autocompress-runs"]
