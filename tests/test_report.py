@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from autocompress.report import write_report
+from autocompress.report import _together, write_report
 
 HOSTILE = '<script>alert("x")</script>'
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -271,6 +271,10 @@ def test_a_relative_bound_is_counted_in_percent(recorded, tmp_path):
     )
     assert "loses at most 1% of accuracy (relative to the dense model's)" in parsed.text
     assert "+1.56 ± 0.40%" in parsed.text
+
+
+def test_a_number_keeps_its_unit_on_its_line():
+    assert _together("0.57 ms ± 6% (p95 10 ms)").split(" ") == ["0.57\xa0ms", "±\xa06%", "(p95\xa010\xa0ms)"]
 
 
 def test_five_hundred_trials_are_reported_in_seconds(recorded, tmp_path):
