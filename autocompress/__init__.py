@@ -8,43 +8,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocompress.bundle import load
-    from autocompress.cka import layer_similarity, linear_cka
     from autocompress.data import digits
+    from autocompress.formats.bundle import load
+    from autocompress.gauges.latency import Latency
     from autocompress.goal import Objective, objective
-    from autocompress.latency import Latency
     from autocompress.lc import LearningCompression
     from autocompress.measurement import Measurement, compare, measure
     from autocompress.metrics import Metric, accuracy, balanced_accuracy
+    from autocompress.networks.cka import layer_similarity, linear_cka
     from autocompress.own_task import make_task
-    from autocompress.result import Result
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
     from autocompress.splits import TensorSplit
-    from autocompress.sweep_result import Sweep
+    from autocompress.studies.result import Result
+    from autocompress.studies.watcher import Watcher
     from autocompress.sweeping import sweep
+    from autocompress.sweeps.sweep_result import Sweep
     from autocompress.task import Task
     from autocompress.tuning import tune
-    from autocompress.watcher import Watcher
 
 # Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
 _HOMES = {
-    "bundle": ("load",),
-    "cka": ("layer_similarity", "linear_cka"),
+    "formats.bundle": ("load",),
+    "networks.cka": ("layer_similarity", "linear_cka"),
     "data": ("digits",),
     "lc": ("LearningCompression",),
     "own_task": ("make_task",),
-    "latency": ("Latency",),
+    "gauges.latency": ("Latency",),
     "measurement": ("Measurement", "compare", "measure"),
     "metrics": ("Metric", "accuracy", "balanced_accuracy"),
     "goal": ("Objective", "objective"),
-    "result": ("Result",),
+    "studies.result": ("Result",),
     "scheme": ("Compose", "Scheme", "Theta", "parse_scheme", "register_scheme"),
     "tuning": ("tune",),
-    "sweep_result": ("Sweep",),
+    "sweeps.sweep_result": ("Sweep",),
     "sweeping": ("sweep",),
     "splits": ("TensorSplit",),
     "task": ("Task",),
-    "watcher": ("Watcher",),
+    "studies.watcher": ("Watcher",),
 }
 
 __all__ = [

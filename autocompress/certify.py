@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from autocompress.constraint import Judged
 from autocompress.metrics import Metric, classes_present, smallest_class
 from autocompress.task import Evaluation
+from autocompress.verdict.constraint import Judged
 
 Outcome: TypeAlias = Literal["certified", "not certifiable", "not met"]
 

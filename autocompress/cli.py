@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autocompress.commands import COMMANDS
-from autocompress.options import (
+from autocompress.task_options import restore, take_options, task_options
+from autocompress.terminal.commands import COMMANDS
+from autocompress.terminal.options import (
     OUT,
     TRACKING_URI,
     Duration,
@@ -24,12 +25,11 @@ from autocompress.options import (
     read_config,
     write_config,
 )
-from autocompress.sweep_command import OF_A_TRIAL, OF_RECOVERY, sweep
-from autocompress.task_options import restore, take_options, task_options
+from autocompress.terminal.sweep_command import OF_A_TRIAL, OF_RECOVERY, sweep
 
 if TYPE_CHECKING:
-    from autocompress.result import Result
-    from autocompress.watcher import Watcher
+    from autocompress.studies.result import Result
+    from autocompress.studies.watcher import Watcher
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
 # Options that may change when a study is resumed.
@@ -213,20 +213,20 @@ def tune(
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
     from autocompress import tuning
-    from autocompress.devices import usable_device
-    from autocompress.dimensions import parse_dimensions
-    from autocompress.display import Display
+    from autocompress.disk.optuna_store import check_database
+    from autocompress.disk.storage import check_name, prepare_out
+    from autocompress.experiments.mlflow_store import check_uri, without_secrets
     from autocompress.export import check_formats
+    from autocompress.gauges.devices import usable_device
+    from autocompress.gauges.runtimes import check_runtime
     from autocompress.goal import ObjectiveError, as_objective
-    from autocompress.mlflow_store import check_uri, without_secrets
-    from autocompress.optuna_store import check_database
     from autocompress.own_task import make_task
     from autocompress.recovery import make_recovery, with_settings
-    from autocompress.runtimes import check_runtime
     from autocompress.scheme import parse_schemes
-    from autocompress.show import make_console, show_result
-    from autocompress.storage import check_name, prepare_out
-    from autocompress.watcher import Silent
+    from autocompress.searching.dimensions import parse_dimensions
+    from autocompress.studies.watcher import Silent
+    from autocompress.terminal.display import Display
+    from autocompress.terminal.show import make_console, show_result
 
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
@@ -283,7 +283,7 @@ def _status(result: "Result") -> int:
 
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the study that is resumed."""
-    from autocompress.storage import study_settings
+    from autocompress.disk.storage import study_settings
 
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
@@ -345,8 +345,8 @@ def main() -> None:
     """Runs the command line; of several processes that torchrun started in one, which the others help."""
     if not ("TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1):
         return _main()
-    from autocompress.learner import Learner
-    from autocompress.ranks import LostProcessError, joined
+    from autocompress.learning.learner import Learner
+    from autocompress.learning.ranks import LostProcessError, joined
 
     with joined() as team:
         if team.leads:
@@ -387,7 +387,7 @@ def _main() -> None:
 
 def _fail(message: str, status: int) -> None:
     if "://" in message:  # of a library, which may have an address from an option
-        from autocompress.mlflow_store import without_secrets
+        from autocompress.experiments.mlflow_store import without_secrets
 
         message = without_secrets(message)
     click.echo(f"Error: {' '.join(message.split())}", err=True)

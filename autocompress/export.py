@@ -2,7 +2,7 @@
 
 ``model.pt2`` needs torch alone, ``model.onnx`` ONNX Runtime alone; both take any batch size. On request there is
 ``model.pte`` for ExecuTorch. Each is run in a fresh process and is offered only if it answers as the model does.
-Beside them lies what gives the module itself back, see `autocompress.bundle`.
+Beside them lies what gives the module itself back, see `autocompress.formats.bundle`.
 """
 
 import copy
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress import bundle, progress
-from autocompress.bundle import Provenance, dtype_name
-from autocompress.deployed import deployed
-from autocompress.executorch_export import MAX_BATCH, check_executorch, write_pte
-from autocompress.onnx_export import quietly, weight_dtype, write_onnx
-from autocompress.parity import Arrays, FreshProcess, reason
+from autocompress import progress
+from autocompress.formats import bundle
+from autocompress.formats.bundle import Provenance, dtype_name
+from autocompress.formats.executorch_export import MAX_BATCH, check_executorch, write_pte
+from autocompress.formats.onnx_export import quietly, weight_dtype, write_onnx
+from autocompress.formats.parity import Arrays, FreshProcess, reason
+from autocompress.networks.deployed import deployed
 
 FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "executorch": "model.pte", "safetensors": bundle.WEIGHTS}
 ON_REQUEST = ("executorch",)  # of the formats
@@ -209,7 +210,7 @@ def _write_all(
 
 
 def _rebuilt(folder: Path, dense: nn.Module, probes: Sequence[Tensor]) -> Arrays | str:
-    """What the module answers that `autocompress.bundle.load` makes of what was written."""
+    """What the module answers that `autocompress.formats.bundle.load` makes of what was written."""
     try:
         model = bundle.load(folder, dense)
     except ValueError as error:

@@ -31,12 +31,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autocompress.learner import Learner, Penalty, Precision, Snapshot
+from autocompress.learning.learner import Learner, Penalty, Precision, Snapshot
+from autocompress.learning.training import Optimizer, n_steps, recalibrate_batchnorm
 from autocompress.progress import heard_by
 from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, is_hard, observe
 from autocompress.splits import Split
 from autocompress.task import Task
-from autocompress.training import Optimizer, n_steps, recalibrate_batchnorm
 
 SOFT = 1.0  # the first penalty where weights are drawn to θ
 PEAK_LR = {"sgd": 0.1, "adamw": 0.001}
@@ -303,7 +303,7 @@ class LearningCompression:
             θ; the model carries its decompressed weights and recalibrated BatchNorm statistics.
 
         Raises:
-            FloatingPointError: If the training diverged, see `autocompress.training.Descent`.
+            FloatingPointError: If the training diverged, see `autocompress.learning.training.Descent`.
         """
         learner = Learner(self, model, task, seed)
         state, w = start or State(), learner.weights

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import progress
-from autocompress.cpu_energy import CpuEnergy
-from autocompress.deployed import deployed, is_channels_last
-from autocompress.gpu import GpuWindow
-from autocompress.latency import Latency, time_in_turns
-from autocompress.macs import count_macs, count_params
-from autocompress.memory import peak_bytes
-from autocompress.onnx_export import weight_dtype
-from autocompress.runtimes import CannotRun, Run, Runtime, check_runtime, prepare
+from autocompress.formats.onnx_export import weight_dtype
+from autocompress.formats.weights import to_bytes
+from autocompress.gauges.cpu_energy import CpuEnergy
+from autocompress.gauges.gpu import GpuWindow
+from autocompress.gauges.latency import Latency, time_in_turns
+from autocompress.gauges.macs import count_macs, count_params
+from autocompress.gauges.memory import peak_bytes
+from autocompress.gauges.runtimes import CannotRun, Run, Runtime, check_runtime, prepare
+from autocompress.networks.deployed import deployed, is_channels_last
 from autocompress.task import device_of, evaluating
-from autocompress.weights import to_bytes
 
 # Long against the 20 to 100 ms between two steps of a GPU's energy counter.
 ENERGY_WINDOW_S = 2.0
@@ -32,7 +32,7 @@ class Measurement:
     """What a model costs; a field that was not or cannot be measured is None.
 
     Counted on the model as it is: density, parameters, bytes and MACs. Measured on the form in which it is
-    deployed, BatchNorm folded and channels last, see `autocompress.deployed.deployed`: everything else.
+    deployed, BatchNorm folded and channels last, see `autocompress.networks.deployed.deployed`: everything else.
 
     Attributes:
         density: Parameters kept over parameters of the dense model.
@@ -53,7 +53,7 @@ class Measurement:
         gpu_process_memory_bytes: What this process held of the GPU's memory (NVML).
         gpu_clock_mhz: Mean clock of the multiprocessors while it ran (NVML).
         gpu_throttled: Why the GPU held its clocks back while it ran; empty when it did not (NVML).
-        runtime: What ran it for the numbers that objectives see, see `autocompress.runtimes.RUNTIMES`.
+        runtime: What ran it for the numbers that objectives see, see `autocompress.gauges.runtimes.RUNTIMES`.
         dtype: Type of its weights, such as ``"float32"``; None when no time was taken, as the next two.
         memory_format: ``"channels_last"`` or ``"contiguous"``.
         threads: Of the CPU.
@@ -163,7 +163,7 @@ def compare(
         timing: Whether to run the models at all beyond counting: latency, memory, power and energy.
         budget_s: Seconds of timing per model, runtime and batch size after which a median is taken as it is, if it
             has 20 repeats behind it.
-        runtimes: Where latency is measured, see `autocompress.runtimes.RUNTIMES`; the first is the one that
+        runtimes: Where latency is measured, see `autocompress.gauges.runtimes.RUNTIMES`; the first is the one that
             objectives see. A runtime that does not take a model is named in `Measurement.not_run`.
         onnx_files: Of models that are exported already, the file that ships, which ONNX Runtime then runs.
 

@@ -15,11 +15,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from autocompress import weights
-from autocompress.macs import count_macs
+from autocompress.formats import weights
+from autocompress.gauges.macs import count_macs
+from autocompress.learning.training import fit, threads_for
 from autocompress.splits import Split
 from autocompress.task import Loss
-from autocompress.training import fit, threads_for
 
 
 class SmallResNet(nn.Module):

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from autocompress.constraint import Constraint
 from autocompress.data import digits
-from autocompress.dense import ClassLoss, DenseTraining, balancing_weights, train_dense
-from autocompress.images import FileImages, HeldImages, Sampling
-from autocompress.limit import parse_constraints
 from autocompress.metrics import Metric, as_metric
-from autocompress.own_model import Made, call_factory, load_factory, make_model, parse_arguments
-from autocompress.readers import read
-from autocompress.samples import PARTS, Found, Reading, Samples
+from autocompress.networks.dense import ClassLoss, DenseTraining, balancing_weights, train_dense
+from autocompress.networks.own_model import Made, call_factory, load_factory, make_model, parse_arguments
+from autocompress.reading.images import FileImages, HeldImages, Sampling
+from autocompress.reading.readers import read
+from autocompress.reading.samples import PARTS, Found, Reading, Samples
+from autocompress.reading.transforms import IMAGENET, Preprocessing, parse_augmentations
 from autocompress.splits import Data, Split, TensorSplit, as_split, labels_of
 from autocompress.task import Task, classification_loss, predict
 from autocompress.task_options import TaskOptions
-from autocompress.transforms import IMAGENET, Preprocessing, parse_augmentations
+from autocompress.verdict.constraint import Constraint
+from autocompress.verdict.limit import parse_constraints
 
 TRAIN_EPOCHS = 30
 BATCH_SIZE = 64

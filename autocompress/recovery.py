@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from autocompress import progress
 from autocompress.lc import PEAK_LR, SOFT, LearningCompression, Recovered, frozen, settle
-from autocompress.learner import Learner
+from autocompress.learning.learner import Learner
+from autocompress.learning.training import Optimizer
 from autocompress.scheme import Facts, Scheme, observe
 from autocompress.task import Task
-from autocompress.training import Optimizer
 
 
 class Recovery(Protocol):

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from autocompress.comparison import (
+from autocompress.disk.files import read_json
+from autocompress.disk.record import Record, read_record
+from autocompress.showing.comparison import (
     as_bytes,
     as_count,
     comparison,
@@ -14,10 +16,8 @@ from autocompress.comparison import (
     in_words,
     timed_together,
 )
-from autocompress.figures import Figure, draw
-from autocompress.files import read_json
-from autocompress.record import Record, read_record
-from autocompress.words import at_most, headline, sentence, words
+from autocompress.showing.figures import Figure, draw
+from autocompress.showing.words import at_most, headline, sentence, words
 
 FIGURES = "figures"
 NOT_MEASURED = ("n/a", "n/a")

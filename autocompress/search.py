@@ -12,14 +12,14 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.arms import ArmSampler, of_arm
-from autocompress.constraint import Checked
+from autocompress.disk.storage import StudyFolder
 from autocompress.sampler import ThresholdSampler, affordable_depth, asked_density
-from autocompress.samplers import make_sampler
-from autocompress.selection import PROBABILITY, answer, finished, posterior
-from autocompress.space import Arm, Configuration, Space
-from autocompress.storage import StudyFolder
+from autocompress.searching.arms import ArmSampler, of_arm
+from autocompress.searching.samplers import make_sampler
+from autocompress.searching.selection import PROBABILITY, answer, finished, posterior
+from autocompress.searching.space import Arm, Configuration, Space
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
+from autocompress.verdict.constraint import Checked
 
 TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
 HOPELESS = 0.1  # probability up to which a density is not worth a last trial

@@ -12,33 +12,33 @@ import numpy as np
 import optuna
 from optuna.storages import RDBStorage
 
-from autocompress.analysis import Analyses
-from autocompress.aside import WORTH_S, Aside
-from autocompress.conclusion import Answer, Conclusion, get_ready
-from autocompress.files import read_json, write_json
-from autocompress.interrupt import gentle_interrupt
-from autocompress.limit import Limit, check_all
-from autocompress.macs import count_macs
+from autocompress.disk.files import read_json, write_json
+from autocompress.disk.mend import restore, set_aside_if_damaged
+from autocompress.disk.optuna_store import open_shared, open_study
+from autocompress.disk.storage import StudyFolder
+from autocompress.gauges.macs import count_macs
+from autocompress.learning.ranks import team
+from autocompress.learning.training import n_steps, threads_for
 from autocompress.measurement import Measurement, measure
-from autocompress.mend import restore, set_aside_if_damaged
-from autocompress.optuna_store import open_shared, open_study
-from autocompress.posterior import Posterior
-from autocompress.prospect import nearest_miss, prospect
-from autocompress.ranks import team
+from autocompress.processes.aside import WORTH_S, Aside
+from autocompress.processes.interrupt import gentle_interrupt
+from autocompress.processes.workplace import Workplace
 from autocompress.report import write_report
-from autocompress.result import Result
 from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
-from autocompress.selection import answer, finished, front, posterior, shortlist
-from autocompress.settings import Settings
-from autocompress.space import DENSITY, Configuration
-from autocompress.storage import StudyFolder
+from autocompress.searching.posterior import Posterior
+from autocompress.searching.selection import answer, finished, front, posterior, shortlist
+from autocompress.searching.space import DENSITY, Configuration
+from autocompress.studies.analysis import Analyses
+from autocompress.studies.conclusion import Answer, Conclusion, get_ready
+from autocompress.studies.result import Result
+from autocompress.studies.settings import Settings
+from autocompress.studies.watcher import Beginning, Watcher
 from autocompress.task import Task
 from autocompress.tracking import Tracker, final_metrics
-from autocompress.training import n_steps, threads_for
 from autocompress.trial import TrialResult, TrialSpec, can_be_cheap
-from autocompress.watcher import Beginning, Watcher
-from autocompress.workplace import Workplace
+from autocompress.verdict.limit import Limit, check_all
+from autocompress.verdict.prospect import nearest_miss, prospect
 
 
 class Study:

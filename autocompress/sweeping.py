@@ -12,30 +12,30 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress.analysis import analyze
-from autocompress.bundle import rebuild
 from autocompress.data import digits
-from autocompress.devices import usable_device
-from autocompress.display import SECONDS_BETWEEN_LINES, Footer
-from autocompress.environment import provenance
-from autocompress.files import read_json, write_json
+from autocompress.disk.environment import provenance
+from autocompress.disk.files import read_json, write_json
+from autocompress.disk.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
+from autocompress.formats.bundle import rebuild
+from autocompress.gauges.devices import usable_device
+from autocompress.gauges.gpu import GpuWindow
+from autocompress.gauges.macs import count_macs
 from autocompress.goal import as_objective
-from autocompress.gpu import GpuWindow
-from autocompress.interrupt import gentle_interrupt
-from autocompress.macs import count_macs
+from autocompress.learning.training import threads_for
 from autocompress.measurement import Measurement, measure
 from autocompress.metrics import Metric, as_metric
+from autocompress.processes.interrupt import gentle_interrupt
 from autocompress.progress import Listener, heard_by
 from autocompress.recovery import Recovery, make_recovery, settings_of, with_settings
 from autocompress.scheme import Facts, Scheme, parse_scheme
 from autocompress.search import INTERRUPTED
-from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
-from autocompress.sweep_files import write_sweep
-from autocompress.sweep_grid import Cell, distinct_densities, distinct_schemes, grid
-from autocompress.sweep_result import DENSE, Sweep
+from autocompress.studies.analysis import analyze
+from autocompress.sweeps.sweep_files import write_sweep
+from autocompress.sweeps.sweep_grid import Cell, distinct_densities, distinct_schemes, grid
+from autocompress.sweeps.sweep_result import DENSE, Sweep
 from autocompress.task import Evaluation, Task
+from autocompress.terminal.display import SECONDS_BETWEEN_LINES, Footer
 from autocompress.tracking import COSTS, Tracker
-from autocompress.training import threads_for
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 
 DENSITIES = (0.5, 0.25, 0.1, 0.05)

@@ -14,7 +14,7 @@ from torch.utils.data import RandomSampler
 
 from autocompress import progress
 from autocompress.metrics import Metric, Outputs, Targets, accuracy, as_metric
-from autocompress.model_check import check_model
+from autocompress.networks.model_check import check_model
 from autocompress.splits import (
     Data,
     HalfBatches,

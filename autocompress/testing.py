@@ -21,8 +21,7 @@ from unittest import SkipTest
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Compose, Scheme, Theta
-from autocompress.testing_models import (
+from autocompress.conformance.testing_models import (
     CLASSES,
     INPUT_SHAPE,
     MODELS,
@@ -37,7 +36,7 @@ from autocompress.testing_models import (
     residual,
     tied,
 )
-from autocompress.testing_tools import (
+from autocompress.conformance.testing_tools import (
     Case,
     Rounded,
     as_users_leave_it,
@@ -57,6 +56,7 @@ from autocompress.testing_tools import (
     run,
     theta_digest,
 )
+from autocompress.scheme import Compose, Scheme, Theta
 
 __all__ = [
     "CLASSES",

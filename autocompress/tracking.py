@@ -1,8 +1,8 @@
 """Everything autocompress says to MLflow: one parent run per study, one child run per trial.
 
-All studies of an output directory share one database there, see `autocompress.mlflow_store`, unless they are
-logged to a server. MLflow is an account of the study, never its memory: what it cannot take is warned of once and
-left out.
+All studies of an output directory share one database there, unless they are logged to a server: see
+`autocompress.experiments.mlflow_store`. MLflow is an account of the study, never its memory: what it cannot take
+is warned of once and left out.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
+from autocompress.experiments.mlflow_runs import Runs, Status
+from autocompress.experiments.mlflow_store import open_server, open_store, quiet_mlflow, without_secrets
+from autocompress.experiments.system_metrics import SystemMonitor
 from autocompress.measurement import Measurement
-from autocompress.mlflow_runs import Runs, Status
-from autocompress.mlflow_store import open_server, open_store, quiet_mlflow, without_secrets
-from autocompress.system_metrics import SystemMonitor
 from autocompress.trial import TrialResult
 
 P = ParamSpec("P")

@@ -12,17 +12,17 @@ from scipy.special import ndtri
 from torch import Tensor, nn
 
 from autocompress.certify import drop_standard_error
-from autocompress.constraint import Checked
-from autocompress.deployed import deployed
+from autocompress.gauges.macs import count_params
 from autocompress.goal import Objective
 from autocompress.lc import Hopeless, LearningCompression, Recovered, State
-from autocompress.limit import Limit, Requirement, check_all
-from autocompress.macs import count_params
 from autocompress.measurement import Measurement, compare
+from autocompress.networks.deployed import deployed
 from autocompress.progress import span
 from autocompress.recovery import Recovery, suiting
 from autocompress.scheme import Facts, Scheme, Theta, Weights, realize_by_part
 from autocompress.task import Evaluation, Task, channels_last, device_of, evaluating
+from autocompress.verdict.constraint import Checked
+from autocompress.verdict.limit import Limit, Requirement, check_all
 
 TRAINING_SHARE = 0.95  # of a trial's time, as a rule; the rest builds, scores and measures the model
 
@@ -85,7 +85,7 @@ class TrialSpec:
         device: Where it runs, as torch names it.
         timing: Whether the objective or a constraint needs latency, memory or energy.
         dense_cost: What the dense model costs, for objectives that are relative to it.
-        runtime: What runs the model where its latency is measured, see `autocompress.runtimes.RUNTIMES`.
+        runtime: What runs the model where its latency is measured, see `autocompress.gauges.runtimes.RUNTIMES`.
         profile_device: Where it is measured; None for ``device``.
         constraints: What else the compressed model must reach on val, and what it may cost.
         start: A denser model of an earlier trial to start from; None for the dense model.

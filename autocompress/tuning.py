@@ -12,31 +12,38 @@ from typing import Any, Literal, TypeAlias
 
 from autocompress.certify import CONFIDENCE
 from autocompress.data import digits
-from autocompress.devices import usable_device
-from autocompress.dimensions import Search, parse_dimensions
-from autocompress.environment import provenance
+from autocompress.disk.environment import provenance
+from autocompress.disk.files import read_json
+from autocompress.disk.optuna_store import connected
+from autocompress.disk.storage import (
+    StudyFolder,
+    check_name,
+    new_folder,
+    prepare_out,
+    resume_folder,
+    study_settings,
+)
+from autocompress.experiments.mlflow_store import without_secrets
 from autocompress.export import check_formats
-from autocompress.files import read_json
+from autocompress.gauges.devices import usable_device
+from autocompress.gauges.runtimes import check_runtime
 from autocompress.goal import Objective, as_objective
-from autocompress.limit import Requirement, parse_constraints
+from autocompress.learning.ranks import team
 from autocompress.measurement import Measurement
-from autocompress.mlflow_store import without_secrets
-from autocompress.optuna_store import connected
-from autocompress.ranks import team
 from autocompress.recovery import Recovery, make_recovery, with_settings
-from autocompress.result import Result
-from autocompress.runtimes import check_runtime
-from autocompress.samplers import check_sampler
 from autocompress.scheme import AUTO, Scheme, as_schemes
 from autocompress.search import TOLERANCE
-from autocompress.settings import DEFAULT_TRIALS, Settings
-from autocompress.space import Space
-from autocompress.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder, study_settings
+from autocompress.searching.dimensions import Search, parse_dimensions
+from autocompress.searching.samplers import check_sampler
+from autocompress.searching.space import Space
+from autocompress.studies.result import Result
+from autocompress.studies.settings import DEFAULT_TRIALS, Settings
+from autocompress.studies.watcher import Silent, Watcher
 from autocompress.study import Study
 from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker
 from autocompress.trial import Bound
-from autocompress.watcher import Silent, Watcher
+from autocompress.verdict.limit import Requirement, parse_constraints
 
 Asked: TypeAlias = str | Objective | Callable[[Measurement], float]
 

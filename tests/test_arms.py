@@ -9,14 +9,14 @@ import pytest
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
-from autocompress.arms import ALIKE, ArmSampler, Worths, of_arm
-from autocompress.dimensions import parse_dimensions
+from autocompress.disk.optuna_store import open_study
 from autocompress.lc import LearningCompression
-from autocompress.optuna_store import open_study
-from autocompress.samplers import SAMPLERS, check_sampler, make_sampler
 from autocompress.schemes import Prune, Quantize16, StructPrune
-from autocompress.selection import answer, p_feasible
-from autocompress.space import DENSITY, Configuration, Space
+from autocompress.searching.arms import ALIKE, ArmSampler, Worths, of_arm
+from autocompress.searching.dimensions import parse_dimensions
+from autocompress.searching.samplers import SAMPLERS, check_sampler, make_sampler
+from autocompress.searching.selection import answer, p_feasible
+from autocompress.searching.space import DENSITY, Configuration, Space
 from autocompress.trial import Bound
 
 BOUND, LOW = 0.01, 0.01

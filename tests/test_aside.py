@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autocompress import study
-from autocompress.aside import Aside
+from autocompress.processes.aside import Aside
 from autocompress.tuning import tune
 
 

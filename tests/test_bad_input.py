@@ -20,10 +20,10 @@ from hypothesis.extra import numpy as stn
 from torch import nn
 
 import autocompress as ac
-from autocompress import bundle
 from autocompress.cli import cli, main
-from autocompress.readers import read
-from autocompress.samples import Found, Reading
+from autocompress.formats import bundle
+from autocompress.reading.readers import read
+from autocompress.reading.samples import Found, Reading
 from autocompress.scheme import Scheme, describe, parse_scheme
 from autocompress.schemes import StructPrune
 

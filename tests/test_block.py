@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress import weights
+from autocompress.conformance.testing_models import some_models
+from autocompress.formats import weights
 from autocompress.models import SmallResNet
 from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import BlockPrune, Quantize16
 from autocompress.testing import Case, SchemeConformance, lived_in
-from autocompress.testing_models import some_models
 
 FEW = (0.7, 0.2, 0.05)  # densities, where the scheme itself is checked at more of them
 

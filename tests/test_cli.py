@@ -22,7 +22,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import autocompress as ac
-from autocompress.files import read_json
+from autocompress.disk.files import read_json
 
 AUTOCOMPRESS = Path(sys.executable).with_name("autocompress")
 MET, USAGE, NOT_MET, INTERRUPTED = 0, 2, 3, 130
@@ -318,7 +318,7 @@ def test_autocompress_reloads_the_module(job, found, test_images):
 
 
 def test_mlflow_holds_the_study_and_its_trials_side_by_side(job, found):
-    from autocompress.mlflow_store import quiet_mlflow
+    from autocompress.experiments.mlflow_store import quiet_mlflow
 
     with quiet_mlflow():
         from mlflow import MlflowClient
@@ -530,7 +530,7 @@ def test_when_nothing_meets_the_bound_the_nearest_miss_is_named(place, fork):
 
 OBJECTIVE_FILE = '''
 import autocompress as ac
-from autocompress.files import read_json
+from autocompress.disk.files import read_json
 
 @ac.objective(direction="maximize")
 def spared(m):

@@ -11,11 +11,11 @@ import pytest
 
 import autocompress as ac
 from autocompress.lc import LearningCompression
-from autocompress.parcel import pack_shared
+from autocompress.processes.parcel import pack_shared
+from autocompress.processes.workers import Remote
+from autocompress.processes.workplace import connect
 from autocompress.task import Task
 from autocompress.trial import TrialSpec, run_trial
-from autocompress.workers import Remote
-from autocompress.workplace import connect
 
 distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -89,8 +89,8 @@ def test_workers_with_gpus_run_a_trial_for_each() -> None:
 
 
 def test_a_cluster_that_is_not_there_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autocompress.cluster.CONNECT_S", 1)
-    monkeypatch.setattr("autocompress.cluster.WAIT_FOR_WORKERS_S", 1)
+    monkeypatch.setattr("autocompress.processes.cluster.CONNECT_S", 1)
+    monkeypatch.setattr("autocompress.processes.cluster.WAIT_FOR_WORKERS_S", 1)
     with pytest.raises(
         ValueError, match=r"cluster='tcp://127\.0\.0\.1:9' does not answer \(.*dask worker"
     ) as refused:

@@ -95,7 +95,7 @@ def test_doctor_says_what_has_to_be_mended(tmp_path):
 
 
 def test_an_extra_that_is_not_installed_is_a_note_with_the_remedy(monkeypatch):
-    from autocompress import doctor
+    from autocompress.terminal import doctor
 
     class Installed:
         requires = ('torch>=2; extra == "x"', 'nothing-like-it>=1; extra == "fast"', "neither-this")

@@ -3,7 +3,7 @@ import copy
 import torch
 from torch import nn
 
-from autocompress.layers import Layer, compare_layers
+from autocompress.networks.layers import Layer, compare_layers
 
 
 def network():

@@ -1,6 +1,6 @@
 import pytest
 
-from autocompress.comparison import (
+from autocompress.showing.comparison import (
     as_bytes,
     as_count,
     classes_that_lost,

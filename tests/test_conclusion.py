@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.conclusion import Answer, Conclusion
+from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
 from autocompress.measurement import measure
-from autocompress.settings import Settings
-from autocompress.storage import StudyFolder
+from autocompress.studies.conclusion import Answer, Conclusion
+from autocompress.studies.settings import Settings
+from autocompress.studies.watcher import Silent
 from autocompress.trial import Bound, TrialSpec, run_trial
-from autocompress.watcher import Silent
 
 MakeSpec = Callable[..., TrialSpec]
 BOUND = Bound(0.25)

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from autocompress.certify import certify, conclude
-from autocompress.constraint import Constraint, parse_constraint
 from autocompress.metrics import METRICS, accuracy
-from autocompress.per_class import per_class
 from autocompress.task import Evaluation
+from autocompress.verdict.constraint import Constraint, parse_constraint
+from autocompress.verdict.per_class import per_class
 
 
 def evaluation(positives: int, found: int, negatives: int = 50, refused: int = 50) -> Evaluation:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from autocompress.gauges.latency import Latency
 from autocompress.goal import OBJECTIVES
-from autocompress.latency import Latency
 from autocompress.measurement import Measurement
 from autocompress.scheme import SCHEMES, Evidence, observe
 from autocompress.task import Task

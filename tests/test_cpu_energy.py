@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress import cpu_energy, measurement
-from autocompress.cpu_energy import CpuEnergy
+from autocompress import measurement
+from autocompress.gauges import cpu_energy
+from autocompress.gauges.cpu_energy import CpuEnergy
 
 
 def write_counter(powercap: Path, zone: str, microjoules: int | str) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import autocompress.models
 from autocompress.data import digits
-from autocompress.macs import count_params
+from autocompress.gauges.macs import count_params
 from autocompress.models import ARCHITECTURES, SmallResNet, trained
 from autocompress.splits import TensorSplit
 from autocompress.task import Task

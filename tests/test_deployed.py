@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress.deployed import deployed, is_channels_last
+from autocompress.networks.deployed import deployed, is_channels_last
 
 
 def lived_in(model: nn.Module) -> nn.Module:

@@ -11,14 +11,14 @@ from torch import nn
 
 import autocompress as ac
 from autocompress import progress
-from autocompress.display import Display, Footer
+from autocompress.gauges.latency import Latency
 from autocompress.goal import Objective
-from autocompress.latency import Latency
 from autocompress.measurement import Measurement
 from autocompress.sampler import ThresholdSampler
-from autocompress.settings import Settings
+from autocompress.studies.settings import Settings
+from autocompress.studies.watcher import Beginning
+from autocompress.terminal.display import Display, Footer
 from autocompress.trial import Bound, TrialResult
-from autocompress.watcher import Beginning
 
 LATENCY = (Latency(1, 0.25, 0.4, 100), Latency(32, 0.8, 5.0, 40))
 HALF = (Latency(1, 0.125, 0.2, 100), Latency(32, 0.4, 2.5, 40))

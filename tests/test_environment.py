@@ -3,7 +3,7 @@ import hashlib
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from autocompress.environment import data_digest, provenance, tensors_digest, versions
+from autocompress.disk.environment import data_digest, provenance, tensors_digest, versions
 from autocompress.splits import LoaderSplit, TensorSplit
 from autocompress.task import Task
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress import bundle, parity
-from autocompress.bundle import Provenance, load
 from autocompress.export import Export, _error, check_formats, export
-from autocompress.onnx_export import write_onnx
-from autocompress.parity import reason
+from autocompress.formats import bundle, parity
+from autocompress.formats.bundle import Provenance, load
+from autocompress.formats.onnx_export import write_onnx
+from autocompress.formats.parity import reason
+from autocompress.formats.weights import save as save_weights
 from autocompress.scheme import Theta, register_scheme
-from autocompress.weights import save as save_weights
 
 
 class TinyConvNet(nn.Module):
@@ -386,7 +386,7 @@ def test_save_takes_negative_zeros_and_nan(tmp_path):
 
 
 def test_weights_that_do_not_come_back_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.weights.save", lambda state, path: save_weights({}, path))
+    monkeypatch.setattr("autocompress.formats.weights.save", lambda state, path: save_weights({}, path))
     with pytest.raises(ValueError, match="does not give back the weights"):
         bundle.save(mlp(), torch.zeros(1, 1, 4, 4), tmp_path, PROVENANCE)
 

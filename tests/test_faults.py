@@ -13,9 +13,9 @@ import pytest
 
 import autocompress as ac
 from autocompress.lc import LearningCompression
+from autocompress.studies.watcher import Silent
 from autocompress.task import Task
 from autocompress.trial import TrialResult
-from autocompress.watcher import Silent
 
 ASKED: dict[str, Any] = {
     "max_drop": 0.3,

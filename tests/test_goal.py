@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from autocompress.gauges.latency import Latency
 from autocompress.goal import OBJECTIVES, Objective, ObjectiveError, as_objective, objective
-from autocompress.latency import Latency
 from autocompress.measurement import Measurement
 
 DENSE = Measurement(density=1.0, params=400, size_bytes=960, macs=36000, device="cpu")

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autocompress import gpu
-from autocompress.gpu import GpuUsage, GpuWindow
-from autocompress.system_metrics import system_metrics
+from autocompress.experiments.system_metrics import system_metrics
+from autocompress.gauges import gpu
+from autocompress.gauges.gpu import GpuUsage, GpuWindow
 
 FIELDS = [
     "memory_bytes",

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from autocompress.interrupt import gentle_interrupt
+from autocompress.processes.interrupt import gentle_interrupt
 
 
 def press_ctrl_c() -> None:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import schemes
+from autocompress.gauges.macs import count_params
 from autocompress.lc import LearningCompression, Recovered, State, c_step, free_entries, freeze, frozen, residual
-from autocompress.learner import Learner, Penalty
-from autocompress.macs import count_params
+from autocompress.learning.learner import Learner, Penalty
+from autocompress.learning.training import Optimizer, n_steps
 from autocompress.scheme import Compose, Facts, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize8, Quantize16
 from autocompress.splits import Batch, TensorSplit
 from autocompress.task import Task
 from autocompress.testing import masked_model
-from autocompress.training import Optimizer, n_steps
 
 # By magnitude: without a look at data.
 Prune = partial(schemes.Prune, criterion="l2")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.constraint import Constraint
+from autocompress.gauges.latency import Latency
 from autocompress.goal import Objective, as_objective
-from autocompress.latency import Latency
-from autocompress.limit import Limit, parse_constraints
 from autocompress.measurement import Measurement
+from autocompress.verdict.constraint import Constraint
+from autocompress.verdict.limit import Limit, parse_constraints
 
 
 def cost(**changes: object) -> Measurement:

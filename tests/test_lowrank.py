@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress import bundle
+from autocompress.conformance.testing_models import some_models
 from autocompress.export import Provenance, export
+from autocompress.formats import bundle
 from autocompress.models import SmallResNet
 from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize16
 from autocompress.schemes.rank_choice import Matrices, choose_ranks
 from autocompress.schemes.spectrum import Spectrum
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
-from autocompress.testing_models import some_models
 
 FEW = (0.7, 0.2, 0.05)  # densities, where the scheme itself is checked at more of them
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autocompress import weights
-from autocompress.latency import PRECISION, TURN_PASSES, interval, time_in_turns
-from autocompress.macs import count_macs, count_params
+from autocompress.formats import weights
+from autocompress.gauges.latency import PRECISION, TURN_PASSES, interval, time_in_turns
+from autocompress.gauges.macs import count_macs, count_params
 from autocompress.measurement import compare, measure
 
 

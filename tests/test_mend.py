@@ -9,14 +9,14 @@ import pytest
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
+from autocompress.disk.mend import LOST, restore, set_aside_if_damaged
+from autocompress.disk.optuna_store import open_study
+from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
-from autocompress.mend import LOST, restore, set_aside_if_damaged
-from autocompress.optuna_store import open_study
 from autocompress.schemes import StructPrune
 from autocompress.search import add_dense, adopt, failures
-from autocompress.selection import finished
-from autocompress.space import Space
-from autocompress.storage import StudyFolder
+from autocompress.searching.selection import finished
+from autocompress.searching.space import Space
 from autocompress.trial import Bound, TrialSpec, run_trial
 
 BOUND = Bound(0.05)

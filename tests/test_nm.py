@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import autocompress as ac
+from autocompress.conformance.testing_models import some_models
 from autocompress.scheme import Compose, Scheme
 from autocompress.schemes import NMPrune, Quantize16
 from autocompress.task import Task
 from autocompress.testing import SchemeConformance
-from autocompress.testing_models import some_models
 
 
 class TestNMPrune(SchemeConformance):

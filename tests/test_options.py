@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.cli import cli
-from autocompress.options import options_of, write_config
+from autocompress.learning.training import Optimizer
 from autocompress.recovery import RECOVERIES
-from autocompress.samplers import SAMPLERS
-from autocompress.training import Optimizer
+from autocompress.searching.samplers import SAMPLERS
+from autocompress.terminal.options import options_of, write_config
 
 TUNE = cli.commands["tune"]
 

@@ -12,16 +12,16 @@ from torch import nn
 
 import autocompress as ac
 from autocompress.certify import certify
-from autocompress.dense import ClassLoss, DenseTraining, balancing_weights, frozen_modules
 from autocompress.goal import as_objective
-from autocompress.images import FileImages, HeldImages, Sampling
 from autocompress.lc import LearningCompression
 from autocompress.metrics import accuracy
 from autocompress.models import SmallResNet, build, classifier, first_conv
-from autocompress.own_model import cached_weights, make_model, parse_arguments, read_weights
+from autocompress.networks.dense import ClassLoss, DenseTraining, balancing_weights, frozen_modules
+from autocompress.networks.own_model import cached_weights, make_model, parse_arguments, read_weights
+from autocompress.reading.images import FileImages, HeldImages, Sampling
+from autocompress.reading.transforms import Preprocessing, augment, parse_augmentations
 from autocompress.schemes import StructPrune
 from autocompress.splits import TensorSplit
-from autocompress.transforms import Preprocessing, augment, parse_augmentations
 from autocompress.trial import Bound, TrialSpec, run_trial
 
 RNG = np.random.default_rng(0)

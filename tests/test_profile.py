@@ -6,12 +6,12 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from autocompress import bundle
-from autocompress.bundle import Provenance
 from autocompress.cli import cli
-from autocompress.macs import count_params
+from autocompress.formats import bundle
+from autocompress.formats.bundle import Provenance
+from autocompress.gauges.macs import count_params
+from autocompress.gauges.profile import of_model, of_study, profile
 from autocompress.models import build
-from autocompress.profile import of_model, of_study, profile
 from autocompress.scheme import parse_scheme
 
 DIGITS = ("--model", "small_resnet", "--input", "1x8x8", "--classes", "10")

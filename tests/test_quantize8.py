@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autocompress import weights
-from autocompress.bundle import Provenance, load
 from autocompress.export import export
+from autocompress.formats import weights
+from autocompress.formats.bundle import Provenance, load
+from autocompress.formats.onnx_export import write_onnx
 from autocompress.models import SmallResNet
-from autocompress.onnx_export import write_onnx
 from autocompress.recovery import make_recovery
 from autocompress.scheme import Compose, Evidence, Scheme, Theta, describe, parse_scheme
 from autocompress.schemes import PruneQuantize8, Quantize8, StructPruneQuantize8

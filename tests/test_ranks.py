@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import autocompress as ac
-from autocompress import ranks
-from autocompress.images import HeldImages, Sampling
-from autocompress.ranks import LostProcessError, Share, Team
+from autocompress.learning import ranks
+from autocompress.learning.ranks import LostProcessError, Share, Team
+from autocompress.reading.images import HeldImages, Sampling
+from autocompress.reading.transforms import Preprocessing
 from autocompress.splits import TensorSplit
 from autocompress.task import Task
-from autocompress.transforms import Preprocessing
 
 # Run by itself, the script recovers some models and writes their weights; in a team, rank 0 does.
 RECOVERS = """
@@ -27,14 +27,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from autocompress.images import HeldImages, Sampling
+from autocompress.reading.images import HeldImages, Sampling
 from autocompress.lc import LearningCompression
-from autocompress.learner import Learner
+from autocompress.learning.learner import Learner
 from autocompress.recovery import iterative, layerwise
 from autocompress.schemes import LowRank, Prune, StructPrune
 from autocompress.splits import TensorSplit
 from autocompress.task import Task
-from autocompress.transforms import Preprocessing
+from autocompress.reading.transforms import Preprocessing
 
 
 def networks():
@@ -88,7 +88,7 @@ def main(file):
 
 
 if __name__ == "__main__":
-    from autocompress.ranks import joined
+    from autocompress.learning.ranks import joined
 
     with joined() as team:
         main(sys.argv[1]) if team.leads else team.serve(Learner)

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from autocompress.readers import read
-from autocompress.samples import Found, Reading
+from autocompress.reading.readers import read
+from autocompress.reading.samples import Found, Reading
 
 SIZE = (6, 5)  # height, width
 RNG = np.random.default_rng(0)

@@ -4,8 +4,8 @@ import filelock
 import optuna
 import pytest
 
-from autocompress.optuna_store import open_study
-from autocompress.record import find_study, read_record, study_folders
+from autocompress.disk.optuna_store import open_study
+from autocompress.disk.record import find_study, read_record, study_folders
 
 
 def test_a_finished_study(recorded, tmp_path):

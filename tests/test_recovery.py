@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import schemes
+from autocompress.gauges.macs import count_params
 from autocompress.lc import LearningCompression, State
-from autocompress.learner import Learner, Penalty
-from autocompress.macs import count_params
+from autocompress.learning.learner import Learner, Penalty
 from autocompress.recovery import (
     RECOVERIES,
     Iterative,

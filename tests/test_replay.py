@@ -1,7 +1,7 @@
 import pytest
 
-from autocompress.replay import replay
-from autocompress.storage import StudyFolder
+from autocompress.disk.storage import StudyFolder
+from autocompress.experiments.replay import replay
 
 
 @pytest.fixture(scope="module")

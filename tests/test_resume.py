@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
+from autocompress.disk.optuna_store import open_study
+from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
-from autocompress.optuna_store import open_study
-from autocompress.samplers import make_sampler
+from autocompress.processes.workers import InProcess
 from autocompress.schemes import StructPrune
 from autocompress.search import Plan, add_dense, adopt, search
-from autocompress.selection import finished
-from autocompress.space import Configuration, Space
-from autocompress.storage import StudyFolder
+from autocompress.searching.samplers import make_sampler
+from autocompress.searching.selection import finished
+from autocompress.searching.space import Configuration, Space
 from autocompress.trial import Bound, TrialSpec
-from autocompress.workers import InProcess
 
 BOUND = Bound(0.05)
 LOW = 0.15
@@ -189,7 +189,7 @@ def test_four_studies_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=600)
         assert process.returncode in (0, 3), errors
         assert "MLflow" not in errors
-    from autocompress.mlflow_store import open_store
+    from autocompress.experiments.mlflow_store import open_store
 
     client, experiment = open_store(tmp_path, "digits")
     runs = client.search_runs([experiment], max_results=100)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress import runtimes
+from autocompress.formats.onnx_export import write_onnx
+from autocompress.gauges import runtimes
+from autocompress.gauges.runtimes import RUNTIMES, CannotRun, check_runtime, installed, prepare
 from autocompress.measurement import compare, measure
-from autocompress.onnx_export import write_onnx
-from autocompress.runtimes import RUNTIMES, CannotRun, check_runtime, installed, prepare
 
 CPU = torch.device("cpu")
 IMAGE = torch.randn(3, 3, 8, 8)

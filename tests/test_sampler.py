@@ -12,11 +12,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autocompress.certify import paired_bounds
 from autocompress.lc import LearningCompression
-from autocompress.posterior import MANY, ROUNDS, Observation, _sample, telling
 from autocompress.sampler import BisectionSampler, ThresholdSampler
-from autocompress.samplers import SAMPLERS, check_sampler, make_sampler
 from autocompress.schemes import StructPrune
-from autocompress.space import Space
+from autocompress.searching.posterior import MANY, ROUNDS, Observation, _sample, telling
+from autocompress.searching.samplers import SAMPLERS, check_sampler, make_sampler
+from autocompress.searching.space import Space
 
 LOW, BOUND = 0.02, 0.01
 KINDS = ("exponential", "hockey stick", "bump")

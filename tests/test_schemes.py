@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autocompress.macs import count_params
+from autocompress.conformance.testing_models import some_models
+from autocompress.gauges.macs import count_params
 from autocompress.models import SmallResNet
 from autocompress.scheme import Compose, Scheme, Theta
 from autocompress.schemes import (
@@ -26,7 +27,6 @@ from autocompress.schemes import (
 from autocompress.schemes.groups import find_groups, first_channels, remove_channels, sizes_along
 from autocompress.schemes.struct import Structure
 from autocompress.testing import Case, SchemeConformance, lived_in, masked_model, run
-from autocompress.testing_models import some_models
 
 # By magnitude: without a look at data.
 MAGNITUDE: Any = {"criterion": "l2"}

@@ -9,10 +9,11 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from autocompress.constraint import parse_constraint
+from autocompress.disk.optuna_store import open_study
+from autocompress.disk.storage import StudyFolder
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
-from autocompress.optuna_store import open_study
+from autocompress.processes.workers import InProcess
 from autocompress.sampler import ThresholdSampler
 from autocompress.schemes import Quantize16, StructPrune
 from autocompress.search import (
@@ -24,11 +25,10 @@ from autocompress.search import (
     adopt,
     search,
 )
-from autocompress.selection import answer, finished, front, posterior, shortlist
-from autocompress.space import Configuration, Space
-from autocompress.storage import StudyFolder
+from autocompress.searching.selection import answer, finished, front, posterior, shortlist
+from autocompress.searching.space import Configuration, Space
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
-from autocompress.workers import InProcess
+from autocompress.verdict.constraint import parse_constraint
 
 MakeSpec = Callable[..., TrialSpec]
 BOUND = Bound(0.05)

@@ -46,7 +46,7 @@ def test_what_would_execute_is_found() -> None:
 
 def test_mlflow_sends_nothing_home() -> None:
     code = (
-        "from autocompress.mlflow_store import quiet_mlflow\n"
+        "from autocompress.experiments.mlflow_store import quiet_mlflow\n"
         "with quiet_mlflow():\n"
         "    from mlflow.telemetry.utils import is_telemetry_disabled\n"
         "    assert is_telemetry_disabled()\n"

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from autocompress.files import write_json
+from autocompress.disk.files import write_json
+from autocompress.disk.optuna_store import check_database, connected, open_shared
+from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
-from autocompress.optuna_store import check_database, connected, open_shared
-from autocompress.samplers import make_sampler
+from autocompress.processes.workers import InProcess
 from autocompress.schemes import StructPrune
 from autocompress.search import Plan, add_dense, search
-from autocompress.selection import finished
-from autocompress.space import Configuration, Space
-from autocompress.storage import StudyFolder
+from autocompress.searching.samplers import make_sampler
+from autocompress.searching.selection import finished
+from autocompress.searching.space import Configuration, Space
 from autocompress.trial import Bound, TrialResult, TrialSpec
-from autocompress.workers import InProcess
 
 BOUND, TRIALS = Bound(0.05), 5
 QUICK = LearningCompression(epochs=1, c_steps=1, lr=0.05)
@@ -268,7 +268,7 @@ def test_two_commands_run_one_study(tmp_path: Path, postgresql: str) -> None:
     found = json.loads((tmp_path / "study" / "result.json").read_text())
     assert sorted(trial["number"] for trial in found["trials"]) == [1, 2, 3, 4]
 
-    from autocompress.mlflow_store import open_store
+    from autocompress.experiments.mlflow_store import open_store
 
     client, experiment = open_store(tmp_path, "digits")
     runs = client.search_runs([experiment])

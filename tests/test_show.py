@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from autocompress.record import read_record
-from autocompress.show import make_console, short, show_list, show_result
-from autocompress.words import words
+from autocompress.disk.record import read_record
+from autocompress.showing.words import words
+from autocompress.terminal.show import make_console, short, show_list, show_result
 
 FOLDER = Path("/runs/[bold]demo")  # brackets are rich's markup: a path may have them
 ESCAPE = "\x1b["

@@ -10,13 +10,13 @@ import torchvision
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
-from autocompress.dimensions import on_model, parse_dimensions, stages
 from autocompress.lc import LearningCompression
 from autocompress.models import SmallResNet
 from autocompress.recovery import make_recovery
 from autocompress.scheme import Compose, as_schemes, describe, parse_schemes
 from autocompress.schemes import LowRank, Prune, Quantize16, StructPrune
-from autocompress.space import DENSITY, Arm, Space
+from autocompress.searching.dimensions import on_model, parse_dimensions, stages
+from autocompress.searching.space import DENSITY, Arm, Space
 
 LC = LearningCompression()
 

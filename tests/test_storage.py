@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from autocompress.files import read_json, write_json
-from autocompress.goal import as_objective
-from autocompress.storage import (
+from autocompress.disk.files import read_json, write_json
+from autocompress.disk.storage import (
     StudyFolder,
     new_folder,
     prepare_out,
     resume_folder,
     study_settings,
 )
+from autocompress.goal import as_objective
 from autocompress.trial import TrialResult, TrialSpec, run_trial
 
 IDENTITY = {"task": "my task", "scheme": "StructPrune(min_keep=4)+Quantize16", "max_drop": 0.01, "seed": 0}

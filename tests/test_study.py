@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autocompress as ac
-from autocompress.files import read_json
+from autocompress.disk.files import read_json
 from autocompress.goal import OBJECTIVES, as_objective
 from autocompress.lc import LearningCompression
 from autocompress.scheme import SCHEMES, describe
-from autocompress.settings import Settings
-from autocompress.show import show_result
+from autocompress.studies.settings import Settings
+from autocompress.terminal.show import show_result
 from autocompress.trial import Bound
 
 DENSE_PARAMS = 859

@@ -14,9 +14,9 @@ from autocompress.cli import cli
 from autocompress.lc import LearningCompression
 from autocompress.metrics import as_metric
 from autocompress.schemes import StructPrune
-from autocompress.sweep_files import write_sweep
-from autocompress.sweep_result import Sweep
 from autocompress.sweeping import load_model
+from autocompress.sweeps.sweep_files import write_sweep
+from autocompress.sweeps.sweep_result import Sweep
 from autocompress.task import Task
 
 QUICK = LearningCompression(epochs=2, c_steps=2, lr=0.05, score_steps=True)

@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from autocompress.system_metrics import SystemMonitor, system_metrics
+from autocompress.experiments.system_metrics import SystemMonitor, system_metrics
 
 
 def test_what_can_be_measured_is_and_nothing_else():

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.latency import Latency
+from autocompress.experiments.mlflow_store import check_uri, without_secrets
+from autocompress.gauges.latency import Latency
 from autocompress.measurement import Measurement
-from autocompress.mlflow_store import check_uri, without_secrets
 from autocompress.tracking import Tracker, metrics_of
 from autocompress.trial import TrialResult
 
@@ -354,7 +354,7 @@ def test_an_empty_file_left_by_a_crash_is_not_a_database(tmp_path, refuse):
 STUDY = """
 import sys
 from pathlib import Path
-from autocompress.mlflow_store import check_uri, without_secrets
+from autocompress.experiments.mlflow_store import check_uri, without_secrets
 from autocompress.tracking import Tracker
 assert "mlflow" not in sys.modules, "importing the tracker must not import MLflow"
 out, experiment, name = sys.argv[1:]

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autocompress import training
-from autocompress.splits import LoaderSplit, TensorSplit, as_split
-from autocompress.task import Task
-from autocompress.training import (
+from autocompress.learning import training
+from autocompress.learning.training import (
     WORTH_SHARING,
     Descent,
     Stream,
@@ -22,6 +20,8 @@ from autocompress.training import (
     recalibrate_batchnorm,
     threads_for,
 )
+from autocompress.splits import LoaderSplit, TensorSplit, as_split
+from autocompress.task import Task
 
 
 def numbered(n: int, batch_size: int) -> TensorSplit:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from autocompress.certify import drop_standard_error
+from autocompress.gauges.macs import count_macs, count_params
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
-from autocompress.macs import count_macs, count_params
 from autocompress.scheme import Compose, Facts, Theta, parse_scheme
 from autocompress.schemes import Prune, Quantize16, StructPrune
 from autocompress.task import Task

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.replay import replay
+from autocompress.experiments.replay import replay
+from autocompress.experiments.ui import serve_ui
 from autocompress.report import write_report
 from autocompress.tracking import Tracker
-from autocompress.ui import serve_ui
 
 SERVE = """
 import sys
 from pathlib import Path
-from autocompress.ui import serve_ui
+from autocompress.experiments.ui import serve_ui
 assert "torch" not in sys.modules
 sys.exit(serve_ui(Path(sys.argv[1]), say=lambda line: print(line, flush=True)))
 """

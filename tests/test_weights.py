@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from autocompress import weights
+from autocompress.formats import weights
 
 DTYPES = [
     torch.float32,

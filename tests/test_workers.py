@@ -15,12 +15,12 @@ import cloudpickle
 import pytest
 import torch
 
-from autocompress.devices import visible_gpus
+from autocompress.gauges.devices import visible_gpus
 from autocompress.goal import as_objective
-from autocompress.parcel import opened, pack, pack_shared, run_packed, unpack, unpack_shared
 from autocompress.plugins import load_from_file
+from autocompress.processes.parcel import opened, pack, pack_shared, run_packed, unpack, unpack_shared
+from autocompress.processes.workers import LocalWorkers, Remote
 from autocompress.trial import TrialResult, TrialSpec, run_trial
-from autocompress.workers import LocalWorkers, Remote
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
 
@@ -165,8 +165,8 @@ def is_alive(pid: int) -> bool:
 
 ORPHAN = """
 import os, time
-from autocompress.parcel import pack
-from autocompress.workers import LocalWorkers, Remote
+from autocompress.processes.parcel import pack
+from autocompress.processes.workers import LocalWorkers, Remote
 
 pool = Remote(LocalWorkers(1, pack([]), threads=1), [])
 print(pool.submit(os.getpid).result(), flush=True)

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 PATIENCE_S = 600  # for one process; it takes a twentieth on a machine with nothing else to do
 IMPORTED = (
-    "autocompress.display",
-    "autocompress.profile",
+    "autocompress.terminal.display",
+    "autocompress.gauges.profile",
     "autocompress.report",
-    "autocompress.show",
+    "autocompress.terminal.show",
     "autocompress.tuning",
     "onnx",
     "onnxscript.function_libs.torch_lib.ops",
@@ -162,8 +162,8 @@ def import_everything() -> None:
     for module in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    from autocompress.experiments.mlflow_store import quiet_mlflow
     from autocompress.goal import OBJECTIVES
-    from autocompress.mlflow_store import quiet_mlflow
     from autocompress.scheme import SCHEMES
 
     list(SCHEMES), list(OBJECTIVES)  # the plugins

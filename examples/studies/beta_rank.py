@@ -36,8 +36,8 @@ import autocompress as ac
 from autocompress.recovery import make_recovery
 from autocompress.scheme import Evidence, parse_scheme
 from autocompress.schemes.importance import channel_scores
-from autocompress.sweep_result import Sweep
 from autocompress.sweeping import load_model
+from autocompress.sweeps.sweep_result import Sweep
 from autocompress.task import evaluating
 
 RANKINGS = {"L1": "l1", "HRank": "hrank", "Beta-Rank": "beta_rank"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import autocompress as ac
-from autocompress.drawing import make_axes, style, write_figure
+from autocompress.showing.drawing import make_axes, style, write_figure
 
 SAY = print  # where progress goes
 

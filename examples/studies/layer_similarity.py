@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import autocompress as ac
-from autocompress.learner import Learner, Penalty
+from autocompress.learning.learner import Learner, Penalty
 from autocompress.recovery import make_recovery
 from autocompress.sweeping import load_model
 

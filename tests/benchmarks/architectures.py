@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_architectures import ARCHITECTURES, SCHEME, alive, assert_usable, prune
 
-from autocompress.macs import count_macs
+from autocompress.gauges.macs import count_macs
 
 Result = TypeVar("Result")
 MOST_SECONDS = {"resnet50": 1.0}

@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from autocompress.lc import LearningCompression, free_entries
-from autocompress.learner import Learner, Penalty
+from autocompress.learning.learner import Learner, Penalty
 from autocompress.scheme import Scheme, observe, parse_scheme
 from autocompress.schemes.criteria import ENTRY_CRITERIA
 from autocompress.schemes.importance import CHANNEL_CRITERIA

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import nn
 
-from autocompress.onnx_export import write_onnx
+from autocompress.formats.onnx_export import write_onnx
 from autocompress.scheme import Scheme, parse_scheme
 from autocompress.testing import find_facts, masked_model
 

@@ -24,9 +24,9 @@ import torch
 import torchvision
 from torch import nn
 
-from autocompress.latency import PRECISION
+from autocompress.gauges.latency import PRECISION
+from autocompress.gauges.profile import of_model
 from autocompress.measurement import Measurement, compare
-from autocompress.profile import of_model
 from autocompress.scheme import parse_scheme
 
 BATCHES, SHAPE = (1, 16), (1, 3, 224, 224)

@@ -22,11 +22,11 @@ from torchvision.models import resnet18
 
 from autocompress import lc
 from autocompress.lc import LearningCompression
-from autocompress.learner import Penalty
+from autocompress.learning.learner import Penalty
+from autocompress.learning.training import Descent
 from autocompress.scheme import parse_scheme
 from autocompress.splits import TensorSplit
 from autocompress.task import Task
-from autocompress.training import Descent
 
 EPOCHS, IMAGES, BATCH = 30, 1000, 64
 SCHEMES = ("Prune", "StructPrune", "StructPrune(criterion=obd, normalize=parameters)", "FilterPrune")

@@ -20,15 +20,15 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 
+from autocompress.disk.mend import restore, set_aside_if_damaged
+from autocompress.disk.optuna_store import open_study
+from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
-from autocompress.mend import restore, set_aside_if_damaged
-from autocompress.optuna_store import open_study
 from autocompress.report import write_report
 from autocompress.schemes import StructPrune
 from autocompress.search import Plan, add_dense, adopt, entry_of, set_sampler
-from autocompress.selection import answer, finished, posterior
-from autocompress.space import Configuration, Space
-from autocompress.storage import StudyFolder
+from autocompress.searching.selection import answer, finished, posterior
+from autocompress.searching.space import Configuration, Space
 from autocompress.trial import Bound, TrialResult
 
 SPACE = Space((StructPrune(),), LearningCompression(), (0.002,))

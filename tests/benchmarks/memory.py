@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 import autocompress as ac
-from autocompress.watcher import Silent
+from autocompress.studies.watcher import Silent
 
 WARM, MOST = 20, 0.05
 

@@ -24,12 +24,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from autocompress import digits
+from autocompress.learning.training import fit
 from autocompress.models import SmallResNet
 from autocompress.recovery import make_recovery, suiting
 from autocompress.scheme import parse_scheme
 from autocompress.splits import TensorSplit
 from autocompress.task import Task, predict
-from autocompress.training import fit
 
 SCHEMES = {
     "Prune": ("Prune", "Prune(criterion=l2)"),

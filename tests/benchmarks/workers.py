@@ -18,10 +18,10 @@ import torch
 from autocompress.data import digits
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
-from autocompress.parcel import pack_shared
+from autocompress.processes.parcel import pack_shared
+from autocompress.processes.workers import LocalWorkers, Remote
 from autocompress.scheme import parse_scheme
 from autocompress.trial import Bound, TrialSpec, run_trial
-from autocompress.workers import LocalWorkers, Remote
 
 TURNS, LEAST = 2, 1.6
 

@@ -1,0 +1,1 @@
+"""What `autocompress.testing` works with."""

@@ -1,0 +1,335 @@
+"""What the conformance suite works with: cases, fingerprints, a second process, assertions."""
+
+import copy
+import gc
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.conformance.testing_models import CLASSES
+from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights, observe, parts_of
+
+
+def find_facts(scheme: Scheme, model: nn.Module, x: Tensor, example: int = 1) -> Facts:
+    """What a scheme finds out about a model and, if it looks at data, about a batch.
+
+    Args:
+        scheme: The scheme.
+        model: The model.
+        x: The batch that it may look at.
+        example: How many samples of it are the example input.
+    """
+    facts = scheme.analyze(model, x[:example])
+    batch = x, torch.arange(len(x)) % CLASSES
+    return observe(scheme, Evidence(model, lambda: [batch], nn.functional.cross_entropy), facts)
+
+
+@contextmanager
+def leaving_layers_whole() -> Iterator[None]:
+    """Lets a scheme say in a warning what it leaves whole."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def middle_density(scheme: Scheme, facts: Facts) -> float:
+    """A density between the lowest and dense, for checks that take one; 1 for a scheme without a density."""
+    return math.sqrt(scheme.lowest_density(facts)) if scheme.takes_density else 1.0
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """A copy of all the model's parameters, by name: what a C step is given."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def masked_model(scheme: Scheme, model: nn.Module, theta: Theta) -> nn.Module:
+    """A copy of the dense model that carries the decompressed θ: what the realized model must agree with."""
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, value in scheme.delta(theta).items():
+            masked.get_parameter(name).copy_(value)
+    return masked
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's outputs, without gradients and in whatever mode it is."""
+    with torch.no_grad():
+        outputs: Tensor = model(x)
+    return outputs
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value that is expected."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that a check runs on, and what was computed with it: no check changes any of it.
+
+    Attributes:
+        scheme: The scheme under test.
+        model: In eval mode.
+        x: A batch of four samples.
+        facts: What the scheme found out about the model.
+    """
+
+    scheme: Scheme
+    model: nn.Module
+    x: Tensor
+    facts: Facts
+    _thetas: dict[float, Theta] = field(default_factory=dict)
+    _realized: dict[float, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        """A copy of all the model's parameters, by name: what a C step is given."""
+        return weights_of(self.model)
+
+    @property
+    def params(self) -> int:
+        """How many parameters the model has."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def lowest(self) -> float:
+        """The lowest density of the scheme on this model."""
+        return self.scheme.lowest_density(self.facts)
+
+    @property
+    def middle(self) -> float:
+        """A density in the middle of what is possible."""
+        return middle_density(self.scheme, self.facts)
+
+    def pi(self, density: float) -> Theta:
+        """The C step at a density, at the lowest where that is higher."""
+        density = max(density, self.lowest)
+        if density not in self._thetas:
+            self._thetas[density] = self.scheme.pi(self.weights, density, self.facts)
+        return self._thetas[density]
+
+    def realized(self, density: float) -> tuple[nn.Module, nn.Module]:
+        """The masked model and the realized one, at a density or the lowest."""
+        density = max(density, self.lowest)
+        if density not in self._realized:
+            theta = self.pi(density)
+            masked = masked_model(self.scheme, self.model, theta)
+            self._realized[density] = masked, self.scheme.realize(masked, theta, self.facts)
+        return self._realized[density]
+
+
+class Rounded:
+    """Rounds weights to 16 bits and keeps them in 32: the second part of a composition."""
+
+    takes_density = False
+    tolerance = 1e-5
+
+    def analyze(self, model: nn.Module, example_input: Tensor) -> None:
+        """Nothing."""
+
+    def lowest_density(self, facts: None) -> float:
+        """Every parameter is kept."""
+        return 1.0
+
+    def pi(self, weights: Weights, density: float, facts: None) -> Theta:
+        """Rounds what the part before it stores."""
+        values = {name: w.bfloat16().to(w.dtype) for name, w in weights.items()}
+        return Theta(values, {}, sum(w.numel() for w in weights.values()))
+
+    def delta(self, theta: Theta) -> Weights:
+        """The rounded weights."""
+        return theta.values
+
+    def realize(self, model: nn.Module, theta: Theta, facts: None) -> nn.Module:
+        """A copy: the weights are rounded already."""
+        return copy.deepcopy(model)
+
+
+# Fingerprints.
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    """Everything about a model that must not change, in a form that compares with ``==``.
+
+    Weights, buffers and gradients bit for bit and where they lie in memory, what is trainable, and each module's
+    mode, settings (the widths that a layer keeps beside its weights) and hooks.
+    """
+    state = [(name, *_place(t), bytes(t.numpy())) for name, t in model.state_dict().items()]
+    parameters = [
+        (name, p.requires_grad, None if p.grad is None else (*_place(p.grad), bytes(p.grad.numpy())))
+        for name, p in model.named_parameters()
+    ]
+    modules = [(name, _settings(module), _hooks(module)) for name, module in model.named_modules()]
+    return [state, parameters, modules]
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
+    plain = (bool, int, float, str, tuple)
+    return [(name, value) for name, value in vars(module).items() if isinstance(value, plain)]
+
+
+def _hooks(module: nn.Module) -> list[tuple[str, list[int]]]:
+    tables = ((name, value) for name, value in vars(module).items() if name.endswith("_hooks"))
+    return [(name, [id(hook) for hook in value.values()]) for name, value in tables if isinstance(value, dict)]
+
+
+def as_users_leave_it(model: nn.Module) -> nn.Module:
+    """``model``, changed in nothing that it computes in eval mode, but in all that a scheme might rely on.
+
+    Modules in different modes, one parameter frozen, gradients in the others, a hook, and no weight contiguous.
+    """
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    for p in model.parameters():
+        backwards = tuple(reversed(range(p.dim())))
+        p.data = p.data.permute(backwards).contiguous().permute(backwards)
+        p.grad = torch.ones_like(p)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    frozen.grad = None
+    model.register_forward_hook(_look)
+    return model
+
+
+def _look(*_: object) -> None:
+    """A hook that does nothing."""
+
+
+def theta_digest(theta: Theta) -> dict[str, str]:
+    """The result of a C step in a form that crosses processes and compares with ``==``."""
+    parts = {"plan": json.dumps(dict(theta.plan), sort_keys=True, default=str), "kept": str(theta.kept)}
+    for kind, tensors in (("support", theta.support), ("values", theta.values)):
+        for name, tensor in tensors.items():
+            stored = tensor.detach().contiguous().flatten().view(torch.uint8)
+            parts[f"{kind} {name}"] = hashlib.sha256(bytes(stored.numpy())).hexdigest()
+    return parts
+
+
+# A second process.
+
+
+def digest_elsewhere(scheme: Scheme, model: nn.Module, x: Tensor) -> dict[str, str]:
+    """The digest of θ at the middle density as a process of its own finds it, with another hash seed."""
+    used = {type(part).__module__ for part in parts_of(scheme)} | {type(m).__module__ for m in model.modules()}
+    files = {name: file for name in used if (file := getattr(sys.modules[name], "__file__", None))}
+    payload = pickle.dumps((scheme, model, x))
+    future = _second_process().submit(_digest, files, payload, torch.get_num_threads())
+    return future.result(timeout=300)
+
+
+@cache
+def _second_process() -> ProcessPoolExecutor:
+    """A fresh Python that iterates over sets of strings in another order; it serves all checks of a session."""
+    ours = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "2" if ours == "1" else "1"
+    try:
+        executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        executor.submit(os.getpid).result(timeout=300)  # started now, while the variable is set
+    finally:
+        if ours is None:
+            del os.environ["PYTHONHASHSEED"]
+        else:
+            os.environ["PYTHONHASHSEED"] = ours
+    return executor
+
+
+def _digest(files: Mapping[str, str], payload: bytes, threads: int) -> dict[str, str]:
+    """Runs in the second process. Modules that it cannot import by name, such as tests, come from their files."""
+    for name, file in files.items():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            spec = importlib.util.spec_from_file_location(name, Path(file))
+            assert spec is not None and spec.loader is not None, file
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+    torch.set_num_threads(threads)
+    scheme, model, x = pickle.loads(payload)
+    with leaving_layers_whole():
+        facts = find_facts(scheme, model, x)
+    return theta_digest(scheme.pi(weights_of(model), middle_density(scheme, facts), facts))
+
+
+# Assertions.
+
+
+@contextmanager
+def refused(naming: float) -> Iterator[None]:
+    """Expects a ValueError whose message names a number, to three digits."""
+    try:
+        yield
+    except ValueError as error:
+        numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", str(error))]
+        named = any(math.isclose(number, naming, rel_tol=1e-3) for number in numbers)
+        assert named, f"the error must name the lowest density, {naming:.4g}; it says: {error}"
+    else:
+        raise AssertionError("a density below the lowest was not refused")
+
+
+def assert_no_empty_layer(model: nn.Module) -> None:
+    """Fails if a parameter has a dimension of size 0 or a weight matrix nothing but zeros."""
+    for name, p in model.named_parameters():
+        assert p.numel() > 0, f"{name} has shape {tuple(p.shape)}"
+        assert p.dim() < 2 or p.any(), f"{name} is all zeros"
+
+
+def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Fails unless both hold the same names with equal tensors."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def assert_same_theta(actual: Theta, expected: Theta) -> None:
+    """Fails unless two C steps gave the same result, bit for bit."""
+    assert (actual.plan, actual.kept) == (expected.plan, expected.kept)
+    assert_same_tensors(actual.support, expected.support)
+    assert_same_tensors(actual.values, expected.values)
+
+
+def assert_equivalent_theta(scheme: Scheme, actual: Theta, expected: Theta) -> None:
+    """Fails unless two C steps keep the same and decompress to the same weights, within the tolerance."""
+    assert (actual.plan, actual.kept) == (expected.plan, expected.kept)
+    assert_same_tensors(actual.support, expected.support)
+    found = scheme.delta(actual)
+    for name, value in scheme.delta(expected).items():
+        assert relative_error(found[name], value) <= scheme.tolerance, name
+
+
+def count_left_behind(work: Callable[[], None]) -> int:
+    """How many of the tensors and modules that ``work`` made are still alive when it is done.
+
+    Subclasses of tensors do not count: torch's own caches keep some that hold no memory.
+    """
+    gc.freeze()  # what is there already is not looked at, which saves seconds
+    try:
+        work()
+        gc.collect()
+        return sum(
+            type(thing) in (Tensor, nn.Parameter) or issubclass(type(thing), nn.Module)
+            for thing in gc.get_objects()
+        )
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,1 @@
+"""A study on disk: written so that it survives, and read leniently."""

@@ -1,0 +1,209 @@
+"""A study as it lies on disk: read leniently, from whatever a study has left there, and never changed."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeAlias
+
+import filelock
+
+from autocompress.disk.files import LOCK, NAME, read_json
+
+State = Literal["finished", "interrupted", "running", "unfinished", "damaged"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a study has left in its folder.
+
+    Attributes:
+        folder: Where it lies.
+        asked: What ``study.json`` holds; empty when that is damaged.
+        found: What ``result.json`` holds; None before the study's end.
+        trials: The records of finished trials, by number.
+        failed: The trials that ended without a result: number and reason.
+        state: ``running`` while a process holds the study, ``unfinished`` when one ended before the result.
+        problems: What could not be read, one sentence each.
+    """
+
+    folder: Path
+    asked: Mapping[str, Any]
+    found: Mapping[str, Any] | None
+    trials: tuple[Mapping[str, Any], ...]
+    failed: tuple[tuple[int, str], ...]
+    state: State
+    problems: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The study's name, which is its folder's."""
+        return self.folder.name
+
+    @property
+    def kind(self) -> str:
+        """``study``, or ``sweep``."""
+        return str(self.asked.get("kind", "study"))
+
+    @property
+    def unit(self) -> str:
+        """What drops are counted in."""
+        return "%" if self.asked.get("drop") == "relative" else " pp"
+
+    @property
+    def begun(self) -> str:
+        """When it began, such as ``2026-11-20 15:38`` in UTC; empty where the study does not say."""
+        said = self.asked.get("provenance", {}).get("begun", "")
+        return str(said)[:16].replace("T", " ")
+
+    @property
+    def answer(self) -> Mapping[str, Any] | None:
+        """The record of the trial that the study answers with."""
+        number = self.found.get("answer") if self.found else None
+        return next((trial for trial in self.trials if trial["number"] == number), None)
+
+
+def read_record(folder: Path, *, journal: bool = True, ours: bool = False) -> Record:
+    """What lies in a study's folder; what is damaged is left out and named.
+
+    Args:
+        folder: A folder with a ``study.json``.
+        journal: Whether to look in Optuna's journal for the failed trials of a study without a result.
+        ours: Whether this process holds the study, which then counts as ended.
+    """
+    problems: list[str] = []
+    asked = _read(folder / "study.json", problems, {})
+    if asked is not None and any(not isinstance(asked.get(key, {}), dict) for key in ("provenance", "recovery")):
+        problems.append(f"{folder / 'study.json'} is damaged: it does not say what was asked")
+        asked = None
+    found = None
+    if (folder / "result.json").is_file():
+        is_sweep = asked is not None and asked.get("kind") == "sweep"
+        found = _read(folder / "result.json", problems, {} if is_sweep else _OF_RESULT)
+    files = sorted(folder.glob("trials/*/trial.json"))
+    trials = [trial for file in files if (trial := _read(file, problems, _OF_TRIAL)) is not None]
+    trials.sort(key=lambda trial: int(trial["number"]))
+    held = not ours and _is_held(folder)
+    if found is not None and isinstance(found.get("failed"), list):
+        failed = tuple((one["number"], one["reason"]) for one in found["failed"] if _is_failure(one))
+    else:
+        failed = tuple(_failed_in_journal(folder / "journal.log", problems)) if journal and not held else ()
+    state: State
+    if asked is None:
+        state = "damaged"
+    elif held:
+        state = "running"
+    elif found is None:
+        state = "unfinished"
+    else:
+        state = "interrupted" if found.get("stopped") == "interrupted" else "finished"
+    return Record(folder, asked or {}, found, tuple(trials), failed, state, tuple(problems))
+
+
+Types: TypeAlias = Mapping[str, type | UnionType]
+
+_OF_TRIAL: Types = {
+    **{"number": int, "feasible": bool | int, "measurement": dict},
+    **dict.fromkeys(("density", "score", "drop", "seconds"), int | float),
+}
+_OF_RESULT: Types = {
+    **dict.fromkeys(("verdict", "sentence", "stopped"), str),
+    **dict.fromkeys(("measurements", "scores", "drop_pp", "artifacts", "not_exported"), dict),
+    **{"trials": list, "density": int | float, "seconds": int | float},
+}
+
+
+def _read(file: Path, problems: list[str], needed: Types) -> dict[str, Any] | None:
+    try:
+        value = read_json(file)
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+        return None
+    odd = [
+        key
+        for key, types in needed.items()
+        if not isinstance(value, dict) or not isinstance(value.get(key), types)
+    ]
+    if odd:
+        problems.append(f"{file} is damaged: it has no usable {odd[0]!r}")
+        return None
+    return value
+
+
+def _is_failure(one: Any) -> bool:
+    return isinstance(one, dict) and {"number", "reason"} <= one.keys()
+
+
+@contextlib.contextmanager
+def damage_named(name: str) -> Iterator[None]:
+    """Makes one line of what a study's files cause that hold other things than were written there.
+
+    Raises:
+        ValueError: In place of what is raised where a value is absent or of another type.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"the study {name!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process runs the study now, or a trial of it."""
+    locks = [folder / LOCK, *folder.glob(f"trials/*/{LOCK}")]
+    return any(_is_locked(file) for file in locks if file.exists())
+
+
+def _is_locked(file: Path) -> bool:
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except (filelock.Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def _failed_in_journal(journal: Path, problems: list[str]) -> Iterable[tuple[int, str]]:
+    """Failed trials of a study that has no result yet, from Optuna's journal."""
+    if not journal.is_file():
+        return ()
+    from autocompress.disk.optuna_store import open_study  # with torch and Optuna, which take a second
+    from autocompress.search import failures
+
+    try:
+        return failures(open_study(journal))
+    except Exception as error:  # Optuna raises whatever a damaged entry makes it
+        problems.append(f"{journal} is damaged: {type(error).__name__}: {error}")
+        return ()
+
+
+def study_folders(home: Path) -> list[Path]:
+    """The folders of all studies, by name."""
+    return sorted(file.parent for file in home.glob("*/study.json") if re.fullmatch(NAME, file.parent.name))
+
+
+def find_study(home: Path, run: str) -> Path:
+    """The folder of the study that ``run`` says: its name, a beginning that only it has, ``last``, or its path.
+
+    Raises:
+        ValueError: If there is none, or several; the message names those there are.
+    """
+    if os.sep in run and (Path(run) / "study.json").is_file():  # as it is printed, and as a shell completes it
+        return Path(run)
+    folders = study_folders(home)
+    names = [folder.name for folder in folders]
+    if not folders:
+        raise ValueError(f"there are no studies in {home}; run one with --out {home} first")
+    if run in names:
+        return home / run
+    if run == "last":
+        return max(folders, key=lambda folder: (folder / "study.json").stat().st_mtime)
+    matching = [name for name in names if name.startswith(run)]
+    if len(matching) == 1:
+        return home / matching[0]
+    if matching:
+        raise ValueError(f"{run!r} is the beginning of {', '.join(matching)}; write more of the name")
+    raise ValueError(f"there is no study {run!r} in {home} (there: {', '.join(names)})")

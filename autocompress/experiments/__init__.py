@@ -1,0 +1,1 @@
+"""A study in MLflow: its database, its runs, its pages."""

@@ -1,0 +1,1 @@
+"""The gauges behind `autocompress.measurement`: one quantity each."""

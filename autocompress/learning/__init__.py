@@ -1,0 +1,1 @@
+"""The gradient steps that recoveries share, in one process and in several."""

@@ -1,0 +1,252 @@
+"""The L step: gradient steps on the task's loss, distillation from the dense model, and a penalty."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.learning.ranks import team
+from autocompress.learning.training import Descent, Optimizer, TaughtStream, distillation_loss
+from autocompress.scheme import Evidence, Weights
+from autocompress.splits import Batch, Split, kept_on
+from autocompress.task import Task, device_of
+
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+EVIDENCE_BATCHES = 8  # served to a scheme that looks at data
+
+
+class Recipe(Protocol):
+    """How an L step trains, see `autocompress.lc.LearningCompression`."""
+
+    def n_steps(self, train: Split) -> int: ...  # noqa: D102  # described there, as are the others
+    @property
+    def optimizer(self) -> Optimizer: ...  # noqa: D102
+    @property
+    def peak_lr(self) -> float: ...  # noqa: D102
+    @property
+    def momentum(self) -> float: ...  # noqa: D102
+    @property
+    def weight_decay(self) -> float: ...  # noqa: D102
+    @property
+    def distill(self) -> float: ...  # noqa: D102
+    @property
+    def temperature(self) -> float: ...  # noqa: D102
+    @property
+    def precision(self) -> Precision: ...  # noqa: D102
+    @property
+    def compile(self) -> bool: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What draws w to θ in an L step: −λᵀ(w − θ) + μ/2 ‖w − θ‖² on the entries that are bound to θ.
+
+    Attributes:
+        mu: The penalty μ; infinity means w = θ.
+        target: Per weight, θ + λ/μ: the point that the bound entries are drawn to; zero at the free ones. A weight
+            that is not there is drawn to zero.
+        bound: Per weight, True where the entry is drawn to θ and False where it is free (bool).
+    """
+
+    mu: float
+    target: Weights
+    bound: Mapping[str, Tensor]
+
+    @classmethod
+    def none(cls) -> "Penalty":
+        """Everything is free."""
+        return cls(math.inf, {}, {})
+
+    @classmethod
+    def towards(cls, theta: Weights, support: Mapping[str, Tensor], multipliers: Weights, mu: float) -> "Penalty":
+        """The penalty of an L step; it binds what is outside of ``support``."""
+        bound = {name: ~kept for name, kept in support.items()}
+        target = {}
+        for name, is_bound in bound.items():
+            shift = multipliers[name] / mu if name in multipliers else None
+            point = theta[name] * is_bound if shift is None else shift.add_(theta[name]).mul_(is_bound)
+            if point.any():
+                target[name] = point
+        return cls(mu, target, bound)
+
+    @torch.no_grad()
+    def apply(self, weights: Weights, lr: float) -> None:
+        """One implicit gradient step on the penalty: w ← w − ημ/(1 + ημ) (w − θ − λ/μ), at learning rate η."""
+        if not self.bound:
+            return
+        strength = 1.0 if math.isinf(self.mu) else lr * self.mu / (1 + lr * self.mu)
+        drawn = [weights[name] for name in self.bound]
+        # As w (1 - strength) + strength x target: a difference would need memory, and that costs most.
+        torch._foreach_addcmul_(drawn, drawn, list(self.bound.values()), -strength)
+        if self.target:
+            shifted = [weights[name] for name in self.target]
+            torch._foreach_add_(shifted, list(self.target.values()), alpha=strength)
+
+    @torch.no_grad()
+    def multipliers(self, weights: Weights) -> Weights:
+        """The multipliers λ − μ(w − θ) after an L step, 0 on the free entries; by name where any is bound.
+
+        They are the gradient with which the loss resists compression, entry by entry. There are none at
+        μ = ∞, where w = θ.
+        """
+        if math.isinf(self.mu):
+            return {}
+        away = {name: self.target.get(name, 0) - weights[name] for name in self.bound}
+        return {name: away[name].mul_(bound).mul_(self.mu) for name, bound in self.bound.items()}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a `Learner` stands.
+
+    Attributes:
+        tensors: The model's (``model/…``), the optimizer's (``optimizer/…``), and the states of the random
+            number generators (``rng/…``).
+        numbers: Gradient steps taken, the factor on the learning rate, passes over the training data, and
+            batches of the pass after them.
+    """
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, float]
+
+    def under(self, kind: str) -> Weights:
+        """The tensors of one kind, by name."""
+        return {
+            name.removeprefix(f"{kind}/"): t for name, t in self.tensors.items() if name.startswith(f"{kind}/")
+        }
+
+
+class Learner:
+    """Trains a model in place: SGD or AdamW on the task's loss, and after each of its steps one on a penalty.
+
+    Args:
+        recipe: Learning rate, budget and the like.
+        model: Trained in place.
+        task: The data, the loss, and the dense model as the teacher.
+        seed: Seeds the order of the batches.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, task: Task, seed: int) -> None:
+        self.recipe, self.model, self._task, self._seed = recipe, model.train(), task, seed
+        self.weights: Weights = dict(model.named_parameters())
+        self._device = device_of(model)
+        self._precision = _precision(recipe.precision, self._device)
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if recipe.compile else model
+        self.descent = Descent(
+            model,
+            recipe.n_steps(task.train),
+            recipe.peak_lr,
+            optimizer=recipe.optimizer,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            scaler=torch.amp.GradScaler(self._device.type) if self._precision == "fp16" else None,
+        )
+        self._train = kept_on(task.train, self._device)
+        self._team = team()
+        self._team.begin(recipe, model, task, seed)
+        self._stream = self._serve(0, 0)
+
+    def _serve(self, epoch: int, position: int) -> TaughtStream:
+        teacher = self._task.model if self.recipe.distill else None
+        return TaughtStream(self._train, teacher, self._seed, epoch, position, share=self._team.share)
+
+    def l_step(self, steps: int, penalty: Penalty) -> float:
+        """Takes gradient steps under ``penalty``; returns their mean loss (without the penalty).
+
+        Raises:
+            FloatingPointError: If the training diverged, see `Descent`.
+        """
+        total, seen = torch.zeros((), device=self._device), 0
+        with self._team.in_step(self.model):
+            self._tell_others(steps, penalty)
+            for x, y, taught in itertools.islice(self._stream, steps):
+                loss = self._team.weigh(self._loss(x.to(self._device), y.to(self._device), taught), len(y))
+                average = partial(self._team.average, samples=len(y))
+                penalty.apply(self.weights, self.descent.step(loss, average))
+                total += loss.detach()
+                seen += len(y)
+            self._team.average([total], samples=seen / max(1, steps))
+        return float(total) / max(1, steps)
+
+    def _tell_others(self, steps: int, penalty: Penalty) -> None:
+        """Has the other processes of a trial take this L step, from where this one stands."""
+        if not self._team.leads:
+            return
+        here = self.snapshot()
+        tensors = {name: t for name, t in here.tensors.items() if not name.startswith("rng/")}
+        large = [*tensors.values(), *penalty.target.values(), *penalty.bound.values()]
+        self._team.tell((Snapshot(tensors, here.numbers), steps, penalty), large)
+
+    def follow(self, told: tuple[Snapshot, int, Penalty]) -> None:
+        """Takes an L step that the process which leads the trial takes."""
+        snapshot, steps, penalty = told
+        self.restore(snapshot)
+        self.l_step(steps, penalty)
+
+    def _loss(self, x: Tensor, y: Tensor, taught: Tensor | None) -> Tensor:
+        lower = DTYPES.get(self._precision)
+        with torch.autocast(self._device.type, lower) if lower else nullcontext():
+            logits = self._forward(x)
+        loss = self._task.loss(logits.float(), y)
+        if taught is None:
+            return loss
+        distilled = distillation_loss(
+            logits.float(), taught.to(self._device), self.recipe.temperature, several_labels=y.ndim == 2
+        )
+        return (1 - self.recipe.distill) * loss + self.recipe.distill * distilled
+
+    def evidence(self, *, last: bool = False) -> Evidence:
+        """What a scheme may look at before a C step, the last one or one that training follows."""
+        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.gradient_moments, last)
+
+    def _some_batches(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self._seed)
+        for x, y in itertools.islice(self._task.train.batches(generator), EVIDENCE_BATCHES):
+            yield x.to(self._device), y.to(self._device)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all that training goes on from."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self._device)
+        kinds = {"model": self.model.state_dict(), "optimizer": self.descent.state_dict(), "rng": rng}
+        tensors = {f"{kind}/{name}": t.detach().clone() for kind, ts in kinds.items() for name, t in ts.items()}
+        batches = self._stream.batches
+        numbers = {
+            "taken": self.descent.taken,
+            "slowed": self.descent.slowed,
+            "epoch": batches.epoch,
+            "position": batches.position,
+        }
+        return Snapshot(tensors, numbers)
+
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Goes on where another learner was when it gave its `snapshot`; where it is itself without one."""
+        if snapshot is None:
+            return
+        self.model.load_state_dict(snapshot.under("model"))
+        if not snapshot.numbers:
+            return
+        numbers = snapshot.numbers
+        self.descent.load_state_dict(snapshot.under("optimizer"), int(numbers["taken"]), numbers["slowed"])
+        epoch, position = int(numbers["epoch"]), int(numbers["position"])
+        if (epoch, position) != (self._stream.batches.epoch, self._stream.batches.position):
+            self._stream = self._serve(epoch, position)
+        rng = snapshot.under("rng")
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"].cpu())
+        if self._device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"].cpu(), self._device)
+
+
+def _precision(asked: Precision, device: torch.device) -> Precision:
+    if asked != "auto":
+        return asked
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

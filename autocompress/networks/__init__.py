@@ -1,0 +1,1 @@
+"""The network: from a user's file, trained where it is not, checked, compared, folded."""

@@ -1,0 +1,264 @@
+"""The model that ``--model`` and ``--weights`` name, fitted to the data's classes and channels."""
+
+import importlib
+import inspect
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.formats import weights as weights_files
+from autocompress.models import build, classifier, first_conv, with_classes, with_first_conv
+from autocompress.plugins import load_from_file
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # what checkpoints keep a state dict under
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model, and what is known of it.
+
+    Attributes:
+        model: It gives a logit for each of the data's classes.
+        channels: What it takes: 1 for grey, 3 for RGB.
+        architecture: How to make it again without code, see `autocompress.models.build`; None for a factory's.
+        is_trained: Whether its weights, the classifier's included, came from a file.
+        notes: What was done to it, in words.
+    """
+
+    model: nn.Module
+    channels: int
+    architecture: dict[str, Any] | None
+    is_trained: bool
+    notes: tuple[str, ...]
+
+
+def make_model(
+    spec: str,
+    *,
+    arguments: Mapping[str, Any],
+    weights: str,
+    classes: int,
+    data_channels: int,
+    channels: int | None = None,
+    seed: int = 0,
+) -> Made:
+    """The model of that name, with its classifier and first convolution fitted to the data.
+
+    Args:
+        spec: ``small_resnet``, a classifier of torchvision, ``timm/NAME``, ``file.py:factory`` or
+            ``package.module:factory``.
+        arguments: Of the factory.
+        weights: A ``.pt`` or ``.safetensors`` file; ``none``; or ``auto`` for torchvision's own where they are on
+            this machine already.
+        classes: How many the data has.
+        data_channels: How many the images have.
+        channels: How many the model shall take; None for three where its weights expect colour, and else as many
+            as the images have.
+        seed: Seeds the weights that are made anew.
+
+    Raises:
+        ValueError: If there is no such model, or the weights do not fit it.
+    """
+    torch.manual_seed(seed)
+    notes: list[str] = []
+    if ":" in spec:
+        model, wanted, architecture = _from_factory(spec, arguments, classes, notes), channels, None
+        state, source = (None, "") if weights in ("auto", "none") else (read_weights(Path(weights)), weights)
+    else:
+        if arguments:
+            raise ValueError(f"model arguments go to a factory, and {spec!r} is a name; leave them out")
+        state, source = _state_for(spec, weights, notes)
+        wanted = channels or (_channels_of(state) if state else None) or data_channels
+        architecture = {"model": spec, "classes": classes, "in_channels": wanted}
+        model = build(architecture)
+    is_trained = state is not None and _load(model, state, source, notes)
+    conv = first_conv(model)
+    if wanted is None:  # a factory's: as many as it was made for, if the images can be brought to that
+        wanted = conv[1].in_channels if conv and conv[1].in_channels in (1, 3) else data_channels
+    if conv is not None and conv[1].in_channels != wanted:
+        notes.append(f"the first convolution of {spec} takes {wanted} channels now, not {conv[1].in_channels}")
+        model = with_first_conv(model, wanted)
+        is_trained = False
+    if wanted != data_channels:
+        kinds = {1: "grey", 3: "RGB"}
+        have, need = kinds.get(data_channels, f"{data_channels}-channel"), kinds.get(wanted, f"{wanted}-channel")
+        notes.append(f"the images are {have} and {spec} takes {need}: they are converted")
+    return Made(model, wanted, architecture, is_trained, tuple(notes))
+
+
+def _from_factory(spec: str, arguments: Mapping[str, Any], classes: int, notes: list[str]) -> nn.Module:
+    factory = load_factory(spec)
+    model = factory if isinstance(factory, nn.Module) else call_factory(spec, factory, arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec!r} gives a {type(model).__name__}; it must give a torch.nn.Module")
+    last = classifier(model)
+    gives = (
+        None if last is None else last[1].out_features if isinstance(last[1], nn.Linear) else last[1].out_channels
+    )
+    if last is not None and gives != classes:
+        model = with_classes(model, classes)
+        notes.append(
+            f"the classifier {last[0]} of {spec} gave {gives} logits and is made anew for {classes} classes"
+        )
+    return model
+
+
+def load_factory(spec: str) -> Any:
+    """What ``file.py:name`` or ``package.module:name`` names.
+
+    Raises:
+        ValueError: If there is no such file, module or name.
+    """
+    where, _, name = spec.rpartition(":")
+    if where.endswith(".py") or "/" in where:
+        return load_from_file(spec)
+    try:
+        return getattr(importlib.import_module(where), name)
+    except ImportError as error:
+        raise ValueError(f"{spec!r}: cannot import {where!r}: {str(error).partition(chr(10))[0]}") from None
+    except AttributeError:
+        raise ValueError(f"{spec!r}: the module {where!r} has no {name!r}") from None
+    except Exception as error:  # a module may raise anything when it is imported
+        raise ValueError(f"{spec!r}: importing {where!r} raised {type(error).__name__}: {error}") from error
+
+
+def call_factory(spec: str, factory: Any, arguments: Mapping[str, Any]) -> Any:
+    """What a factory gives.
+
+    Raises:
+        ValueError: If it cannot be called so, or raises.
+    """
+    if not callable(factory):
+        raise ValueError(f"{spec!r} is a {type(factory).__name__}, not a function")
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{spec!r} cannot be called with the arguments {dict(arguments)}: {error}") from None
+    except ValueError:  # no signature is known
+        pass
+    try:
+        return factory(**arguments)
+    except (Exception, SystemExit) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{spec!r} raised {type(error).__name__}: {reason}") from error
+
+
+def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` pairs; a value that is JSON is what it says, any other is text.
+
+    Raises:
+        ValueError: If a pair has no key, or a key comes twice.
+    """
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{pair!r} is no argument; write key=value")
+        if key in arguments:
+            raise ValueError(f"the argument {key!r} is given twice")
+        try:
+            arguments[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except ValueError:
+            arguments[key] = value
+    return arguments
+
+
+# Weights
+
+
+def _state_for(spec: str, weights: str, notes: list[str]) -> tuple[dict[str, Tensor] | None, str]:
+    """The state dict for a model by name, and where it is from."""
+    if weights not in ("auto", "none"):
+        return read_weights(Path(weights)), weights
+    if weights == "none" or spec == "small_resnet":
+        return None, ""
+    file = cached_weights(spec)
+    if file is None:
+        notes.append(f"no trained weights of {spec} are on this machine, so it starts from random ones")
+        return None, ""
+    return read_weights(file), f"torchvision's weights {file.name}"
+
+
+def cached_weights(name: str) -> Path | None:
+    """Where torch keeps the weights that torchvision offers for a model, if they have been downloaded."""
+    import torchvision
+
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return None
+    offered = torchvision.models.get_model_weights(name)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    best_first = sorted(offered, key=lambda entry: entry is not offered.DEFAULT)
+    files = (folder / str(entry.url).rpartition("/")[2] for entry in best_first)
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in a ``.safetensors`` file or one of torch's; nothing in it is run.
+
+    Raises:
+        ValueError: If it is not there, or is something else.
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no weights file {str(file)!r}")
+    if file.suffix == ".safetensors":
+        return weights_files.load(file)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file} is refused, because it is not only tensors: loading it could run code. If you "
+            f"trust it, convert "
+            "it once where its classes are known: torch.save(torch.load(FILE, weights_only=False).state_dict(), "
+            "'weights.pt')"
+        ) from None
+    except Exception as error:  # torch raises whatever damaged bytes make it
+        reason = str(error).partition("\n")[0]
+        said = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{file} is not a readable weights file, whatever its name says ({said})") from None
+    for wrapper in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{file} holds no state dict; save it with torch.save(model.state_dict(), FILE)")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _channels_of(state: Mapping[str, Tensor]) -> int | None:
+    """Channels that the first convolution in a state dict takes."""
+    return next((tensor.shape[1] for tensor in state.values() if tensor.ndim == 4), None)
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], source: str, notes: list[str]) -> bool:
+    """Loads a state dict but for a classifier of other classes; whether the classifier was in it, too.
+
+    Raises:
+        ValueError: If anything else does not fit.
+    """
+    last = classifier(model)
+    of_classifier = {f"{last[0]}.weight", f"{last[0]}.bias"} if last else set()
+    own = model.state_dict()
+    auxiliary = {name for name in state if name.startswith(("AuxLogits.", "aux1.", "aux2."))}
+    wrong = [name for name in own if name not in state or own[name].shape != state[name].shape]
+    extra = [name for name in state if name not in own and name not in auxiliary]
+    counters = {name for name in wrong if name.endswith("num_batches_tracked")}  # old files lack them
+    bad = [name for name in wrong if name not in of_classifier | counters] + extra
+    if bad:
+        raise ValueError(
+            f"the weights {source} do not fit the model: {len(bad)} tensors are absent, left over or of another "
+            f"shape, such as {', '.join(repr(name) for name in bad[:3])}"
+        )
+    model.load_state_dict({name: state[name] for name in own if name not in wrong}, strict=False)
+    replaced = of_classifier & set(wrong)
+    if replaced and last is not None:
+        theirs = state.get(f"{last[0]}.weight")
+        gave = f"gives {len(theirs)} logits" if theirs is not None else "is missing"
+        notes.append(f"the classifier in {source} {gave}; it is made anew for the data's classes")
+    else:
+        notes.append(f"weights: {source}")
+    return not replaced

@@ -1,0 +1,202 @@
+"""Where trials run: in this process, or in processes that a study's calls are sent to."""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import ParamSpec, Protocol, TypeVar
+
+import torch
+from loky.backend import get_context
+from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
+
+from autocompress.processes.parcel import opened, pack, run_packed, unpack_shared
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ATTEMPTS = 2  # a call whose process died is put back once
+
+
+class InProcess(Executor):
+    """An executor that runs each call at once, in this process."""
+
+    size = 1
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Runs the call; Ctrl-C is not caught."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Workers(Protocol):
+    """Processes that run packed calls."""
+
+    @property
+    def size(self) -> int:
+        """How many calls run at a time."""
+
+    def run(self, call: bytes) -> bytes:
+        """What `autocompress.processes.parcel.run_packed` makes of a call in one of the processes; for any thread.
+
+        Raises:
+            BrokenExecutor: If the call ended its process, again when it was put back.
+        """
+
+    def close(self) -> None:
+        """Ends the processes, whatever they do."""
+
+
+class Remote(Executor):
+    """An executor that has its calls run by workers.
+
+    Args:
+        workers: Run them.
+        shared: What the workers have already, see `autocompress.processes.parcel.pack_shared`.
+    """
+
+    def __init__(self, workers: Workers, shared: Sequence[object]) -> None:
+        self._workers, self._shared, self.size = workers, shared, workers.size
+        self._threads = ThreadPoolExecutor(workers.size, thread_name_prefix="trial")
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Sends the call to the first worker that is idle."""
+        call = pack((fn, args, kwargs), self._shared)
+        return self._threads.submit(lambda: opened(self._workers.run(call)))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the workers; calls that still run are cut short."""
+        self._workers.close()
+        self._threads.shutdown(wait, cancel_futures=True)
+
+
+class LocalWorkers:
+    """Processes on this machine, each with a GPU of its own where there are GPUs.
+
+    They are new processes, not forks, which CUDA would not survive, and they do not run the caller's script again.
+    Each is a pool of its own, so that one that dies takes no other's trial with it.
+
+    Args:
+        size: How many.
+        payload: What all calls share, sent to each worker once.
+        threads: CPU threads of each.
+        gpus: As CUDA_VISIBLE_DEVICES names them; several workers share one where there are fewer.
+    """
+
+    def __init__(self, size: int, payload: bytes, *, threads: int, gpus: Sequence[str] = ()) -> None:
+        self.size = size
+        self._idle: SimpleQueue[_LocalWorker] = SimpleQueue()
+        self._all = []
+        for i in range(size):
+            environment = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
+            self._all.append(_LocalWorker(payload, threads, environment))
+            self._idle.put(self._all[-1])
+
+    def run(self, call: bytes) -> bytes:
+        """See `Workers.run`."""
+        worker = self._idle.get()
+        try:
+            for attempt in range(ATTEMPTS):
+                try:
+                    return worker.run(call)
+                except BrokenExecutor as error:
+                    if worker.closed or attempt == ATTEMPTS - 1:
+                        raise BrokenExecutor(_how_it_died(error)) from None
+            raise AssertionError("unreachable")
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """See `Workers.close`."""
+        for worker in self._all:
+            worker.close()
+
+
+class _LocalWorker:
+    """One process, made when it is first needed and again when it has died."""
+
+    def __init__(self, payload: bytes, threads: int, environment: dict[str, str]) -> None:
+        self._setup, self._environment = (payload, threads), environment
+        self._pool: ProcessPoolExecutor | None = None
+        self._changing = threading.Lock()
+        self.closed = False
+
+    def run(self, call: bytes) -> bytes:
+        """Runs a packed call.
+
+        Raises:
+            BrokenExecutor: If the process ended meanwhile.
+        """
+        try:
+            outcome: bytes = self._running().submit(_run_here, call).result()
+        except BrokenExecutor:
+            self._pool = None
+            raise
+        except ShutdownExecutorError as error:
+            raise BrokenExecutor(str(error)) from error
+        return outcome
+
+    def _running(self) -> ProcessPoolExecutor:
+        with self._changing:
+            if self.closed:
+                raise BrokenExecutor("the workers were ended")
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    max_workers=1,
+                    context=get_context("loky"),
+                    env=self._environment,
+                    initializer=_begin,
+                    initargs=(*self._setup, os.getpid()),
+                )
+            return self._pool
+
+    def close(self) -> None:
+        """Ends the process at once."""
+        with self._changing:
+            self.closed = True
+            if self._pool is not None:
+                self._pool.shutdown(kill_workers=True)
+
+
+def _how_it_died(error: BrokenExecutor) -> str:
+    signals = re.findall(r"SIG[A-Z]+", str(error))
+    by = f" by {signals[0]}" if signals else ""
+    memory = ", as a system that is out of memory does it" if "SIGKILL" in signals else ""
+    return f"its process was ended{by}{memory}, {ATTEMPTS} times"
+
+
+# What runs in a worker.
+
+_payload = b""
+_shared: list[object] | None = None
+
+
+def _begin(payload: bytes, threads: int, parent: int) -> None:
+    """Sets a new worker up."""
+    global _payload
+    _payload = payload
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; whoever coordinates decides
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose coordinator was killed ends: nobody would take its result."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _run_here(call: bytes) -> bytes:
+    global _payload, _shared
+    if _shared is None:  # here and not in `_begin`, so that what goes wrong is reported as the call's outcome
+        _shared, _payload = unpack_shared(_payload), b""
+    return run_packed(call, _shared)

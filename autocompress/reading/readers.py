@@ -1,0 +1,45 @@
+"""Readers: labelled images from wherever they lie, as `Found`. All that is wrong with them is said in one line."""
+
+from pathlib import Path
+
+from autocompress.reading.array_readers import read_digits, read_npz, read_torchvision
+from autocompress.reading.file_readers import read_csv, read_folder
+from autocompress.reading.samples import Found, Reading, divide, with_classes_checked
+
+
+def read(spec: str, reading: Reading) -> Found:
+    """The data that ``spec`` names, divided into train, val and test.
+
+    Args:
+        spec: A ``.npz`` file as MedMNIST lays it out, a folder of images, a ``.csv`` table of paths and labels, or
+            ``name:folder`` for a data set of torchvision that lies in that folder.
+        reading: How to read it.
+
+    Raises:
+        ValueError: If it is not there, or cannot be used as it is; the message says why.
+    """
+    path = Path(spec).expanduser()
+    if spec == "digits":
+        return read_digits(reading)
+    if path.is_dir():
+        found = read_folder(path, reading)
+    elif path.suffix.lower() == ".npz":
+        found = read_npz(_existing(path), reading)
+    elif path.suffix.lower() == ".csv":
+        found = read_csv(_existing(path), reading)
+    elif ":" in spec:
+        name, _, root = spec.partition(":")
+        found = read_torchvision(name, Path(root).expanduser(), reading)
+    else:
+        raise ValueError(
+            f"{spec!r} is not data: there is no such folder, and it is no .npz or .csv file, "
+            f"name:folder of a data "
+            "set of torchvision, or file.py:factory"
+        )
+    return with_classes_checked(divide(found, reading))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}")
+    return path

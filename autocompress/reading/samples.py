@@ -1,0 +1,180 @@
+"""Labelled images as they are found, and how they are divided into train, val and test."""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+from torch import Tensor
+
+from autocompress.reading.transforms import Size
+
+PARTS = ("train", "val", "test")
+HELD_BYTES = 2_000_000_000  # decoded images are kept in memory up to this
+FOLDS = 20  # groups are dealt into so many, to be put together to parts
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Labelled images of one part, or of all of them.
+
+    Attributes:
+        y: Class numbers ``(n,)``, or zeros and ones ``(n, labels)``, floating.
+        pixels: As stored, ``(n, channels, height, width)``; None where they stay in files.
+        files: One a sample, where they came from files.
+        groups: Of which patient, or whatever must not be in two parts; empty for none.
+    """
+
+    y: Tensor
+    pixels: Tensor | None = None
+    files: tuple[Path, ...] = ()
+    groups: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, chosen: Sequence[int]) -> "Samples":
+        """Some of them."""
+        index = torch.as_tensor(list(chosen), dtype=torch.long)
+        pixels = None if self.pixels is None else self.pixels[index]
+        files = tuple(self.files[i] for i in chosen) if self.files else ()
+        groups = tuple(self.groups[i] for i in chosen) if self.groups else ()
+        return Samples(self.y[index], pixels, files, groups)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reader found.
+
+    Attributes:
+        name: For the task.
+        parts: ``train``, and ``val`` and ``test`` where they are given.
+        classes: Names, in order.
+        channels: Of the images.
+        size: Height and width of the images.
+        scale: What brings pixels to 0…1.
+        notes: What was skipped.
+    """
+
+    name: str
+    parts: Mapping[str, Samples]
+    classes: tuple[str, ...]
+    channels: int
+    size: Size
+    scale: float = 1 / 255
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data is read.
+
+    Attributes:
+        size: Height and width to bring images to; None for their own.
+        shares: Of train, val and test, where the data does not say.
+        group: A regular expression: what it finds in a file's path (its first group, where it has one) must not
+            be in two parts. For a table, a column's name does the same.
+        strict: Whether an image that cannot be read is an error.
+        labels: The columns of a table that hold labels; empty for all that are left.
+        seed: Seeds the split.
+        held_bytes: Decoded images are kept in memory up to this.
+        progress: Is told what takes time.
+    """
+
+    size: Size | None = None
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    group: str = ""
+    strict: bool = False
+    labels: tuple[str, ...] = ()
+    seed: int = 0
+    held_bytes: int = HELD_BYTES
+    progress: Callable[[str], None] = field(default=lambda what: None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not all(share > 0 for share in self.shares) or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"the shares {self.shares} of train, val and test must be positive and sum to 1")
+        try:
+            re.compile(self.group)
+        except re.error as error:
+            raise ValueError(f"the group {self.group!r} is not a regular expression: {error}") from None
+
+
+def divide(found: Found, reading: Reading) -> Found:
+    """The same with train, val and test: what is missing is taken from train, class by class.
+
+    Raises:
+        ValueError: If there are too few samples, or too few groups, to divide.
+    """
+    parts = dict(found.parts)
+    missing = [part for part in ("val", "test") if part not in parts]
+    if not missing:
+        return found
+    share = dict(zip(PARTS, reading.shares, strict=True))
+    whole, needed = parts["train"], 1 + len(missing)
+    for k, n in enumerate(torch.bincount(whole.y).tolist() if whole.y.ndim == 1 else []):
+        if 0 < n < needed:
+            many = f"the class {found.classes[k]!r} has {n} samples; at least {needed}"
+            raise ValueError(f"{many} are needed to divide them into {', '.join(('train', *missing))}")
+    total = share["train"] + sum(share[part] for part in missing)
+    for part in missing:
+        fraction = share[part] / total
+        rest, taken = _split_off(parts["train"], fraction, reading)
+        parts["train"], parts[part] = parts["train"].take(rest), parts["train"].take(taken)
+        total -= share[part]
+    sizes = ", ".join(f"{part} {len(parts[part]):,}" for part in PARTS)
+    by = " by group" if whole.groups else ""
+    note = f"the data does not say what is {' and '.join(missing)}: divided{by} with seed {reading.seed}: {sizes}"
+    return replace(found, parts={part: parts[part] for part in PARTS}, notes=(*found.notes, note))
+
+
+def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[list[int], list[int]]:
+    """Indices of what stays and of what is taken."""
+    y = samples.y.numpy()
+    strata = y if y.ndim == 1 else np.zeros(len(y), dtype=int)
+    counts = np.bincount(strata)
+    n_groups = len(set(samples.groups))
+    if samples.groups:
+        if n_groups < 3:
+            raise ValueError(f"there are {n_groups} groups; at least 3 are needed to divide them")
+        n_folds = max(2, min(FOLDS, n_groups, int(counts.max())))
+        folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=reading.seed)
+        taken: list[int] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of a class with fewer samples than folds: what is missing is said later
+            for _, fold in folds.split(y, strata, samples.groups):
+                if not taken or len(taken) + len(fold) / 2 <= fraction * len(y):
+                    taken += fold.tolist()
+        stay = sorted(set(range(len(y))) - set(taken))
+        return stay, sorted(taken)
+    try:
+        stay, chosen = train_test_split(
+            range(len(y)), test_size=fraction, stratify=strata if y.ndim == 1 else None, random_state=reading.seed
+        )
+    except ValueError as error:
+        raise ValueError(f"{len(y)} samples are too few to divide: {error}") from None
+    return sorted(stay), sorted(chosen)
+
+
+def with_classes_checked(found: Found) -> Found:
+    """Refuses data with nothing to tell apart, or in which a part lacks a class: nothing could be said of it."""
+    if len(found.classes) < 2 and found.parts["train"].y.ndim == 1:
+        raise ValueError(f"{found.name} holds one class; there must be two to tell apart, numbered from 0")
+    for part, samples in found.parts.items():
+        if len(samples) == 0:
+            raise ValueError(f"{part} has no samples")
+        y, n = samples.y, len(found.classes)
+        present = y.sum(dim=0) > 0 if y.ndim == 2 else torch.bincount(y, minlength=n) > 0
+        for k in (~present).nonzero().flatten().tolist():
+            called = "" if found.classes[k] == str(k) else f" ({found.classes[k]})"
+            raise ValueError(
+                f"{part} has no sample of class {k}{called}; every class must be in train, val and "
+                f"test: add samples, "
+                "leave the class out, or divide otherwise"
+            )
+    return found

@@ -1,0 +1,1 @@
+"""What `autocompress.search` asks: the space, what is believed of it, and what to try next."""

@@ -1,0 +1,148 @@
+"""Selection: which of a study's trials is its answer, and how probable it is that it holds what it promises."""
+
+import math
+from collections.abc import Collection
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
+
+from autocompress.sampler import ThresholdSampler, asked_density
+from autocompress.searching.arms import ArmSampler, of_arm
+from autocompress.searching.posterior import SE_FLOOR, TRAINING_NOISE, Posterior
+from autocompress.searching.space import Arm, Space
+from autocompress.trial import Bound
+
+PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
+SMALLEST = 1e-12  # an objective of 0 or less has no logarithm
+SHORTLIST = 3  # trials that are judged on test, at most
+ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """The study's finished trials without the dense model."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in trials if not trial.user_attrs.get("dense")]
+
+
+def posterior(study: optuna.Study, space: Space, bound: Bound, arm: Arm | None = None) -> Posterior | None:
+    """What an arm's trials say about its lowest feasible density.
+
+    Args:
+        study: The study.
+        space: What it searches.
+        bound: What may be lost.
+        arm: One of the space's arms; may be left out where it has just one.
+
+    Returns:
+        None where there is no curve to believe in: no density, or none of its own because a dimension is a range.
+    """
+    if arm is None:
+        arm = space.arms[0] if len(space.arms) == 1 else None
+    if arm is None or arm.low == 1:
+        return None
+    seed = study.sampler.seed if isinstance(study.sampler, ThresholdSampler | ArmSampler) else 0
+    return ThresholdSampler(arm.low, bound.max_drop, seed).posterior(of_arm(arm, study.get_trials(deepcopy=False)))
+
+
+def p_feasible(study: optuna.Study, space: Space, bound: Bound, trial: FrozenTrial) -> float:
+    """The probability that a finished trial's true drop is within the bound.
+
+    From the drop curve of its arm; where there is none, from its own observed drop and the noise in that.
+    """
+    return _p_feasible(posterior(study, space, bound, space.arm_of(trial.params)), bound, trial)
+
+
+def _p_feasible(belief: Posterior | None, bound: Bound, trial: FrozenTrial) -> float:
+    if belief is not None:
+        return belief.p_feasible(asked_density(trial))
+    noise = math.hypot(max(SE_FLOOR, trial.user_attrs.get("drop_se") or 0.0), TRAINING_NOISE)
+    return float(ndtr((bound.max_drop - trial.user_attrs["drop"]) / noise))
+
+
+def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int] = ()) -> FrozenTrial | None:
+    """The trial that the search answers with; None if none is feasible on val.
+
+    Not the study's best trial, which its own selection has made look better than it is, but the best of those
+    whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
+    as that to a percent, or to what their latencies are known to, the one that lost least. Failing that the most
+    probable one. Of several objectives their product counts, each relative to the
+    dense model, and so the answer is beaten by no other such trial in all of them.
+
+    Args:
+        study: The study.
+        space: What it searches.
+        bound: What may be lost.
+        lost: Trials whose record or weights are damaged: what they found counts, but they cannot be the answer.
+    """
+    feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
+    if not feasible:
+        return None
+    of_arms = [(trial, space.arm_of(trial.params)) for trial in feasible]
+    p: dict[int, float] = {}
+    for arm in (*space.arms, None):
+        mine = [trial for trial, its_arm in of_arms if its_arm is arm]
+        belief = posterior(study, space, bound, arm) if mine else None
+        p |= {trial.number: _p_feasible(belief, bound, trial) for trial in mine}
+    probable = [trial for trial in feasible if p[trial.number] >= PROBABILITY]
+    if not probable:
+        return max(feasible, key=lambda trial: p[trial.number])
+    signs = _signs(study)
+    if len(signs) > 1:
+        logs = {t.number: [math.log(max(value, SMALLEST)) for value in t.values] for t in probable}
+        return min(probable, key=lambda trial: sum(s * x for s, x in zip(signs, logs[trial.number], strict=True)))
+    (sign,) = signs
+    best = min(sign * trial.values[0] for trial in probable)
+    noise = {trial.number: max(ALIKE, trial.user_attrs.get("noise", 0.0)) for trial in probable}
+    alike = [t for t in probable if sign * t.values[0] - best <= noise[t.number] * abs(best)]
+    return min(alike, key=lambda trial: trial.user_attrs["drop"])
+
+
+def shortlist(
+    study: optuna.Study, space: Space, chosen: FrozenTrial, lost: Collection[int] = ()
+) -> list[FrozenTrial]:
+    """The trials that are judged on test, densest first: the search's answer comes last.
+
+    Before it come up to two that it falls back on where it cannot be certified: denser ones of its arm that met
+    the bound on val and lost no more there than those after them. Testing stops at the first that fails, so that
+    one which looks worse on val is none to begin with.
+
+    Args:
+        study: The study.
+        space: What it searches.
+        chosen: What `answer` gave.
+        lost: As for `answer`.
+    """
+    arm, listed = space.arm_of(chosen.params), [chosen]
+    feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
+    for trial in sorted(feasible, key=lambda t: float(t.user_attrs["density"])):
+        before = listed[-1]
+        denser = trial.user_attrs["density"] > before.user_attrs["density"]
+        safer = trial.user_attrs["drop"] <= before.user_attrs["drop"]
+        if len(listed) < SHORTLIST and denser and safer and (arm is None or arm.holds(trial.params)):
+            listed.append(trial)
+    return listed[::-1]
+
+
+def front(study: optuna.Study) -> list[FrozenTrial]:
+    """With several objectives, the trials that were feasible on val and that no other such trial dominates.
+
+    One dominates another if it is as good by every objective and better by one. The best by the first objective
+    comes first.
+    """
+    signs = _signs(study)
+    feasible = [trial for trial in finished(study) if trial.user_attrs["feasible"]]
+    costs = {t.number: [s * value for s, value in zip(signs, t.values, strict=True)] for t in feasible}
+
+    def dominates(one: FrozenTrial, other: FrozenTrial) -> bool:
+        a, b = costs[one.number], costs[other.number]
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    best = [trial for trial in feasible if not any(dominates(other, trial) for other in feasible)]
+    return sorted(best, key=lambda trial: costs[trial.number])
+
+
+def _signs(study: optuna.Study) -> list[int]:
+    """By objective 1 if less of it is better, -1 if more."""
+    return [1 if direction == StudyDirection.MINIMIZE else -1 for direction in study.directions]

@@ -1,0 +1,350 @@
+"""The figures of a study's report, drawn from its record: as SVG and PNG files and for use within HTML."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocompress import progress
+from autocompress.disk.record import Record
+from autocompress.showing.comparison import RUNTIMES, in_unit, timed, timed_together
+from autocompress.showing.drawing import (
+    BOUND,
+    COMPRESSED,
+    DENSE,
+    FAINT,
+    INK,
+    density_ticks,
+    make_axes,
+    style,
+    write_figure,
+)
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import; `draw` does it
+    from matplotlib.figure import Figure as Canvas
+
+MOST_FIGURES = 7
+MANY_LAYERS = 30
+MANY_CLASSES = 24
+MANY_CURVES = 6
+BUSY = 2.5  # medians that are drawn of a latency, at most
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Attributes:
+        name: Its file's name without the ending.
+        title: What it shows.
+        description: What it shows, for who cannot see it.
+        svg: The drawing with the colour of text left to the page, to stand within HTML.
+    """
+
+    name: str
+    title: str
+    description: str
+    svg: str
+
+
+def draw(record: Record, folder: Path) -> list[Figure]:
+    """Draws all figures for which the study has the data, and writes each as SVG and PNG.
+
+    Args:
+        record: The study.
+        folder: Where to write; made if it does not exist.
+    """
+    drawn: list[Figure] = []
+    folder.mkdir(exist_ok=True)
+    with style(record.folder.parent):
+        for name, title, description, canvas in _drawings(record):
+            svg = write_figure(folder, name, canvas)
+            progress.report((len(drawn) + 1) / MOST_FIGURES)
+            drawn.append(Figure(name, title, description, _inline(svg, name, title, description)))
+    return drawn
+
+
+def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
+    found = record.found or {}
+    if record.trials:
+        yield _drop_curve(record)
+    if found.get("front"):
+        yield _front(record, found)
+    measured = found.get("measurements", {})
+    if "compressed" in measured and timed_together(measured):
+        yield _latency(measured)
+    if found.get("layers"):
+        yield _layers(found["layers"])
+    if any(one["support"] for one in found.get("classes") or ()):
+        yield _classes(found["classes"])
+    if found.get("confusion"):
+        yield _confusion(found["confusion"], found.get("classes") or [])
+    if record.answer is not None and _curves(record.answer):
+        yield _recovery(record.answer)
+
+
+def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
+    """The drop of each trial and what the search believes of the curve, against density."""
+    canvas, ax = make_axes(3.5)
+    bound = 100 * float(record.asked.get("max_drop", 0.0))
+    trials, answer = record.trials, record.answer
+    drops = [100 * trial["drop"] for trial in trials]
+    top = max(min(max(drops), 6 * bound + 2), 2 * bound, 1.0) * 1.1
+    belief = (record.found or {}).get("posterior")
+    if belief:
+        band = f"believed drop, {100 * belief['mass']:.0f}% of probability"
+        ax.fill_between(
+            belief["density"], belief["low_pp"], belief["high_pp"], color=DENSE, alpha=0.25, lw=0, label=band
+        )
+        ax.plot(belief["density"], belief["drop_pp"], color=DENSE, lw=1.5)
+    ax.axhline(bound, color=BOUND, lw=1.5, ls="--", label=f"bound, {bound:g}{record.unit}")
+    kinds = (
+        ("yes", "o", "trial within the bound"),
+        ("no", "x", "trial beyond it"),
+        ("rejected", "1", "given up early"),
+    )
+    for kind, marker, label in kinds:
+        of_these = [(t, d) for t, d in zip(trials, drops, strict=True) if _standing(t) == kind and d <= top]
+        if of_these:
+            ax.errorbar(
+                [t["density"] for t, _ in of_these],
+                [d for _, d in of_these],
+                [100 * (t.get("drop_se") or 0.0) for t, _ in of_these],
+                fmt=marker,
+                color=COMPRESSED if kind == "yes" else BOUND,
+                ms=6,
+                elinewidth=0.7,
+                label=label,
+            )
+    beyond = [trial["density"] for trial, drop in zip(trials, drops, strict=True) if drop > top]
+    if beyond:
+        label = f"more than {top:.0f}{record.unit}"
+        ax.plot(beyond, [0.98 * top] * len(beyond), "^", color=BOUND, ms=6, label=label)
+    if answer is not None:
+        at = answer["density"], 100 * answer["drop"]
+        ax.plot(*at, "o", ms=13, mfc="none", mec=INK, mew=1.5, label="the answer")
+    low = min(0.0, *drops)
+    ax.set(xscale="log", xlabel="density (share of the parameters kept)", ylim=(1.2 * low - 0.05 * top, top))
+    ax.set_ylabel(f"drop on validation data [{record.unit.strip()}]")
+    density_ticks(ax)
+    ax.grid()
+    canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
+    within = sum(bool(trial["feasible"]) for trial in trials)
+    n = f"{len(trials)} trial{'s' * (len(trials) != 1)}"
+    said = f"{n}, {within} of them within the bound of {bound:g}{record.unit}"
+    if answer is not None:
+        said += (
+            f"; the answer has density {answer['density']:.3g} and drops {100 * answer['drop']:.2f}{record.unit}"
+        )
+    return "drop", "Accuracy lost against size kept", f"Drop on validation data against density: {said}.", canvas
+
+
+def _front(record: Record, found: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
+    """The first two objectives of each trial, and those that no other feasible one beats in all."""
+    canvas, ax = make_axes(3.5)
+    first, second = found["objectives"][:2]
+    kinds = (("yes", "o", "trial within the bound"), ("no", "x", "trial beyond it"), ("rejected", "1", "given up"))
+    for kind, marker, label in kinds:
+        at = [t["values"][:2] for t in record.trials if _standing(t) == kind]
+        if at:
+            colour = COMPRESSED if kind == "yes" else BOUND
+            ax.plot(*zip(*at, strict=True), marker, color=colour, ms=6, label=label)
+    points = [(one["values"][first["name"]], one["values"][second["name"]]) for one in found["front"]]
+    ax.plot(*zip(*sorted(points), strict=True), color=COMPRESSED, lw=1.2, alpha=0.6, label="the front")
+    if record.answer is not None:
+        ax.plot(*record.answer["values"][:2], "o", ms=13, mfc="none", mec=INK, mew=1.5, label="the answer")
+    labels = [f"{one['name']} [{one['unit']}]" if one["unit"] else one["name"] for one in (first, second)]
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.grid()
+    canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
+    said = "; ".join(
+        f"trial {one['number']} with "
+        + " and ".join(f"{of['name']} {in_unit(one['values'][of['name']], of['unit'])}" for of in (first, second))
+        for one in found["front"]
+    )
+    title = f"{first['name']} against {second['name']}".capitalize()
+    return "front", title, f"Within the bound and beaten by no other in both: {said}.", canvas
+
+
+def _standing(trial: Mapping[str, Any]) -> str:
+    if trial.get("given_up_at") is not None:
+        return "rejected"
+    return "yes" if trial["feasible"] else "no"
+
+
+def _latency(measured: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
+    """Median and 95th percentile of one forward pass, a panel for each batch size."""
+    pairs = [(before, after) for _, before, after in timed(measured) if before and after]
+    canvas, axes = make_axes(0.5 + 0.95 * len(pairs), rows=len(pairs))
+    panels = axes if len(pairs) > 1 else [axes]
+    said = []
+    for ax, pair in zip(panels, pairs, strict=True):
+        # On a busy machine the 95th percentile is far away: an arrow then, so that the medians can be seen.
+        limit = min(max(at["p95_ms"] for at in pair), BUSY * max(at["p50_ms"] for at in pair))
+        for y, (at, colour) in enumerate(zip(pair, (DENSE, COMPRESSED), strict=True)):
+            ax.barh(y, at["p50_ms"], color=colour, height=0.7)
+            end, mark = (limit, ">") if at["p95_ms"] > limit else (at["p95_ms"], "|")
+            ax.plot(
+                [at["p50_ms"], end], [y, y], color=INK, lw=1.2, marker=mark, ms=6, markevery=[1], clip_on=False
+            )
+        ax.set(yticks=(0, 1), yticklabels=("dense", "compressed"), ylim=(1.6, -0.6), xlim=(0, limit))
+        where = f"{RUNTIMES[pair[0].get('runtime', 'eager')]}, batch of {pair[0]['batch']}"
+        ax.set_title(where, loc="left")
+        ax.grid(axis="x")
+        medians = " and ".join(f"{at['p50_ms']:.3g}" for at in pair)
+        said.append(f"{where}: {medians} ms")
+    panels[-1].set_xlabel("ms a forward pass; the line: to the 95th percentile")
+    device = measured["compressed"]["device"]
+    description = f"Median latency on {device}, dense and compressed. {'; '.join(said)}."
+    return "latency", f"Time of a forward pass on {device}", description, canvas
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canvas"]:
+    """Widths before and after; parameters where widths stay as they were."""
+    by_width = any(layer["width"] != layer["dense_width"] for layer in layers)
+    before, after, what = (
+        ("dense_width", "width", "channels or neurons") if by_width else ("dense_params", "params", "parameters")
+    )
+    old = [layer[before] for layer in layers]
+    new = [layer[after] or 0 for layer in layers]
+    if len(layers) > MANY_LAYERS:
+        canvas, ax = make_axes(3.2)
+        x = range(1, len(layers) + 1)
+        ax.fill_between(x, old, step="mid", color=DENSE, alpha=0.35, lw=0, label="dense")
+        ax.fill_between(x, new, step="mid", color=COMPRESSED, alpha=0.9, lw=0, label="compressed")
+        ax.set(xlabel="layer, from input to output", ylabel=what, xlim=(1, len(layers)), ylim=(0, None))
+    else:
+        canvas, ax = make_axes(0.9 + 0.24 * len(layers))
+        ax.barh(range(len(layers)), old, color=DENSE, alpha=0.35, height=0.8, label="dense")
+        ax.barh(range(len(layers)), new, color=COMPRESSED, height=0.8, label="compressed")
+        names = [_shortened(layer["name"]) for layer in layers]
+        ax.set(yticks=range(len(layers)), yticklabels=names, ylim=(len(layers) - 0.4, -0.6), xlabel=what)
+        for y, (a, b) in enumerate(zip(old, new, strict=True)):
+            ax.text(a, y, f" {b} of {a}", va="center", fontsize=8)
+        ax.set_xlim(0, 1.18 * max(old))
+        ax.grid(axis="x")
+    canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
+    least = min(layers, key=lambda layer: (layer[after] or 0) / max(1, layer[before]))
+    description = (
+        f"{what.capitalize()} of {len(layers)} layers before and after: {sum(old):,} and {sum(new):,} in all; "
+        f"least is left of {least['name']}, {least[after] or 0:,} of {least[before]:,}."
+    )
+    return "layers", f"What is left of each layer: {what}", description, canvas
+
+
+def _classes(classes: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canvas"]:
+    """The share of each class that is found, before and after."""
+    known = [one for one in classes if one["support"]]  # of an absent class nothing can be found
+    shown = sorted(known, key=lambda one: one["recall"] - one["dense_recall"])[:MANY_CLASSES]
+    canvas, ax = make_axes(0.9 + 0.24 * len(shown))
+    before, after = ([100 * one[key] for one in shown] for key in ("dense_recall", "recall"))
+    ax.hlines(range(len(shown)), before, after, color=FAINT, lw=2)
+    ax.plot(before, range(len(shown)), "o", color=DENSE, ms=7, label="dense")
+    ax.plot(after, range(len(shown)), "o", color=COMPRESSED, ms=5, label="compressed")
+    names = [f"{_begun(str(one['name']))} (n={one['support']})" for one in shown]
+    ax.set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown) - 0.4, -0.6))
+    ax.set_xlabel("share of the class that is found on test [%]")
+    ax.grid(axis="x")
+    canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
+    title = "Each class, what is found of it"
+    if len(classes) > len(shown):
+        title += f": the {len(shown)} that lost most of {len(classes)}"
+    worst = shown[0]
+    description = (
+        f"Recall of each class on test. The class that lost most is {worst['name']}: "
+        f"{100 * worst['dense_recall']:.1f}% before, {100 * worst['recall']:.1f}% after."
+    )
+    return "classes", title, description, canvas
+
+
+def _confusion(
+    confusion: Mapping[str, Sequence[Sequence[int]]], classes: Sequence[Mapping[str, Any]]
+) -> tuple[str, str, str, "Canvas"]:
+    """What each class was taken for, by the dense and by the compressed model."""
+    import numpy as np
+
+    n = len(confusion["dense"])
+    names = [_begun(str(one["name"]), 10) for one in classes] if len(classes) == n else list(map(str, range(n)))
+    canvas, panels = make_axes(3.1, columns=2)
+    rgb = [int(COMPRESSED[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    wrong = {}
+    for ax, (who, counts) in zip(panels, confusion.items(), strict=True):
+        matrix = np.asarray(counts, dtype=float)
+        share = matrix / np.maximum(1.0, matrix.sum(axis=1, keepdims=True))
+        image = np.empty((n, n, 4))
+        image[..., :3], image[..., 3] = rgb, 0.9 * np.sqrt(share)  # few mistakes shall be seen, too
+        ax.imshow(image, interpolation="nearest")
+        wrong[who] = int(matrix.sum() - np.trace(matrix))
+        ax.set_title(f"{who}: {wrong[who]} mistakes")
+        if n <= MANY_CLASSES:
+            ax.set(xticks=range(n), yticks=range(n))
+            ax.set_xticklabels(names, fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0)
+            ax.set_yticklabels(names, fontsize=7)
+        if n <= 12:
+            for i, j in zip(*np.nonzero(matrix), strict=True):
+                ax.text(j, i, f"{counts[i][j]}", ha="center", va="center", fontsize=7)
+        ax.set_xlabel("predicted")
+        ax.spines[:].set_visible(True)
+    panels[0].set_ylabel("true class")
+    description = (
+        f"Confusion matrices of the test data, {n} classes: the dense model makes {wrong['dense']} mistakes, "
+        f"the compressed one {wrong['compressed']}."
+    )
+    return "confusion", "What is taken for what, on test", description, canvas
+
+
+def _recovery(answer: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
+    """What recovery logged in the answer's trial, a panel for each curve."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    curves = _curves(answer)
+    canvas, axes = make_axes(0.4 + 1.25 * len(curves), rows=len(curves))
+    panels = axes if len(curves) > 1 else [axes]
+    for ax, (name, values) in zip(panels, curves.items(), strict=True):
+        ax.plot(range(1, len(values) + 1), values, color=COMPRESSED, lw=1.6, marker="o", ms=3)
+        positive = [value for value in values if value > 0]
+        if len(positive) == len(values) and max(values) > 50 * min(values):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set_title(name.removeprefix("lc_").replace("_", " "), loc="left")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid()
+        if ax is not panels[-1]:
+            ax.set_xticklabels([])
+    panels[-1].set_xlabel("C step")
+    spans = [f"{name.removeprefix('lc_')} from {v[0]:.3g} to {v[-1]:.3g}" for name, v in curves.items()]
+    description = f"Recovery of trial {answer['number']}, by C step: {'; '.join(spans)}."
+    return "recovery", f"Recovery of the answer, trial {answer['number']}", description, canvas
+
+
+def _curves(trial: Mapping[str, Any]) -> dict[str, Sequence[float]]:
+    """The curves of a trial that have something to show."""
+    curves = [(name, values) for name, values in trial.get("curves", {}).items() if len(values) > 1]
+    return dict(curves[:MANY_CURVES])
+
+
+def _shortened(name: str, length: int = 22) -> str:
+    """The end of a layer's long name, which says more than its beginning."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
+
+
+def _begun(name: str, length: int = 22) -> str:
+    """The beginning of a class's long name."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> str:
+    """The drawing to stand within HTML: named, its ids its own, its ink and its font those of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace(INK, "currentColor")
+    svg = re.sub(r"(font: [0-9.]+px) [^;\"]*", r"\1 var(--font)", svg)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height|version|xmlns)="[^"]*"| xmlns:xlink="[^"]*"', "", head)
+    head += f' role="img" aria-labelledby="{name}-title {name}-desc"'
+    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    return f"{head}>{words}{rest.replace('xlink:href', 'href')}"

@@ -1,0 +1,159 @@
+"""A study's outcome in plain words: what was lost, where, how sure that is, and what it buys."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from autocompress.disk.record import Record
+from autocompress.showing.comparison import RUNTIMES, as_bytes, as_count, timed_together
+
+SAME = 0.03  # latencies that differ by less are called the same: medians are known to about this share
+
+
+def headline(record: Record) -> tuple[str, str]:
+    """The outcome in a few words, and its tone: good, warn or bad."""
+    found = record.found
+    if found is None:
+        running = (
+            "The study is still running" if record.state == "running" else "The study did not come to its end"
+        )
+        return running, "warn"
+    cut = " (the search was interrupted)" if record.state == "interrupted" else ""
+    said, tone = {
+        "certified": ("Certified: within the bound", "good"),
+        "not certifiable": ("Met on validation data, not proven on test data", "warn"),
+        "not met": ("Not met: the bound does not hold", "bad"),
+    }.get(found["verdict"], (str(found["verdict"]), "warn"))
+    return said + cut, tone
+
+
+def sentence(record: Record) -> str:
+    """The verdict as the study worded it, or what there is instead."""
+    if record.found is not None:
+        return str(record.found["sentence"])
+    so_far = "1 trial is" if len(record.trials) == 1 else f"{len(record.trials)} trials are"
+    if record.state == "running":
+        return f"{so_far} finished so far; nothing has been judged on test data yet."
+    return (
+        f"{so_far} finished and nothing was judged on test data. autocompress tune --resume {record.name} goes on."
+    )
+
+
+def words(record: Record) -> list[str]:
+    """What somebody has to know who did not run the study, one statement each."""
+    found = record.found
+    if found is None or record.answer is None or "compressed" not in found["measurements"]:
+        return []
+    lost = [*_lost(record, found), *_tested(record, found)]
+    return [*lost, *_by_class(found), *_search(found), *_smaller(found), *_faster(record, found)]
+
+
+def _lost(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
+    certificate = found.get("certificate")
+    if not certificate:
+        return
+    n, metric = certificate["n"], str(certificate["metric"]).replace("_", " ")
+    before, after = (found["scores"][who]["test"] for who in ("dense", "compressed"))
+    counts = (
+        f" ({round(before * n)} right answers before, {round(after * n)} after)" if metric == "accuracy" else ""
+    )
+    yield (
+        f"On {n} test samples that the search never saw, {metric} went from {before:.4f} to {after:.4f}{counts}."
+    )
+    unit, sure = record.unit, f"{100 * certificate['confidence']:g}%"
+    allowed = f"{100 * certificate['max_drop']:g}{unit}"
+    upper, lower = (None if certificate[end] is None else 100 * certificate[end] for end in ("upper", "lower"))
+    most, least = at_most(upper, unit), at_least(lower, unit)
+    if certificate["outcome"] == "certified":
+        yield f"With {sure} confidence the true loss is at most {most}; {allowed} was allowed."
+    elif certificate["outcome"] == "not met":
+        yield f"With {sure} confidence the true loss is at least {least}; only {allowed} was allowed."
+    else:
+        yield (
+            f"With {sure} confidence the true loss is at most {most}, while {allowed} was allowed: "
+            f"{n} test samples neither prove the bound nor contradict it. More test data would settle it."
+        )
+
+
+def _tested(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
+    shortlist = found.get("shortlist") or ()
+    if len(shortlist) < 2:
+        return
+
+    def said(one: Mapping[str, Any]) -> str:
+        named = f"trial {one['number']} (density {one['density']:.3g})"
+        if one["outcome"] is None:
+            return f"{named} was not tested"
+        upper = None if one["upper"] is None else 100 * one["upper"]
+        return f"{named} loses at most {at_most(upper, record.unit)}, {one['outcome']}"
+
+    yield (
+        f"Before the test data were looked at, {len(shortlist)} trials were chosen to be tested, densest first, "
+        f"up to the first that is not certified: {'; '.join(map(said, shortlist))}."
+    )
+
+
+def at_most(amount: float | None, unit: str) -> str:
+    """An amount of points, rounded up: no more is claimed than was shown."""
+    return "an unknown amount" if amount is None else f"{math.ceil(100 * amount - 1e-9) / 100 + 0.0:.2f}{unit}"
+
+
+def at_least(amount: float | None, unit: str) -> str:
+    """An amount of points, rounded down."""
+    return "an unknown amount" if amount is None else f"{math.floor(100 * amount + 1e-9) / 100 + 0.0:.2f}{unit}"
+
+
+def _by_class(found: Mapping[str, Any]) -> Iterator[str]:
+    classes = [one for one in found.get("classes") or () if one["support"]]
+    if not classes:
+        return
+    worst = min(classes, key=lambda one: one["recall"] - one["dense_recall"])
+    if worst["recall"] >= worst["dense_recall"]:
+        yield f"None of the {len(classes)} classes is found less often than before."
+        return
+    fewer = sum(one["recall"] < one["dense_recall"] for one in classes)
+    before, after = (round(worst[key] * worst["support"]) for key in ("dense_recall", "recall"))
+    yield (
+        f"The class that lost most is {worst['name']!r}: of its {worst['support']} test samples {before} were "
+        f"found before and {after} are now ({100 * worst['dense_recall']:.1f}% and {100 * worst['recall']:.1f}%). "
+        f"{fewer} of {len(classes)} classes are found less often than before; few samples say little of a class."
+    )
+
+
+def _search(found: Mapping[str, Any]) -> Iterator[str]:
+    belief = found.get("posterior")
+    if belief and belief.get("p_feasible") is not None:
+        n = len(found["trials"])
+        trials = "one trial" if n == 1 else f"all {n} trials"
+        yield (
+            f"Given {trials} on validation data, the true loss is within the bound with "
+            f"a probability of {100 * belief['p_feasible']:.0f}%."
+        )
+
+
+def _smaller(found: Mapping[str, Any]) -> Iterator[str]:
+    dense, compressed = found["measurements"]["dense"], found["measurements"]["compressed"]
+    times = dense["params"] / max(1, compressed["params"])
+    yield (
+        f"It keeps {compressed['params']:,} of {dense['params']:,} parameters ({times:.3g} times fewer), "
+        f"{as_bytes(compressed['size_bytes'])} of {as_bytes(dense['size_bytes'])} on disk, and "
+        f"{as_count(compressed['macs'])} of {as_count(dense['macs'])} multiply-accumulates."
+    )
+
+
+def _faster(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
+    compressed = found["measurements"]["compressed"]
+    said = []
+    processor = record.asked.get("provenance", {}).get("machine", {}).get("processor", "the CPU")
+    device = processor if compressed["device"] == "cpu" else compressed["device"]
+    for before, after in timed_together(found["measurements"]):
+        times = before["p50_ms"] / after["p50_ms"]
+        how = "the same within the noise" if abs(times - 1) < SAME else f"{times:.2f} times as fast"
+        took = f"{after['p50_ms']:.3g} ms instead of {before['p50_ms']:.3g} ms"
+        said.append(f"{took} at batch {after['batch']} ({how})")
+        runtime = RUNTIMES[after.get("runtime", "eager")]
+    if said:
+        yield (
+            f"On {device}, a forward pass in {runtime} takes {' and '.join(said)}, by the median of "
+            f"{after['repeats']} passes or so. Another device has other times: measure there."
+        )

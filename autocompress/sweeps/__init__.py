@@ -1,0 +1,1 @@
+"""The parts of `autocompress.sweeping`: its grid, its table and its files."""

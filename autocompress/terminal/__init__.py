@@ -1,0 +1,1 @@
+"""The command line behind `autocompress.cli`: its options, its commands, what they print."""

@@ -1,0 +1,104 @@
+"""``autocompress profile``: what a model costs here."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autocompress.terminal.options import OUT, Positive, Run, Shape, checked
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autocompress.gauges.profile import Profiled
+
+
+@click.command()
+@click.argument("run", type=Run(), required=False)
+@OUT
+@click.option("--model", metavar="MODEL", help="A model by name or file.py:factory in place of a study's answer.")
+@click.option("--model-args", multiple=True, metavar="KEY=VALUE", help="For the model's factory; repeatable.")
+@click.option("--input", "shape", type=Shape(), default="3x224x224", show_default=True, help="Of --model's input.")
+@click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True, help="Of --model.")
+@click.option("--scheme", help="Compress --model so, without training, to see what it would cost.")
+@click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True)
+@click.option(
+    "--runtime",
+    "runtimes",
+    type=click.Choice(["eager", "compile", "onnxruntime"]),
+    multiple=True,
+    help="Repeatable.  [default: all that are installed]",
+)
+@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 16), show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option(
+    "--budget", type=Positive(), default=5.0, show_default=True, help="Seconds a model, runtime and batch."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
+    """Measure a study's answer beside its dense model, or any model.
+
+    RUN is a study's name, a beginning that only it has, its path, or "last"; without --model the last study is
+    taken.
+
+    Where a latency is not known to within 3% when the budget is spent, its interval says so.
+    """
+    from autocompress.gauges.devices import usable_device
+    from autocompress.gauges.profile import profile as measure_all
+    from autocompress.gauges.runtimes import check_runtime, installed
+    from autocompress.showing.comparison import conditions, costs
+    from autocompress.terminal.display import Display
+    from autocompress.terminal.show import make_console, show_table
+
+    device = checked("--device", usable_device, options["device"])
+    runtimes = options["runtimes"] or installed(device)
+    for name in runtimes:
+        checked("--runtime", check_runtime, name, device)
+    profiled = _profiled(run, out, options)
+    with Display(make_console(stderr=True)) as display:
+        display.doing(f"measuring in {', '.join(runtimes)}")
+        measured = measure_all(
+            profiled, device, runtimes=runtimes, batch_sizes=options["batches"], budget_s=options["budget"]
+        )
+    found = {name: asdict(measurement) for name, measurement in measured.items()}
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    console = make_console(stderr=False)
+    show_table(console, ("", *found, *(["ratio"] if len(found) == 2 else [])), costs(found, throughput=True))
+    for line in conditions(found):
+        console.print(line, style="dim", soft_wrap=True, markup=False)
+
+
+def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled":
+    from autocompress.disk.record import find_study
+    from autocompress.gauges.profile import of_model, of_study
+    from autocompress.scheme import parse_scheme
+
+    model = _model(options) if options["model"] else None
+    if model is None or run is not None:
+        if options["scheme"]:
+            raise click.UsageError("--scheme compresses --model; leave RUN out and give --model")
+        return of_study(checked("RUN", find_study, out, run or "last") / "best", model)
+    import torch
+
+    scheme = checked("--scheme", parse_scheme, options["scheme"]) if options["scheme"] else None
+    return of_model(model, torch.zeros(1, *options["shape"]), scheme, options["density"])
+
+
+def _model(options: dict[str, Any]) -> "nn.Module":
+    from autocompress.networks.own_model import make_model, parse_arguments
+
+    made = checked(
+        "--model",
+        lambda: make_model(
+            options["model"],
+            arguments=parse_arguments(options["model_args"]),
+            weights="none",
+            classes=options["classes"],
+            data_channels=options["shape"][0],
+        ),
+    )
+    return made.model

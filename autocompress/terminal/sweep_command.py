@@ -1,0 +1,125 @@
+"""``autocompress sweep``: schemes × densities as a table and a figure."""
+
+import json
+import shlex
+import sys
+from functools import partial
+from typing import Any
+
+import click
+
+from autocompress.task_options import restore, take_options, without_constraint
+from autocompress.terminal.options import OUT, TRACKING_URI, Densities, checked
+
+INTERRUPTED = 130
+OF_A_TRIAL = (
+    "epochs",
+    "recovery",
+    "lr",
+    "optimizer",
+    "distill",
+    "rounds",
+    "seed",
+    "device",
+)  # options, as of tune
+OF_RECOVERY = ("lr", "optimizer", "distill", "rounds")  # of a trial, besides its epochs
+SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed, under their own names
+
+
+@click.command()
+@click.option(
+    "--scheme",
+    "schemes",
+    multiple=True,
+    default=("StructPrune",),
+    show_default=True,
+    help="How to compress: NAME, NAME(key=value), A+B; repeatable.",
+)
+@click.option(
+    "--densities",
+    type=Densities(),
+    default="0.5,0.25,0.1,0.05",
+    show_default=True,
+    help="Shares of the parameters to keep.",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, by seed.")
+@click.option("--also", multiple=True, metavar="METRIC", help="A further metric to score; repeatable.")
+@click.option("--score-steps", is_flag=True, help="Score on val after each L-C step, too, for the figure.")
+@click.option(
+    "--timing/--no-timing",
+    default=True,
+    show_default=True,
+    help="Measure latency, memory and energy, too.",
+)
+@without_constraint
+@OUT
+@click.option("--name", help="The sweep's name.  [default: from task and time]")
+@click.option("--resume", metavar="NAME", help="Go on with a sweep; options not given are as they were.")
+@TRACKING_URI
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, progress on stderr.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors.")
+@click.pass_context
+def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Compress with every scheme to every density: a table.
+
+    Nothing is searched: this shows how accuracy falls as the network shrinks. Results go to --out as sweep.csv,
+    sweep.md and figures/sweep.svg, and to MLflow.
+
+    Exit status: 0 done, 2 bad usage, 130 interrupted.
+    """
+    from autocompress import sweeping
+    from autocompress.disk.storage import check_name, prepare_out
+    from autocompress.experiments.mlflow_store import check_uri, without_secrets
+    from autocompress.gauges.devices import usable_device
+    from autocompress.own_task import make_task
+    from autocompress.recovery import make_recovery
+    from autocompress.sweeps.sweep_grid import distinct_schemes
+    from autocompress.terminal.show import make_console, show_sweep
+
+    options["out"] = checked("--out", prepare_out, options["out"])
+    if options["resume"]:
+        _take_from_sweep(ctx, options)
+    if options["name"] is not None:
+        checked("--name", check_name, options["name"])
+    if options["tracking_uri"]:
+        checked("--tracking-uri", check_uri, options["tracking_uri"])
+    checked("--scheme", distinct_schemes, options["schemes"])
+    training = {name: options.pop(name) for name in OF_RECOVERY if name in options}
+    training["score_steps"] = options.pop("score_steps") or None
+    given = {name: value for name, value in training.items() if value is not None}
+    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
+    options["device"] = checked("--device", usable_device, options["device"])
+    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
+    asked = take_options(options)
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=as_json)
+
+    where = {name: options[name] for name in ("out", "device")}
+    task = None if asked.is_default else make_task(asked, **where, progress=say)
+    found = sweeping.sweep(task, **options, progress=say)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), allow_nan=False))
+    else:
+        show_sweep(make_console(stderr=False), found)
+    ctx.exit(INTERRUPTED if found.interrupted else 0)
+
+
+def _take_from_sweep(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Fills in the options that were not given with those of the sweep that is resumed; others must agree."""
+    from autocompress.disk.storage import study_settings
+
+    if options["name"]:
+        raise click.UsageError("--name and --resume cannot be given together; --resume names the sweep")
+    asked = checked("--resume", partial(study_settings, kind="sweep"), options["out"], options["resume"])
+    given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+    restore(options, given, asked)
+    del options["constraints"]
+    was = {name: asked[name] for name in SAME} | {"schemes": tuple(asked["schemes"]), "also": tuple(asked["also"])}
+    was["densities"] = tuple(asked["densities"])
+    recovery = asked["recovery"]
+    was |= {name: recovery.get(name) for name in ("epochs", *OF_RECOVERY) if name in options}
+    was |= {"recovery": recovery["method"], "score_steps": bool(recovery.get("score_steps"))}
+    options |= {name: value for name, value in was.items() if name not in given}

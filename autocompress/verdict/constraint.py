@@ -1,0 +1,200 @@
+"""Constraint: a second metric that the compressed model must reach, such as ``sensitivity>=0.95``.
+
+The bound on the drop is relative to the dense model; a constraint is on the compressed model's own score.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.metrics import Metric, as_metric, classes_present, smallest_class
+from autocompress.showing.comparison import constrained, in_unit
+from autocompress.task import Evaluation
+
+Standing: TypeAlias = Literal["certified", "not certifiable", "not met"]
+
+# NAME>=NUMBER or NAME<=NUMBER, and what the number is counted in.
+WRITTEN = r"\s*(.+?)\s*(>=|<=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[a-zA-Zµ]*)\s*"
+
+RESAMPLES_SE = 100  # for the standard error of one trial's value
+RESAMPLES = 2000  # for the bounds on test
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one trial makes of a constraint.
+
+    Attributes:
+        text: The constraint, e.g. ``"sensitivity>=0.95"``.
+        value: The score.
+        se: Its standard error over samples.
+        excess: How far the score misses what is required: at most 0 where the constraint is met. Of a cost the
+            logarithm of how many times it is what is allowed.
+        unit: Of a cost.
+        is_cost: Whether it bounds what the model costs, and not a metric.
+    """
+
+    text: str
+    value: float
+    se: float
+    excess: float
+    unit: str = ""
+    is_cost: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the score is as required."""
+        return self.excess <= 0
+
+    @property
+    def metric(self) -> str:
+        """What is constrained, in words."""
+        return constrained(self.text)
+
+    @property
+    def shown(self) -> str:
+        """What is constrained and what it is: ``"latency 4.81 ms"``."""
+        return f"{self.metric} {in_unit(self.value, self.unit)}"
+
+    @property
+    def warning(self) -> str:
+        """What to say when it is the dense model that misses it."""
+        return f"the dense model itself has {self.metric} {self.value:.4f} on val, which violates {self.text}"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What held-out data say about a constraint.
+
+    Attributes:
+        text: The constraint.
+        value: The score on test.
+        lower: The true score is at least this, with ``confidence``.
+        upper: The true score is at most this, with ``confidence``.
+        confidence: Of each of the two one-sided bounds.
+        standing: ``certified``: met at the worse of the two bounds. ``not met``: missed even at the better one.
+            ``not certifiable``: so many samples cannot tell.
+        met: Whether the observed score itself is as required.
+        unit: Of a cost.
+        is_cost: Whether it bounds what the model costs: measured again, with the bounds that its noise leaves.
+    """
+
+    text: str
+    value: float
+    lower: float
+    upper: float
+    confidence: float
+    standing: Standing
+    met: bool
+    unit: str = ""
+    is_cost: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """What is known, with its numbers."""
+        if self.is_cost:
+            value, known = in_unit(self.value, self.unit), ""
+            if self.lower < self.upper:
+                ends = f"{in_unit(self.lower, self.unit)} to {in_unit(self.upper, self.unit)}"
+                known = f", {ends} with {self.confidence:.0%} confidence"
+            required = f"(required: {self.text})" if self.met else f", which violates {self.text}"
+            return f"Its {constrained(self.text)} is {value}{known} {required}.".replace(" ,", ",")
+        at_least = ">=" in self.text
+        lower, upper = f"at least {self.lower:.4f}", f"at most {self.upper:.4f}"
+        violated = "" if self.met else f"which violates {self.text}, "
+        bound = (lower if at_least else upper) if self.met else (upper if at_least else lower)
+        sure = f"{bound} with {self.confidence:.0%} confidence"
+        required = f" (required: {self.text})" if self.met else ""
+        return f"On test {constrained(self.text)} is {self.value:.4f}, {violated}{sure}{required}."
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A metric, and what its score must be.
+
+    Attributes:
+        metric: The metric.
+        at_least: Whether the score must be at least ``value`` (``>=``) or at most (``<=``).
+        value: What is required.
+    """
+
+    metric: Metric
+    at_least: bool
+    value: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"{self.text}: the value must be a finite number")
+
+    @property
+    def text(self) -> str:
+        """The constraint as it is written: ``"sensitivity>=0.95"``."""
+        return f"{self.metric.source or self.metric.name}{'>=' if self.at_least else '<='}{self.value:g}"
+
+    def excess(self, score: float) -> float:
+        """How far ``score`` misses what is required; at most 0 where it does not."""
+        # rounded as drops are: 0.95 reached exactly is reached
+        return round(self.value - score if self.at_least else score - self.value, 12)
+
+    def check(self, evaluation: Evaluation) -> Checked:
+        """What a trial's evaluation on val makes of it."""
+        value = self.metric.score(evaluation.targets, evaluation.outputs)
+        scores = _resampled(self.metric, evaluation, RESAMPLES_SE)
+        se = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
+        return Checked(self.text, value, se, self.excess(value))
+
+    def judge(self, evaluation: Evaluation, confidence: float = 0.95) -> Judged:
+        """What the evaluation of the answer on test says about it, once."""
+        value = self.metric.score(evaluation.targets, evaluation.outputs)
+        lower, upper = self._bounds(evaluation, value, confidence)
+        worse, better = (lower, upper) if self.at_least else (upper, lower)
+        standing: Standing = "not certifiable"
+        if self.excess(worse) <= 0:
+            standing = "certified"
+        elif self.excess(better) > 0:
+            standing = "not met"
+        return Judged(self.text, value, lower, upper, confidence, standing, self.excess(value) <= 0)
+
+    def _bounds(self, evaluation: Evaluation, value: float, confidence: float) -> tuple[float, float]:
+        """One-sided bounds on the true score: percentiles of bootstrap resamples.
+
+        Where no resample differs (no answer was wrong) the margin is that of the rule of three, the exact bound on
+        a proportion of n successes among n, at the size of the smallest class.
+        """
+        scores = _resampled(self.metric, evaluation, RESAMPLES)
+        if len(scores) < RESAMPLES / 2:
+            return -math.inf, math.inf
+        if scores.min() < scores.max():
+            return float(np.quantile(scores, 1 - confidence)), float(np.quantile(scores, confidence))
+        margin = 1 - (1 - confidence) ** (1 / smallest_class(evaluation.targets))
+        return value - margin, value + margin
+
+
+def parse_constraint(text: str, classes: Sequence[str] = ()) -> Constraint:
+    """The constraint that ``METRIC>=VALUE`` or ``METRIC<=VALUE`` says; the value may be ``0.95`` or ``95%``.
+
+    Raises:
+        ValueError: If it is not written so, or there is no such metric.
+    """
+    match = re.fullmatch(WRITTEN, text)
+    if not match or match[4] not in ("", "%"):
+        raise ValueError(
+            f"{text!r} is not a constraint; write METRIC>=VALUE or METRIC<=VALUE: sensitivity>=0.95, latency<=5ms"
+        )
+    name, operator, number, percent = match.groups()
+    return Constraint(as_metric(name, classes), operator == ">=", float(number) / (100 if percent else 1))
+
+
+def _resampled(metric: Metric, evaluation: Evaluation, resamples: int) -> NDArray[np.float64]:
+    """The score over bootstrap resamples; fewer than asked for when some lost a class."""
+    targets, outputs = evaluation.targets, evaluation.outputs
+    present = classes_present(targets)
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(len(targets), size=len(targets)) for _ in range(resamples))
+    scores = [metric.score(targets[i], outputs[i]) for i in draws if classes_present(targets[i]) == present]
+    return np.array([score for score in scores if math.isfinite(score)], dtype=np.float64)

@@ -1,0 +1,52 @@
+"""What a study can come to, in words: what its test data can certify, and what came nearest where nothing did."""
+
+from collections.abc import Sequence
+
+from autocompress.certify import certifiable_drop
+from autocompress.recovery import settings_of
+from autocompress.studies.settings import Settings
+from autocompress.task import Task
+from autocompress.trial import TrialResult
+
+SMALL = 0.005  # a drop that counts as one bound where the bound is less
+DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree
+
+
+def prospect(settings: Settings, task: Task) -> tuple[str, ...]:
+    """What the test data can certify, where it can be foreseen: one sentence or none."""
+    n, bound, confidence = task.test.n_samples, settings.bound, settings.confidence
+    if task.metric.correct is None or bound.relative:
+        return ()
+    observed = certifiable_drop(n, bound.max_drop, DISAGREEMENT, confidence)
+    where = f"with {n} test samples, and models that disagree on {DISAGREEMENT:.0%} of them"
+    if observed is None:
+        return (f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp",)
+    amount = f"{100 * abs(observed):.2f} pp"
+    must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
+    within = f"to be certified within {100 * bound.max_drop:g} pp with {100 * confidence:g}% confidence"
+    return (f"{where}, the answer must {must} on test {within}",)
+
+
+def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
+    """What came nearest to the bound, and what would help, in words for the command line and Python alike."""
+    unit, epochs = settings.unit, settings_of(settings.recovery).get("epochs")
+    bound = f"{100 * settings.bound.max_drop:g}{unit}"
+    if not records:
+        return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."
+    nearest = min(records, key=lambda record: _miss(settings, record))
+    besides = "".join(f" and has {one.shown}" for one in nearest.constraints)
+    meeting = "".join(f" and meets {one.text}" for one in nearest.constraints)
+    costs = " or cost" if any(one.is_cost for one in nearest.constraints) else ""
+    longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
+    return (
+        f"Not met: of {len(records)} trials none loses at most {bound}{meeting} on val; the nearest loses "
+        f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
+        f"drop{costs}, {longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
+    )
+
+
+def _miss(settings: Settings, record: TrialResult) -> float:
+    """How far a trial is from all that is asked, by the worst of it: as a share of the bound, or of a cost's."""
+    bound = settings.bound.max_drop
+    drop = (record.effective_drop(bound)[0] - bound) / max(bound, SMALL)
+    return max([drop, *(one.excess for one in record.constraints if one.is_cost)])
