@@ -19,31 +19,23 @@ the metric of the loss: the L step keeps a running mean of squared gradients for
 Where θ stores other numbers than weights, the factors of a low rank, it is those that the polish trains.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TypeAlias
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autocompress.learning.learner import Learner, Penalty, Precision, Snapshot
-from autocompress.learning.training import Optimizer, n_steps, recalibrate_batchnorm
-from autocompress.progress import heard_by
-from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, is_hard, observe
+from autocompress.learning.learner import Learner, Penalty, Precision
+from autocompress.learning.polish import Hopeless, free_entries, freeze, frozen, polish, score_compressed, settle
+from autocompress.learning.state import AGREED, Recovered, State
+from autocompress.learning.training import Optimizer, n_steps
+from autocompress.scheme import Facts, Scheme, Theta, Weights, is_hard, observe
 from autocompress.splits import Split
 from autocompress.task import Task
 
 SOFT = 1.0  # the first penalty where weights are drawn to θ
 PEAK_LR = {"sgd": 0.1, "adamw": 0.001}
-AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
-LOOK = 0.5  # share of the polish at which a recovery may be given up
-
-Hopeless: TypeAlias = Callable[[nn.Module], bool]
 
 
 @torch.no_grad()
@@ -64,128 +56,6 @@ def residual(weights: Weights, theta: Weights, bound: Mapping[str, Tensor]) -> f
     away = torch.stack([(weights[name] - theta[name]).mul_(is_bound).norm() for name, is_bound in bound.items()])
     size = torch.stack([weights[name].norm() for name in bound])
     return float(away.norm() / size.norm().clamp_min(1e-12))
-
-
-@torch.no_grad()
-def freeze(scheme: Scheme, weights: Weights, density: float, facts: Facts) -> Theta:
-    """θ = Π(w), and w ← Δ(θ)."""
-    theta = scheme.pi({name: w.detach() for name, w in weights.items()}, density, facts)
-    for name, value in scheme.delta(theta).items():
-        weights[name].copy_(value)
-    return theta
-
-
-@torch.no_grad()
-def score_compressed(task: Task, model: nn.Module, hard: Penalty) -> float:
-    """The metric on val with everything at θ that ``hard`` (μ = ∞) binds; the model stays as it was."""
-    weights: Weights = dict(model.named_parameters())
-    before = {name: weights[name].clone() for name in hard.bound}
-    hard.apply(weights, lr=1.0)
-    with heard_by(None):  # of the training's progress it is no part
-        score = task.evaluate(model, task.val).score
-    for name, value in before.items():
-        weights[name].copy_(value)
-    return score
-
-
-def free_entries(theta: Theta) -> dict[str, Tensor]:
-    """Per weight that θ binds: True where the entry is free, False where it is drawn to θ."""
-    drawn = {name: torch.zeros_like(theta.values[name], dtype=torch.bool) for name in theta.drawn}
-    return {**theta.support, **drawn}
-
-
-def frozen(scheme: Scheme, theta: Theta) -> Penalty:
-    """The penalty of the polish, μ = ∞: what is not on the support stays at θ."""
-    return Penalty.towards(scheme.delta(theta), free_entries(theta), {}, math.inf)
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What recovery leaves: the model it was given now carries the decompressed θ.
-
-    Attributes:
-        theta: The compressed weights.
-        curves: What was logged, by name: one number per C step.
-        steps: Gradient steps taken.
-        given_up_at: The share of the polish at which it was given up as hopeless; None if it came to its end.
-    """
-
-    theta: Theta
-    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    steps: int = 0
-    given_up_at: float | None = None
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a recovery stands between two L steps: all that it needs to go on.
-
-    Attributes:
-        c_steps: C steps taken.
-        initial: The density at which it began.
-        growth: By how much μ has grown.
-        curves: What was logged, by name: one number per C step.
-        penalty: The penalty of the last L step, in which θ and the multipliers are; only in a checkpoint.
-        learner: The weights, the optimizer and the data's order; only in a checkpoint.
-    """
-
-    c_steps: int = 0
-    initial: float = 1.0
-    growth: float = 1.0
-    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    penalty: Penalty = field(default_factory=Penalty.none)
-    learner: Snapshot | None = None
-
-    def after(self, growth: float, **logged: float) -> "State":
-        """The state after one more C step and its L step."""
-        curves = {name: (*self.curves.get(name, ()), value) for name, value in logged.items()}
-        return replace(self, c_steps=self.c_steps + 1, growth=self.growth * growth, curves=curves)
-
-    def has_agreed(self, density: float) -> bool:
-        """Whether w and θ were already the same when w was last compressed, to the density that is wanted."""
-        if not self.c_steps:
-            return False
-        return self.curves["lc_density"][-1] == density and self.curves["lc_residual"][-1] <= AGREED
-
-    @classmethod
-    def warm(cls, density: float, model: Weights) -> "State":
-        """The start of a recovery from the state dict of a model that is compressed to ``density`` already."""
-        return cls(initial=density, learner=Snapshot({f"model/{name}": t for name, t in model.items()}, {}))
-
-    def save(self, file: Path | str) -> None:
-        """Writes a checkpoint to a safetensors file."""
-        assert self.learner is not None, "only a checkpoint can be gone on from"
-        tensors = {f"learner/{name}": t for name, t in self.learner.tensors.items()}
-        tensors |= {f"target/{name}": t for name, t in self.penalty.target.items()}
-        tensors |= {f"bound/{name}": t for name, t in self.penalty.bound.items()}
-        numbers = {
-            "c_steps": self.c_steps,
-            "initial": self.initial,
-            "growth": self.growth,
-            "mu": self.penalty.mu,
-            "curves": self.curves,
-            "learner": self.learner.numbers,
-        }
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(contiguous, file, metadata={"state": json.dumps(numbers)})
-
-    @classmethod
-    def load(cls, file: Path | str, device: torch.device | str = "cpu") -> "State":
-        """Reads a checkpoint that `save` wrote."""
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            numbers = json.loads(opened.metadata()["state"])
-            tensors: dict[str, Weights] = {"learner": {}, "target": {}, "bound": {}}
-            for entry in opened.keys():  # noqa: SIM118  # it is no mapping
-                kind, name = entry.split("/", 1)
-                tensors[kind][name] = opened.get_tensor(entry)
-        return cls(
-            numbers["c_steps"],
-            numbers["initial"],
-            numbers["growth"],
-            {name: tuple(values) for name, values in numbers["curves"].items()},
-            Penalty(numbers["mu"], tensors["target"], tensors["bound"]),
-            Snapshot(tensors["learner"], numbers["learner"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -370,59 +240,3 @@ class LearningCompression:
         if progress >= 1:
             return density
         return float(initial * (density / initial) ** (1 - (1 - progress) ** 3))
-
-
-def settle(scheme: Scheme, learner: Learner, density: float, facts: Facts, task: Task) -> Theta:
-    """The end of a recovery: w ← Δ(θ), with BatchNorm's statistics computed anew for it.
-
-    Then the scheme looks once more: what it saw of activations must be those of the model that ships.
-    """
-    freeze(scheme, learner.weights, density, facts)
-    recalibrate_batchnorm(learner.model, task.train)
-    return freeze(scheme, learner.weights, density, observe(scheme, learner.evidence(last=True), facts))
-
-
-def polish(
-    scheme: Scheme,
-    learner: Learner,
-    theta: Theta,
-    facts: Facts,
-    task: Task,
-    seed: int,
-    hopeless: Hopeless | None = None,
-) -> float | None:
-    """Spends the rest of the budget on w with θ's support frozen, or on what θ stores in the place of weights.
-
-    Returns:
-        The share of it at which ``hopeless`` gave it up; None if it never did.
-    """
-    if not theta.values.keys() <= learner.weights.keys():
-        polish_stored(scheme, learner, theta, facts, task, seed)
-        return None
-    penalty = frozen(scheme, theta)
-    learner.l_step(round(LOOK * learner.descent.steps_left), penalty)
-    if hopeless is not None:
-        recalibrate_batchnorm(learner.model, task.train)
-        if hopeless(learner.model):
-            return LOOK
-    learner.l_step(learner.descent.steps_left, penalty)
-    return None
-
-
-def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:
-    """Trains what θ stores in the place of weights: the parameters of the model that the scheme realizes.
-
-    They are trained as they are, free of any penalty, and become w = Δ(θ) at the end. Of a composition the first
-    part is realized; what the others do to its values they do once more when w is frozen.
-    """
-    part, plan = scheme, theta.plan
-    if isinstance(scheme, Compose):
-        part, facts, plan = scheme.parts[0], facts[0], theta.plan["parts"][0]
-    theta = replace(theta, plan=plan)
-    stored = Learner(learner.recipe, part.realize(learner.model, theta, facts), task, seed + 1)
-    stored.descent.taken = learner.descent.taken  # the learning rate goes on from where it is
-    stored.l_step(stored.descent.steps_left, Penalty.none())
-    learner.descent.taken = stored.descent.taken
-    with torch.no_grad():
-        for name, value in part.delta(replace(theta, values=dict(stored.weights))).items():
-            learner.weights[name].copy_(value)

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from autocompress import progress
-from autocompress.lc import PEAK_LR, SOFT, LearningCompression, Recovered, frozen, settle
+from autocompress.lc import PEAK_LR, SOFT, LearningCompression
 from autocompress.learning.learner import Learner
+from autocompress.learning.polish import frozen, settle
+from autocompress.learning.state import Recovered
 from autocompress.learning.training import Optimizer
 from autocompress.scheme import Facts, Scheme, observe
 from autocompress.task import Task

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from autocompress.certify import drop_standard_error
 from autocompress.gauges.macs import count_params
 from autocompress.goal import Objective
-from autocompress.lc import Hopeless, LearningCompression, Recovered, State
+from autocompress.lc import LearningCompression
+from autocompress.learning.polish import Hopeless
+from autocompress.learning.state import Recovered, State
 from autocompress.measurement import Measurement, compare
 from autocompress.networks.deployed import deployed
 from autocompress.progress import span

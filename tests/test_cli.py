@@ -341,7 +341,7 @@ def test_mlflow_holds_the_study_and_its_trials_side_by_side(job, found):
     assert set(trials) == {str(trial["number"]) for trial in found["trials"]}
     for row in found["trials"]:
         metrics = trials[str(row["number"])].metrics
-        curves = {name for name in metrics if name.startswith("curves/")}
+        curves = {name for name in metrics if name.startswith("recovery/")}
         assert set(metrics) - curves == set(dense.data.metrics)
         assert metrics["density"] == pytest.approx(row["density"], rel=1e-5)
         assert metrics["drop_pp"] == pytest.approx(row["drop_pp"], rel=1e-5)

@@ -33,6 +33,7 @@ ENGINE = (
     ("sweep_grid", "models", "certify", "limit", "array_readers", "file_readers", "parcel"),
     ("ranks",),
     ("learner",),
+    ("polish", "state"),
     ("lc",),
     ("recovery",),
     ("data", "bundle", "dense", "own_model", "readers", "dimensions"),

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from autocompress import schemes
 from autocompress.gauges.macs import count_params
-from autocompress.lc import LearningCompression, Recovered, State, c_step, free_entries, freeze, frozen, residual
+from autocompress.lc import LearningCompression, c_step, residual
 from autocompress.learning.learner import Learner, Penalty
+from autocompress.learning.polish import free_entries, freeze, frozen
+from autocompress.learning.state import Recovered, State
 from autocompress.learning.training import Optimizer, n_steps
 from autocompress.scheme import Compose, Facts, Scheme, Theta
 from autocompress.schemes import LowRank, Quantize8, Quantize16

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from autocompress import schemes
 from autocompress.gauges.macs import count_params
-from autocompress.lc import LearningCompression, State
+from autocompress.lc import LearningCompression
 from autocompress.learning.learner import Learner, Penalty
+from autocompress.learning.state import State
 from autocompress.recovery import (
     RECOVERIES,
     Iterative,

@@ -149,7 +149,7 @@ def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     assert child.data.metrics["latency_ms"] == 2.0
     assert child.data.metrics["throughput_per_s"] == 2000.0
     assert child.info.end_time - child.info.start_time == pytest.approx(2500, abs=500)
-    assert [m.value for m in client(out).get_metric_history(child.info.run_id, "curves/loss")] == [
+    assert [m.value for m in client(out).get_metric_history(child.info.run_id, "recovery/loss")] == [
         0.9,
         0.5,
         0.3,
@@ -157,7 +157,7 @@ def test_a_study_is_a_parent_run_with_one_child_per_trial(out, tracker):
     assert found[second].data.metrics["feasible"] == 0.0
     assert found[second].data.tags["state"] == "rejected"
     assert found[second].data.tags["reason"].startswith("given up early: ")
-    assert set(found["dense"].data.metrics) == set(child.data.metrics) - {"curves/loss"}
+    assert set(found["dense"].data.metrics) == set(child.data.metrics) - {"recovery/loss"}
     assert found["dense"].data.tags["role"] == "dense"
     (dense,) = found["dense"].outputs.model_outputs
     for run in (parent, child, found[second], found["trial 002 · failed"]):

@@ -167,7 +167,7 @@ class Runs:
             for key, value in (metrics or {}).items()
         ]
         points += [
-            Metric(f"curves/{name}", value, now, at)
+            Metric(f"recovery/{name}", value, now, at)
             for name, curve in (curves or {}).items()
             for at, value in enumerate(curve)
         ]

@@ -1,1 +1,1 @@
-"""The gradient steps that recoveries share, in one process and in several."""
+"""What recoveries are made of: gradient steps, the L step, the polish, checkpoints; in one process or several."""

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 import torchvision
 
-from autocompress.lc import LearningCompression, free_entries
+from autocompress.lc import LearningCompression
 from autocompress.learning.learner import Learner, Penalty
+from autocompress.learning.polish import free_entries
 from autocompress.scheme import Scheme, observe, parse_scheme
 from autocompress.schemes.criteria import ENTRY_CRITERIA
 from autocompress.schemes.importance import CHANNEL_CRITERIA

@@ -1,0 +1,104 @@
+"""A recovery as a value: where it stands between two L steps, and what it leaves."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from autocompress.learning.learner import Penalty, Snapshot
+from autocompress.scheme import Theta, Weights
+
+AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What recovery leaves: the model it was given now carries the decompressed θ.
+
+    Attributes:
+        theta: The compressed weights.
+        curves: What was logged, by name: one number per C step.
+        steps: Gradient steps taken.
+        given_up_at: The share of the polish at which it was given up as hopeless; None if it came to its end.
+    """
+
+    theta: Theta
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    steps: int = 0
+    given_up_at: float | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a recovery stands between two L steps: all that it needs to go on.
+
+    Attributes:
+        c_steps: C steps taken.
+        initial: The density at which it began.
+        growth: By how much μ has grown.
+        curves: What was logged, by name: one number per C step.
+        penalty: The penalty of the last L step, in which θ and the multipliers are; only in a checkpoint.
+        learner: The weights, the optimizer and the data's order; only in a checkpoint.
+    """
+
+    c_steps: int = 0
+    initial: float = 1.0
+    growth: float = 1.0
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    penalty: Penalty = field(default_factory=Penalty.none)
+    learner: Snapshot | None = None
+
+    def after(self, growth: float, **logged: float) -> "State":
+        """The state after one more C step and its L step."""
+        curves = {name: (*self.curves.get(name, ()), value) for name, value in logged.items()}
+        return replace(self, c_steps=self.c_steps + 1, growth=self.growth * growth, curves=curves)
+
+    def has_agreed(self, density: float) -> bool:
+        """Whether w and θ were already the same when w was last compressed, to the density that is wanted."""
+        if not self.c_steps:
+            return False
+        return self.curves["lc_density"][-1] == density and self.curves["lc_residual"][-1] <= AGREED
+
+    @classmethod
+    def warm(cls, density: float, model: Weights) -> "State":
+        """The start of a recovery from the state dict of a model that is compressed to ``density`` already."""
+        return cls(initial=density, learner=Snapshot({f"model/{name}": t for name, t in model.items()}, {}))
+
+    def save(self, file: Path | str) -> None:
+        """Writes a checkpoint to a safetensors file."""
+        assert self.learner is not None, "only a checkpoint can be gone on from"
+        tensors = {f"learner/{name}": t for name, t in self.learner.tensors.items()}
+        tensors |= {f"target/{name}": t for name, t in self.penalty.target.items()}
+        tensors |= {f"bound/{name}": t for name, t in self.penalty.bound.items()}
+        numbers = {
+            "c_steps": self.c_steps,
+            "initial": self.initial,
+            "growth": self.growth,
+            "mu": self.penalty.mu,
+            "curves": self.curves,
+            "learner": self.learner.numbers,
+        }
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(contiguous, file, metadata={"state": json.dumps(numbers)})
+
+    @classmethod
+    def load(cls, file: Path | str, device: torch.device | str = "cpu") -> "State":
+        """Reads a checkpoint that `save` wrote."""
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            numbers = json.loads(opened.metadata()["state"])
+            tensors: dict[str, Weights] = {"learner": {}, "target": {}, "bound": {}}
+            for entry in opened.keys():  # noqa: SIM118  # it is no mapping
+                kind, name = entry.split("/", 1)
+                tensors[kind][name] = opened.get_tensor(entry)
+        return cls(
+            numbers["c_steps"],
+            numbers["initial"],
+            numbers["growth"],
+            {name: tuple(values) for name, values in numbers["curves"].items()},
+            Penalty(numbers["mu"], tensors["target"], tensors["bound"]),
+            Snapshot(tensors["learner"], numbers["learner"]),
+        )
