@@ -130,7 +130,7 @@ def test_several_labels_are_learned_judged_and_compressed(tmp_path: Path) -> Non
     dense = task.evaluate(task.model, task.val)
     scheme, recovery = StructPrune(), LearningCompression(epochs=1)
     facts = scheme.analyze(task.model, task.example_input)
-    spec = TrialSpec(1, 0.5, task, scheme, facts, recovery, as_objective("density"), Bound(0.9), dense, seed=0)
+    spec = TrialSpec(1, 0.5, task, scheme, facts, recovery, (as_objective("density"),), Bound(0.9), dense, seed=0)
     trial = run_trial(spec)
     assert trial.model is not None and 0.1 < trial.density <= 0.5
     compressed = task.evaluate(trial.model, task.test)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [file for home in ("autocompress", "schemes", "objectives") for file in sorted((ROOT / home).glob("*.py"))]
+FILES = [
+    file for home in ("autocompress", "schemes", "objectives") for file in sorted((ROOT / home).rglob("*.py"))
+]
 OF_OUR_OWN = {"parcel.py", "testing.py", "testing_tools.py"}  # calls between processes of a study or of a test
 
 

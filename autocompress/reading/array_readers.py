@@ -44,7 +44,10 @@ def read_npz(path: Path, reading: Reading) -> Found:
             continue
         if images is None or labels is None:
             absent = f"{part}_{'images' if images is None else 'labels'}"
-            raise ValueError(f"{path} has no {absent}; it has {', '.join(names) or 'nothing'}")
+            raise ValueError(
+                f"{path} has no {absent}; it has {', '.join(names) or 'nothing'}; save train_images and "
+                "train_labels, and the same of val and test where they are divided already"
+            )
         where = f"{path}: {part}"
         pixels = _pixels_of(images, where)
         parts[part] = Samples(_labels_of(labels, len(pixels), where), pixels)

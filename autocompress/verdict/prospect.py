@@ -39,7 +39,7 @@ def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
     costs = " or cost" if any(one.is_cost for one in nearest.constraints) else ""
     longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
     return (
-        f"Not met: of {len(records)} trials none loses at most {bound}{meeting} on val; the nearest loses "
+        f"Not met: no trial loses at most {bound}{meeting} on val; the nearest loses "
         f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
         f"drop{costs}, {longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
     )
