@@ -263,7 +263,10 @@ def test_two_commands_run_one_study(tmp_path: Path, postgresql: str) -> None:
     second = start(tmp_path, "--resume", "study", "--storage", postgresql)
     said = [process.communicate() for process in (first, second)]
     assert first.returncode in (0, 3) and second.returncode == first.returncode, said
-    answers = [[line for line in out.splitlines() if "trial " in line or "density" in line] for out, _ in said]
+    # Columns are as wide as what each of them measured.
+    answers = [
+        [line.split() for line in out.splitlines() if "trial " in line or "density" in line] for out, _ in said
+    ]
     assert answers[0] == answers[1]
     found = json.loads((tmp_path / "study" / "result.json").read_text())
     assert sorted(trial["number"] for trial in found["trials"]) == [1, 2, 3, 4]
