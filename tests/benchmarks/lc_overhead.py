@@ -22,6 +22,7 @@ from torchvision.models import resnet18
 
 from autocompress import lc
 from autocompress.lc import LearningCompression
+from autocompress.learning import polish
 from autocompress.learning.learner import Penalty
 from autocompress.learning.training import Descent
 from autocompress.scheme import parse_scheme
@@ -62,9 +63,8 @@ def main() -> int:
         (Penalty, "apply"),
         (Descent, "_remember_gradients"),
         (LearningCompression, "constrain"),
-        (lc, "observe"),
-        (lc, "freeze"),
-        (lc, "recalibrate_batchnorm"),
+        *((module, name) for module in (lc, polish) for name in ("observe", "freeze")),
+        (polish, "recalibrate_batchnorm"),
     ):
         clocked(owner, name)
     print(f"{steps} gradient steps, {config.c_steps} C steps; of {budget} and {LearningCompression.c_steps}")
