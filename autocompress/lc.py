@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.learning.learner import Learner, Penalty, Precision
-from autocompress.learning.polish import Hopeless, free_entries, freeze, frozen, polish, score_compressed, settle
+from autocompress.learning.polish import Hopeless, free_entries, freeze, polish, score_compressed, settle
 from autocompress.learning.state import AGREED, Recovered, State
 from autocompress.learning.training import Optimizer, n_steps
 from autocompress.scheme import Facts, Scheme, Theta, Weights, is_hard, observe
@@ -218,8 +218,9 @@ class LearningCompression:
         multipliers = penalty.multipliers(weights) if self.augmented else {}
         theta = c_step(scheme, weights, multipliers, mu, density, facts)
         values = scheme.delta(theta)
-        next_penalty = Penalty.towards(values, free_entries(theta), multipliers, mu)
-        hard = frozen(scheme, theta) if self.score_steps else None
+        free = free_entries(theta)
+        next_penalty = Penalty.towards(values, free, multipliers, mu)
+        hard = Penalty.towards(values, free, {}, math.inf) if self.score_steps else None
         return next_penalty, hard, residual(weights, values, next_penalty.bound)
 
     def n_steps(self, train: Split) -> int:

@@ -1,6 +1,5 @@
 """A study, from the question to the artifact: the whole job in the order in which it happens."""
 
-import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -270,9 +269,9 @@ class Study:
         """Has the end prepared beside the trials where enough of them are to come; never beside what is timed."""
         left_s = (self.settings.trials - len(self.records)) * seconds / self.settings.workers
         if left_s >= WORTH_S and not self.timing and team().size == 1 and (os.cpu_count() or 1) > 1:
-            model = copy.deepcopy(self.task.model).cpu()
+            task = self.task.on("cpu")
             self.aside.start(
-                get_ready, model, self.task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
+                get_ready, task.model, task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
             )
 
     def _remember_run(self) -> None:

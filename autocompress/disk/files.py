@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}"  # of a study, which is the name of its folder
+LONGEST = 150  # characters of a name: file systems take 255 bytes, and others put something after it
+NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST - 1}}}"  # of a study, which is the name of its folder
 LOCK = "lock"  # the file that whoever runs a study holds; in the folder of a trial, whoever runs that
 SEAL = "seal"  # the key of a digest of all the rest: a bit that flips on a disk is noticed
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from autocompress.disk.files import LOCK, NAME, read_json, write_json
+from autocompress.disk.files import LOCK, LONGEST, NAME, read_json, write_json
 from autocompress.formats import weights
 from autocompress.measurement import Measurement
 from autocompress.trial import Start, TrialResult
@@ -253,9 +253,9 @@ def check_name(name: str) -> str:
         ValueError: If it cannot.
     """
     if not re.fullmatch(NAME, name) or name in RESERVED:
-        given = name if len(name) <= 150 else f"{name[:20]}..."
+        given = name if len(name) <= LONGEST else f"{name[:20]}..."
         raise ValueError(
-            f"name={given!r}; use letters, digits, '.', '_' and '-', 1 to 150 of them, "
+            f"name={given!r}; use letters, digits, '.', '_' and '-', 1 to {LONGEST} of them, "
             f"and not {' or '.join(RESERVED)}"
         )
     return name

@@ -70,8 +70,10 @@ class Penalty:
         bound = {name: ~kept for name, kept in support.items()}
         target = {}
         for name, is_bound in bound.items():
-            shift = multipliers[name] / mu if name in multipliers else None
-            point = theta[name] * is_bound if shift is None else shift.add_(theta[name]).mul_(is_bound)
+            if name in multipliers:
+                point = (multipliers[name] / mu).add_(theta[name]).mul_(is_bound)
+            else:
+                point = theta[name] * is_bound
             if point.any():
                 target[name] = point
         return cls(mu, target, bound)

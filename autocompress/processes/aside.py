@@ -44,9 +44,7 @@ class Aside:
         if future is not None:
             try:
                 returned: T = future.result()
-            except (
-                Exception
-            ):  # of the process, of what travels there, or the function's own, which then comes again
+            except Exception:  # of the process, of what travels, or the function's own, which then comes again
                 self.close()
             else:
                 return returned

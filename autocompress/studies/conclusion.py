@@ -265,7 +265,7 @@ class Conclusion:
             task.example_input.cpu(),
             where,
             provenance,
-            dense=copy.deepcopy(task.model).cpu(),
+            dense=task.on("cpu").model,
             formats=formats,
         )
         for name, reason in exported.refused.items():
