@@ -1,8 +1,8 @@
 """The deployable artifact: files that run without autocompress.
 
 ``model.pt2`` needs torch alone, ``model.onnx`` ONNX Runtime alone; both take any batch size. On request there is
-``model.pte`` for ExecuTorch. Each is run in a fresh process and is offered only if it answers as the model does.
-Beside them lies what gives the module itself back, see `autocompress.formats.bundle`.
+``model.pte`` for ExecuTorch. Beside them lies what gives the module itself back, see
+`autocompress.formats.bundle`. Each is run in a fresh process and is offered only if it answers as the model does.
 """
 
 import copy
@@ -21,7 +21,7 @@ from autocompress.formats import bundle
 from autocompress.formats.bundle import Provenance, dtype_name
 from autocompress.formats.executorch_export import MAX_BATCH, check_executorch, write_pte
 from autocompress.formats.onnx_export import quietly, weight_dtype, write_onnx
-from autocompress.formats.parity import Arrays, FreshProcess, reason
+from autocompress.formats.parity import Arrays, FreshProcess, Undelivered, reason
 from autocompress.networks.deployed import deployed
 
 FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "executorch": "model.pte", "safetensors": bundle.WEIGHTS}
@@ -39,12 +39,14 @@ class Artifact:
         path: The file.
         size_bytes: Its size on disk.
         max_error: The largest difference of a logit from the model's, relative to the largest logit.
+        not_fresh: Why it was checked in the process that wrote it, in one line; empty where a fresh one did.
     """
 
     format: str
     path: Path
     size_bytes: int
     max_error: float
+    not_fresh: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,22 @@ def export(
         probes = _probes(example_input.detach().cpu())
         with torch.inference_mode():
             expected = [stored(x).float().numpy() for x in probes]
-        errors = _write_all(stored, probes, expected, staging, provenance, dense, formats)
+        answers, not_fresh = _write_all(stored, probes, staging, provenance, dense, formats)
+        # Without answers it is what `bundle.save` has compared: its weights.
+        errors = {"safetensors": 0.0} | {name: _error(found, expected) for name, found in answers.items()}
         refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
         integers = weight_dtype(stored) == torch.int8
-        readme = _readme(errors, probes[0], expected[0].shape[-1], provenance, refused, integers)
+        readme = _readme(errors, probes[0], expected[0].shape[-1], provenance, refused, integers, not_fresh)
         (staging / "README.md").write_text(readme, encoding="utf-8")
         _publish(staging, directory, [name for name in errors if name not in refused])
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     paths = {name: directory / FILES[name] for name in FILES if name in errors and name not in refused}
     return Export(
-        tuple(Artifact(name, path, path.stat().st_size, float(errors[name])) for name, path in paths.items()),
+        tuple(
+            Artifact(name, path, path.stat().st_size, float(errors[name]), not_fresh.get(name, ""))
+            for name, path in paths.items()
+        ),
         refused,
     )
 
@@ -171,13 +178,17 @@ def _probes(example: Tensor) -> list[Tensor]:
 def _write_all(
     model: nn.Module,
     probes: Sequence[Tensor],
-    expected: Arrays,
     folder: Path,
     provenance: Provenance,
     dense: nn.Module | None,
     formats: Sequence[str],
-) -> dict[str, float | str]:
-    """Writes every format into ``folder``; for each its error against the model, or why there is none."""
+) -> tuple[dict[str, Arrays | str], dict[str, str]]:
+    """Writes every format into ``folder`` and has it run.
+
+    Returns:
+        The answers of each, or why there are none, and `Artifact.not_fresh` by format. Without ``dense`` there are
+        no answers of ``model.safetensors``.
+    """
     # Zeros: exporters may store the input that they trace with, and the data is not ours to ship.
     traced = torch.zeros_like(probes[-1])
     # A copy, as the caller's is stored beside it, in the layout that exporters know best.
@@ -185,38 +196,51 @@ def _write_all(
     writers: dict[str, Callable[[Path], None]] = {
         "pt2": lambda path: _write_pt2(runs, traced, path),
         "onnx": lambda path: write_onnx(runs, traced, path),
-        "safetensors": lambda path: bundle.save(model, probes[0], path.parent, provenance),
     }
     if "executorch" in formats:
         writers["executorch"] = lambda path: write_pte(runs, traced, path)
-    failed: dict[str, float | str] = {}
-    with FreshProcess(folder, [x.numpy() for x in probes]) as elsewhere:
+    # The last: it is loaded with autocompress, and the others must be known to run without.
+    writers["safetensors"] = lambda path: bundle.save(model, probes[0], path.parent, provenance)
+    inputs = [x.numpy() for x in probes]
+    answers: dict[str, Arrays | str] = {}
+    not_fresh: dict[str, str] = {}
+    with FreshProcess(folder, inputs) as elsewhere:
         for done, (name, write) in enumerate(writers.items()):
             progress.report(done / (len(writers) + 1))  # the other process comes last
             try:
                 with quietly():
                     write(folder / FILES[name])
             except Exception as error:  # an exporter may raise anything; it costs this one format
-                failed[name] = reason(error)
+                answers[name] = reason(error)
             else:
                 if name != "safetensors":
                     elsewhere.start(name, folder / FILES[name])
         progress.report(len(writers) / (len(writers) + 1))
-        answers = elsewhere.finish([name for name in writers if name not in (*failed, "safetensors")])
-    errors = {name: _error(found, expected) for name, found in answers.items()}
-    if "safetensors" not in failed:  # `bundle.save` has compared the weights
-        errors["safetensors"] = 0.0 if dense is None else _error(_rebuilt(folder, dense, probes), expected)
-    return failed | errors
+        answers |= elsewhere.finish([name for name in writers if name not in (*answers, "safetensors")])
+        if dense is not None and "safetensors" not in answers:
+            answers["safetensors"], why_here = _rebuilt(elsewhere, folder, provenance, dense, inputs)
+            not_fresh |= {"safetensors": why_here} if why_here else {}
+    return answers, not_fresh
 
 
-def _rebuilt(folder: Path, dense: nn.Module, probes: Sequence[Tensor]) -> Arrays | str:
-    """What the module answers that `autocompress.formats.bundle.load` makes of what was written."""
+def _rebuilt(
+    elsewhere: FreshProcess, folder: Path, provenance: Provenance, dense: nn.Module, inputs: Arrays
+) -> tuple[Arrays | str, str]:
+    """What the module rebuilt from ``folder`` answers; why it was not in the fresh process, if it was here."""
     try:
-        model = bundle.load(folder, dense)
-    except ValueError as error:
-        return str(error)
-    with torch.inference_mode():
-        return [model(x).float().numpy() for x in probes]
+        call = bundle.checking_call(folder, provenance, dense)
+    except Exception as error:  # whatever a user's object raises that cannot be pickled
+        why_here = reason(error)
+    else:
+        elsewhere.start_call("safetensors", call)
+        answer = elsewhere.finish(["safetensors"])["safetensors"]
+        if not isinstance(answer, Undelivered):
+            return answer, ""
+        why_here = str(answer)
+    try:
+        return bundle.answers_of(folder, dense, (), inputs), why_here
+    except Exception as error:
+        return reason(error), why_here
 
 
 def _write_pt2(model: nn.Module, batch: Tensor, path: Path) -> None:
@@ -293,6 +317,8 @@ REBUILD = """With autocompress, as a module to train or measure further: `autoco
 `model.safetensors` and `plan.json`. `model` is any instance of the dense architecture; leave it out where
 `plan.json` names an architecture.
 """
+NOT_FRESH = """`{file}` was checked in the process that wrote it, not in a fresh one: {reason}
+"""
 INTEGERS = """`model.onnx` computes in 8-bit integers: it is the file to deploy. The others store the same
 integers and compute in float32 what they give, slower than the dense model. On x86 processors without VNNI,
 ONNX Runtime adds up in 16 bits, which can saturate: check it there, or compress with `Quantize8(bits=7)`.
@@ -314,6 +340,7 @@ def _readme(
     provenance: Provenance,
     refused: Mapping[str, str],
     integers: bool,
+    not_fresh: Mapping[str, str],
 ) -> str:
     """How to run what is there, and why the rest of ``formats`` is not."""
     shape, dtype = tuple(sample.shape), dtype_name(sample.dtype)
@@ -323,6 +350,8 @@ def _readme(
             parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n")
         elif name in formats:
             parts.append(text.format(shape=shape, dtype=dtype, max_batch=MAX_BATCH))
+            if name in not_fresh:
+                parts.append(NOT_FRESH.format(file=FILES[name], reason=not_fresh[name]))
     if integers and "onnx" not in refused:
         parts.append(INTEGERS)
     parts.append(

@@ -6,6 +6,7 @@ positive.
 """
 
 import difflib
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,6 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
-from scipy.stats import rankdata
-from sklearn import metrics as sk
 
 from autocompress.plugins import load_from_file
 
@@ -90,14 +89,20 @@ def _is_correct(targets: Targets, outputs: Outputs) -> NDArray[np.bool_]:
     return np.asarray(right.all(axis=1) if right.ndim == 2 else right)
 
 
+def _sk(score: str) -> Callable[..., Any]:
+    """A score of scikit-learn's, which takes a second to import: whoever loads a model scores nothing."""
+    found: Callable[..., Any] = getattr(importlib.import_module("sklearn.metrics"), score)
+    return found
+
+
 def _accuracy(targets: Targets, outputs: Outputs) -> float:
-    return float(sk.accuracy_score(targets, decisions(targets, outputs)))
+    return float(_sk("accuracy_score")(targets, decisions(targets, outputs)))
 
 
 def _balanced_accuracy(targets: Targets, outputs: Outputs) -> float:
     if targets.ndim == 2:
         return (_sensitivity(targets, outputs) + _specificity(targets, outputs)) / 2
-    return float(sk.balanced_accuracy_score(targets, decisions(targets, outputs)))
+    return float(_sk("balanced_accuracy_score")(targets, decisions(targets, outputs)))
 
 
 def confusions(targets: Targets, outputs: Outputs) -> NDArray[np.int64]:
@@ -144,7 +149,7 @@ def _precision(targets: Targets, outputs: Outputs) -> float:
 
 
 def _f1(targets: Targets, outputs: Outputs) -> float:
-    return float(sk.f1_score(targets, decisions(targets, outputs), average="macro", zero_division=0))
+    return float(_sk("f1_score")(targets, decisions(targets, outputs), average="macro", zero_division=0))
 
 
 def _kappa(targets: Targets, outputs: Outputs) -> float:
@@ -157,7 +162,7 @@ def _kappa(targets: Targets, outputs: Outputs) -> float:
 def _cohen(targets: Targets, found: Targets) -> float:
     if len(np.union1d(targets, found)) == 1:  # 0 / 0: nothing but agreement
         return 1.0
-    return float(sk.cohen_kappa_score(targets, found))
+    return float(_sk("cohen_kappa_score")(targets, found))
 
 
 def _macro(binary: Binary, targets: Targets, outputs: Outputs) -> float:
@@ -177,9 +182,15 @@ def _macro(binary: Binary, targets: Targets, outputs: Outputs) -> float:
 
 def _auc(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
     """The Mann-Whitney statistic over its maximum, which is the area under the ROC curve; ties count half."""
+    from scipy.stats import rankdata  # takes a second to import, as `_sk`
+
     n_class = int(is_class.sum())
     wins = rankdata(score)[is_class].sum() - n_class * (n_class + 1) / 2
     return float(wins / (n_class * (len(score) - n_class)))
+
+
+def _average_precision(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
+    return float(_sk("average_precision_score")(is_class, score))
 
 
 def _log_loss(targets: Targets, outputs: Outputs) -> float:
@@ -217,7 +228,7 @@ METRICS = {
         Metric("auc", partial(_macro, _auc), description="Area under the ROC curve; macro, one-vs-rest."),
         Metric(
             "average_precision",
-            partial(_macro, sk.average_precision_score),
+            partial(_macro, _average_precision),
             description="Area under the precision-recall curve; macro, one-vs-rest.",
         ),
         Metric("sensitivity", _sensitivity, description="Recall of the second of two classes; macro for more."),

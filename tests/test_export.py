@@ -1,15 +1,18 @@
 import copy
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
+import types
 import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import cloudpickle
 import numpy as np
 import onnx
 import onnxruntime
@@ -64,6 +67,7 @@ class HalvesHidden:
 
     takes_density: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
+    only_in: ClassVar[int | None] = None  # the process that gets one neuron more than the plan names
 
     def analyze(self, model, example_input):
         assert model(example_input).shape == (1, 3)
@@ -79,7 +83,7 @@ class HalvesHidden:
 
     def realize(self, model, theta, facts):
         model = copy.deepcopy(model)
-        kept = theta.plan["kept"]
+        kept = theta.plan["kept"] + [1] * (self.only_in == os.getpid())
         hidden, out = nn.Linear(16, len(kept)), nn.Linear(len(kept), 3)
         hidden.weight.data, hidden.bias.data = model[1].weight.data[kept], model[1].bias.data[kept]
         out.weight.data, out.bias.data = model[3].weight.data[:, kept], model[3].bias.data
@@ -87,6 +91,7 @@ class HalvesHidden:
         return model
 
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as a script's; pytest alone can import it
 PROVENANCE = Provenance("HalvesHidden", {"kept": [0, 2, 5]}, 0.5, "toy")
 IMAGE = torch.linspace(-1, 2, 64).reshape(1, 1, 8, 8)
 FRESH = "import sys; sys.modules['autocompress'] = None; exec(sys.stdin.read())"
@@ -270,16 +275,31 @@ def test_a_format_that_fails_is_refused_with_a_reason_and_leaves_no_file(tmp_pat
     assert logging.root.manager.disable == 0
 
 
-def test_a_module_that_cannot_be_rebuilt_as_it_was_is_refused(tmp_path):
+def test_a_module_that_only_this_process_can_rebuild_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(HalvesHidden, "only_in", os.getpid())
     image, dense = torch.randn(1, 1, 4, 4), mlp().eval()
-    narrow = HalvesHidden().realize(dense, Theta({}, {}, 3, PROVENANCE.plan), None).eval()
-    rebuilt = export(narrow, image, tmp_path, PROVENANCE, dense=mlp())
-    assert rebuilt.refused == {} and offered(rebuilt)["safetensors"].max_error == 0
-    wider = replace(PROVENANCE, plan={"kept": [0, 1]})
-    refused = export(narrow, image, tmp_path, wider, dense=mlp())
-    assert "must have the architecture" in refused.refused["safetensors"]
+    narrow = HalvesHidden().realize(dense, Theta({}, {}, 3, PROVENANCE.plan), None)
+    result = export(narrow, image, tmp_path, PROVENANCE, dense=dense)
+    assert "must have the architecture" in result.refused["safetensors"]
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "plan.json").exists()
-    assert list(offered(refused)) == ["pt2", "onnx"]
+    assert list(offered(result)) == ["pt2", "onnx"]
+
+
+def test_an_architecture_that_cannot_be_sent_is_rebuilt_here_and_the_readme_says_so(tmp_path, monkeypatch):
+    generated = types.ModuleType("generated")
+    exec("import torch\nclass Net(torch.nn.Sequential): pass", generated.__dict__)
+    monkeypatch.setitem(sys.modules, "generated", generated)
+    dense = generated.Net(*mlp())
+    result = export(saved(tmp_path), torch.zeros(1, 1, 4, 4), tmp_path, PROVENANCE, dense=dense)
+    assert result.refused == {} and offered(result)["safetensors"].max_error == 0
+    why = "ModuleNotFoundError: No module named 'generated'"
+    assert {name: one.not_fresh for name, one in offered(result).items()} == {
+        **{"pt2": "", "onnx": "", "safetensors": why}
+    }
+    assert (
+        f"was checked in the process that wrote it, not in a fresh one: {why}"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
 def test_a_file_that_answers_otherwise_is_refused(tmp_path, monkeypatch):

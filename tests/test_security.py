@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 FILES = [
     file for home in ("autocompress", "schemes", "objectives") for file in sorted((ROOT / home).rglob("*.py"))
 ]
-OF_OUR_OWN = {"parcel.py", "testing.py", "testing_tools.py"}  # calls between processes of a study or of a test
+# Calls between processes of a study or of a test.
+OF_OUR_OWN = {"parcel.py", "parity.py", "testing.py", "testing_tools.py"}
 
 
 def dangers(source: str) -> Iterator[str]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.formats import weights
-from autocompress.formats.parity import reason
-from autocompress.scheme import Facts, Scheme, Theta, Weights, parse_scheme
+from autocompress.formats.parity import Arrays, reason
+from autocompress.processes.parcel import pack
+from autocompress.scheme import Facts, Scheme, Theta, Weights, parse_scheme, parts_of, register_scheme
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 PLAN_FORMAT = 1
@@ -152,6 +153,42 @@ def rebuild(
     realized = scheme.realize(dense, Theta(values={}, support={}, kept=kept, plan=plan), facts)
     realized.load_state_dict(state)
     return realized.eval()
+
+
+def checking_call(directory: Path, provenance: Provenance, dense: nn.Module) -> bytes:
+    """`answers_of` what was saved, for a fresh process: the function and all but its last argument, pickled.
+
+    Raises:
+        Exception: Whatever an object of the user's raises that cannot be pickled.
+    """
+    schemes = [type(part) for part in parts_of(parse_scheme(provenance.scheme))]
+    # What can be made by its name must be: whoever loads it later has no other.
+    model = dense if provenance.architecture is None else None
+    return pack((answers_of, (directory, model, schemes)))
+
+
+def answers_of(
+    directory: Path, model: nn.Module | None, schemes: Sequence[type[Scheme]], inputs: Arrays
+) -> Arrays:
+    """What the module of `load` gives for the inputs, an array for each.
+
+    Args:
+        directory: As for `load`.
+        model: As for `load`.
+        schemes: What the scheme is made of: those of a script are registered nowhere else.
+        inputs: Batches.
+
+    Raises:
+        ValueError: As `load`.
+    """
+    for scheme in schemes:
+        register_scheme(scheme)
+    try:
+        loaded = load(directory, model)
+    except ValueError as error:
+        raise ValueError(str(error)) from None  # what it says is more to the point than what caused it
+    with torch.inference_mode():
+        return [loaded(torch.from_numpy(x)).float().numpy() for x in inputs]
 
 
 def _known_architecture(description: str | Mapping[str, Any] | None, directory: Path) -> nn.Module:

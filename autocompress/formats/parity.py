@@ -2,17 +2,19 @@
 
 An exported file is worth offering only if it gives the same answers where it will be used: with torch or ONNX
 Runtime alone. So a second Python loads it and runs it. That Python runs this very file as a script, by its
-path, and the name autocompress is blocked in it.
+path, and the name autocompress is blocked in it. What needs autocompress is called there when the others are done.
 """
 
 import contextlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self, TypeAlias
 
@@ -20,11 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Arrays: TypeAlias = list[NDArray[Any]]
+Run: TypeAlias = Callable[[Arrays], Arrays]
 
 TIMEOUT_S = 300.0
+ENDINGS = ANSWERS, ERROR, UNDELIVERED = ".npz", ".error", ".undelivered"  # of the files that come back
 
 # ONNX Runtime's telemetry would leave files in the home directory; its import reads either name.
 NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
+
+
+class Undelivered(str):
+    """Why a call was not made: what it is made of cannot be made again in a fresh process."""
 
 
 class FreshProcess:
@@ -57,6 +65,15 @@ class FreshProcess:
         """Has ``file`` loaded and run on the inputs; returns at once."""
         self._say([format, str(file)])
 
+    def start_call(self, format: str, call: bytes) -> None:
+        """Has a pickled ``(function, arguments)`` called with the inputs, which are its last argument.
+
+        The function may use autocompress and whatever can be imported here. So it comes last: what is started
+        after it is not known to run without.
+        """
+        (self._folder / f"{format}.call").write_bytes(call)
+        self._say({"format": format, "path": sys.path})
+
     def _say(self, what: object) -> None:
         assert self._process.stdin is not None
         # A process that has died is reported by `finish`, with what it said last.
@@ -85,7 +102,7 @@ class FreshProcess:
         end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
             ended = self._process.poll() is not None  # asked first: it may answer just before
-            if all(any(self._folder.glob(f"{format}.[en]*")) for format in formats):  # .error or .npz
+            if all(any((self._folder / f"{format}{end}").exists() for end in ENDINGS) for format in formats):
                 return True
             if ended:
                 break
@@ -93,10 +110,11 @@ class FreshProcess:
         return False
 
     def _outcome(self, format: str, lost: str) -> Arrays | str:
-        if (answers := self._folder / f"{format}.npz").exists():
+        if (answers := self._folder / f"{format}{ANSWERS}").exists():
             return load_arrays(answers)
-        if (error := self._folder / f"{format}.error").exists():
-            return error.read_text(encoding="utf-8")
+        for ending, kind in ((ERROR, str), (UNDELIVERED, Undelivered)):
+            if (said := self._folder / f"{format}{ending}").exists():
+                return kind(said.read_text(encoding="utf-8"))
         return lost
 
 
@@ -117,10 +135,10 @@ def _started() -> tuple[subprocess.Popen[str], IO[bytes]]:
 
 def save_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
     """Writes arrays to an .npz file that appears only when it is complete."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    unfinished = path.with_suffix(".partial")
+    with unfinished.open("wb") as file:
         np.savez(file, *arrays)
-    partial.replace(path)
+    unfinished.replace(path)
 
 
 def load_arrays(path: Path) -> Arrays:
@@ -176,24 +194,48 @@ RUNNERS: Mapping[str, Callable[[Path, Arrays], Arrays]] = {
 }
 
 
+def received(call: Path, path: list[str]) -> Run:
+    """The call in a file, from here on with autocompress and with this module search path."""
+    sys.modules.pop("autocompress", None)
+    sys.path[:] = path
+    function, arguments = pickle.loads(call.read_bytes())
+    return partial(function, *arguments)
+
+
 def main() -> None:
-    """The fresh process: on stdin a folder, then one ``[format, path]`` a line, and again until it closes."""
+    """The fresh process: on stdin a folder, then one file or call a line, and again until it closes."""
     import onnxruntime  # noqa: F401  imported while there is nothing to do yet
     import torch.export  # noqa: F401
 
     for line in sys.stdin:
-        said = json.loads(line)
-        if isinstance(said, str):
-            folder = Path(said)
-            inputs = load_arrays(folder / "inputs.npz")
-            continue
-        format, file = said
-        try:
-            save_arrays(folder / f"{format}.npz", RUNNERS[format](Path(file), inputs))
-        except Exception as error:  # whatever a runtime raises is the answer that was asked for
-            partial = folder / f"{format}.partial"
-            partial.write_text(reason(error), encoding="utf-8")
-            partial.replace(folder / f"{format}.error")
+        match json.loads(line):
+            case str(said):
+                folder = Path(said)
+                inputs = load_arrays(folder / "inputs.npz")
+            case [format, file]:
+                answer(folder / format, partial(RUNNERS[format], Path(file)), inputs)
+            case {"format": format, "path": path}:
+                try:
+                    run = received(folder / f"{format}.call", path)
+                except Exception as error:  # whatever the modules raise that it needs
+                    write_reason(folder / f"{format}{UNDELIVERED}", error)
+                else:
+                    answer(folder / format, run, inputs)
+
+
+def answer(name: Path, run: Run, inputs: Arrays) -> None:
+    """Writes what it gives for the inputs, or why it gives nothing."""
+    try:
+        save_arrays(name.with_suffix(ANSWERS), run(inputs))
+    except Exception as error:  # whatever a runtime raises is the answer that was asked for
+        write_reason(name.with_suffix(ERROR), error)
+
+
+def write_reason(path: Path, error: Exception) -> None:
+    """Writes `reason` to a file that appears only when it is complete."""
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(reason(error), encoding="utf-8")
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

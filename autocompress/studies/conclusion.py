@@ -270,6 +270,9 @@ class Conclusion:
         )
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
+        for one in exported.artifacts:
+            if one.not_fresh:
+                self.watcher.warned(f"{one.path.name} was not checked in a fresh process: {one.not_fresh}")
         return exported
 
 
