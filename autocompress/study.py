@@ -101,6 +101,7 @@ class Study:
             settings.trials,
             settings.timeout_s,
             tolerance=settings.tolerance,
+            workers=self.workplace.size,
             steps=n_steps(task.train, settings.epochs_total) if settings.epochs_total else None,
         )
         dense_values = [objective(self.dense_cost) for objective in settings.objectives]
@@ -119,8 +120,7 @@ class Study:
             self.workplace.open(vars(any_spec)) as executor,
             gentle_interrupt(self.watcher.warned) as asked_to_stop,
         ):
-            plan = replace(self.plan, workers=executor.size)
-            stopped = run_search(self.study, plan, self._spec, executor, self.folder, self, asked_to_stop)
+            stopped = run_search(self.study, self.plan, self._spec, executor, self.folder, self, asked_to_stop)
         with self.folder.turn():  # who shares the study concludes after this one, or has done so
             for result in adopt(self.study, settings.bound, self.folder):  # of one that died, or of Ctrl-C
                 self.trial(result)
@@ -157,6 +157,7 @@ class Study:
 
     def _report_beginning(self, dense_value: float) -> None:
         settings, identity = self.settings, self.settings.identity(self.task)
+        shared = self.workplace.notes if self.timing else ()
         missed = tuple(one.warning for one in self.dense_checked if not one.met and not one.is_cost)
         self.watcher.began(
             Beginning(
@@ -167,7 +168,15 @@ class Study:
                 dense=self.dense_cost,
                 dense_score=self.dense.score,
                 low=self.space.low,
-                notes=(*self.task.notes, *self.notes, *team().notes, *missed, *prospect(settings, self.task)),
+                notes=(
+                    *self.task.notes,
+                    *self.notes,
+                    *team().notes,
+                    *shared,
+                    *missed,
+                    *prospect(settings, self.task),
+                ),
+                workers=self.workplace.size,
             )
         )
         asked = read_json(self.folder.settings_file)
@@ -267,7 +276,7 @@ class Study:
 
     def _look_ahead(self, seconds: float) -> None:
         """Has the end prepared beside the trials where enough of them are to come; never beside what is timed."""
-        left_s = (self.settings.trials - len(self.records)) * seconds / self.settings.workers
+        left_s = (self.settings.trials - len(self.records)) * seconds / self.workplace.size
         if left_s >= WORTH_S and not self.timing and team().size == 1 and (os.cpu_count() or 1) > 1:
             task = self.task.on("cpu")
             self.aside.start(

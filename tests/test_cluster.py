@@ -42,16 +42,24 @@ def cluster() -> Iterator[Any]:
         yield cluster
 
 
-def found(result: ac.Result) -> list[tuple[int, float, float, float]]:
-    return sorted((r.number, r.density_asked, r.density, r.score) for r in result.records)
+def found(result: ac.Result) -> list[tuple[Any, ...]]:
+    """All that a trial came to but what is timed."""
+    return sorted(
+        (r.number, r.density_asked, r.density, r.score, r.values, r.feasible, *(one.met for one in r.constraints))
+        for r in result.records
+    )
 
 
 def test_a_cluster_finds_what_the_pool_and_this_process_find(
     cluster: Any, tiny_task: Task, tmp_path: Path
 ) -> None:
-    """The grid does not look at results, so that their order changes nothing."""
+    """With an objective in a file that workers do not have; the grid looks at no result, whatever their order."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def weight(measurement):\n    return 3 * measurement.size_bytes\n")
     asked: dict[str, Any] = {
-        "max_drop": 0.3,
+        "max_drop": 0.5,
+        "objective": ["density", f"{mine}:weight"],
+        "constraints": ["size<=2.5kB", "latency<=5s", "f1>=0.1"],
         "sampler": "grid",
         "trials": 4,
         "recovery": LearningCompression(epochs=2, c_steps=2, lr=0.05),
@@ -61,8 +69,29 @@ def test_a_cluster_finds_what_the_pool_and_this_process_find(
     pool = ac.tune(tiny_task, out=tmp_path / "pool", workers=2, **asked)
     there = ac.tune(tiny_task, out=tmp_path / "there", cluster=cluster.scheduler_address, **asked)
     assert found(here) == found(pool) == found(there)
+    assert {r.feasible for r in here.records} == {True, False}
     assert here.answer == pool.answer == there.answer is not None
+    assert here.front == pool.front == there.front
     assert here.scores == pool.scores == there.scores
+
+
+def test_a_sampler_that_looks_at_results_copes_with_those_of_a_cluster(
+    cluster: Any, tiny_task: Task, tmp_path: Path
+) -> None:
+    """A model of several objectives and their limits, while another trial runs."""
+    result = ac.tune(
+        tiny_task,
+        max_drop=0.5,
+        objective=["size", "macs"],
+        constraints=["size<=2.5kB"],
+        trials=8,
+        recovery=LearningCompression(epochs=1, c_steps=2, lr=0.05),
+        device="cpu",
+        out=tmp_path,
+        cluster=cluster.scheduler_address,
+    )
+    assert len(result.records) == 8 and not result.failures
+    assert result.answer in result.front
 
 
 def test_a_worker_that_dies_costs_its_trial_at_most(

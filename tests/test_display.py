@@ -19,6 +19,7 @@ from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Beginning
 from autocompress.terminal.display import Display, Footer
 from autocompress.trial import Bound, TrialResult
+from autocompress.verdict.constraint import Checked
 
 LATENCY = (Latency(1, 0.25, 0.4, 100), Latency(32, 0.8, 5.0, 40))
 HALF = (Latency(1, 0.125, 0.2, 100), Latency(32, 0.4, 2.5, 40))
@@ -135,6 +136,17 @@ def test_the_time_left_is_never_more_than_the_timeout():
     (line,) = [line for line in printed(console).splitlines() if line.startswith("trial  1  density")]
     assert "best none yet" in line
     assert float(re.search(r"at most (\d+) s left", line)[1]) <= 3
+
+
+def test_the_time_left_is_shared_by_all_that_run_at_a_time_and_what_is_named_twice_is_shown_once():
+    console, asked = plain(), beginning()
+    size = Objective("size", lambda m: m.size_bytes, unit="bytes")
+    settings = replace(asked.settings, objectives=(*asked.settings.objectives, size))
+    checked = Checked("size<=2kB", 1000.0, 0.0, -0.7, unit="bytes", is_cost=True)
+    with Display(console) as display:
+        display.began(replace(asked, settings=settings, workers=4))
+        display.trial(replace(trial(1), values=(0.25, 1000.0), constraints=(checked,)), None, None)
+    assert "at most 2 s left  density 0.2500, size 1.0 kB\n" in printed(console)
 
 
 def test_no_line_is_wrapped_however_narrow_the_console_is():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -20,6 +21,8 @@ from autocompress.goal import as_objective
 from autocompress.plugins import load_from_file
 from autocompress.processes.parcel import opened, pack, pack_shared, run_packed, unpack, unpack_shared
 from autocompress.processes.workers import LocalWorkers, Remote
+from autocompress.processes.workplace import Workplace
+from autocompress.studies.settings import Settings
 from autocompress.trial import TrialResult, TrialSpec, run_trial
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -186,6 +189,18 @@ def test_workers_end_with_a_coordinator_that_is_killed_and_need_no_main_guard(tm
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(pid)
+
+
+def test_times_that_trials_take_from_each_other_are_said(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+
+    def notes(**asked: Any) -> tuple[str, ...]:
+        return Workplace(Settings((spec.scheme,), spec.bound, spec.objectives, **asked), spec.task).notes
+
+    assert notes(workers=2)[0].startswith(
+        "2 trials at a time share one machine: what they measure of time is longer"
+    )
+    assert notes() == notes(workers=2, profile_device="cuda") == ()
 
 
 def test_gpus_are_named_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import threading
 import uuid
 from concurrent.futures import BrokenExecutor, CancelledError
 from importlib.metadata import version
+from typing import Any
 
 from distributed import Client, KilledWorker, Worker, WorkerPlugin
 
@@ -37,18 +38,19 @@ class ClusterWorkers:
                 "scheduler, and on each machine: dask worker tcp://SCHEDULER:8786 --nthreads 1"
             ) from error
         try:
-            resources = self._resources()
+            joined = self._joined()
         except BaseException:
             self._client.close()
             raise
-        gpus = sum(int(one.get("GPU", 0)) for one in resources)
-        self.size = gpus or len(resources)
+        gpus = sum(int(one["resources"].get("GPU", 0)) for one in joined)
+        self.size = gpus or len(joined)
+        self.hosts = len({one["host"] for one in joined})
         self.device = "cuda" if gpus else "cpu"
         self._executor = self._client.get_executor(pure=False, resources={"GPU": 1} if gpus else None)
         self._name = f"autocompress-{uuid.uuid4().hex}"
         self._opened = self._closed = False
 
-    def _resources(self) -> list[dict[str, float]]:
+    def _joined(self) -> list[dict[str, Any]]:
         """What each worker has declared, once they are known to understand what they will be sent."""
         try:
             self._client.wait_for_workers(1, timeout=WAIT_FOR_WORKERS_S)
@@ -70,8 +72,7 @@ class ClusterWorkers:
                     f"the worker {worker} has {pairs(*versions)}, and this process {pairs(*_versions())}; install "
                     "the same there"
                 )
-        known = self._client.scheduler_info(n_workers=-1)["workers"]
-        return [worker["resources"] for worker in known.values()]
+        return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
 
     def open(self, payload: bytes) -> None:
         """Sends what all calls share to each worker, once."""

@@ -25,8 +25,6 @@ ATTEMPTS = 2  # a call whose process died is put back once
 class InProcess(Executor):
     """An executor that runs each call at once, in this process."""
 
-    size = 1
-
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Runs the call; Ctrl-C is not caught."""
         future: Future[T] = Future()
@@ -64,7 +62,7 @@ class Remote(Executor):
     """
 
     def __init__(self, workers: Workers, shared: Sequence[object]) -> None:
-        self._workers, self._shared, self.size = workers, shared, workers.size
+        self._workers, self._shared = workers, shared
         self._threads = ThreadPoolExecutor(workers.size, thread_name_prefix="trial")
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":

@@ -25,6 +25,7 @@ class Workplace:
     Attributes:
         task: The task as the trials get it.
         device: On which they run.
+        size: How many at a time.
 
     Raises:
         ValueError: If the cluster cannot be used.
@@ -34,8 +35,21 @@ class Workplace:
         self._settings = settings
         self._cluster = connect(settings.cluster) if settings.cluster else None
         self.device = self._cluster.device if self._cluster else settings.device
+        self.size = self._cluster.size if self._cluster else settings.workers
+        self._hosts = self._cluster.hosts if self._cluster else 1
         self._is_here = self._cluster is None and settings.workers == 1
         self.task = task if self._is_here else task.on("cpu")  # each worker has a device of its own
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the times that trials measure: one sentence or none."""
+        if self.size <= self._hosts or (self._settings.profile_device or self.device) != "cpu":
+            return ()
+        where = "one machine" if self._hosts == 1 else f"{self._hosts} machines"
+        return (
+            f"{self.size} trials at a time share {where}: what they measure of time is longer for it, and varies "
+            "more; the answer is measured alone in the end",
+        )
 
     def open(self, example: Mapping[str, object]) -> InProcess | Remote:
         """Where to submit trials.
@@ -52,10 +66,9 @@ class Workplace:
         if self._cluster is not None:
             self._cluster.open(payload)
             return self._cluster
-        size = self._settings.workers
         gpus = visible_gpus() if self.device != "cpu" else []
-        threads = max(1, torch.get_num_threads() // size)
-        return LocalWorkers(size, payload, threads=threads, gpus=gpus)
+        threads = max(1, torch.get_num_threads() // self.size)
+        return LocalWorkers(self.size, payload, threads=threads, gpus=gpus)
 
     def close(self) -> None:
         """Lets the cluster go."""

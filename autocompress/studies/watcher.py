@@ -24,6 +24,7 @@ class Beginning:
         dense_score: Its score on val.
         low: The lowest density that the search may propose.
         notes: What the scheme had to leave out, and what the test data can certify.
+        workers: How many trials run at a time.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Beginning:
     dense_score: float
     low: float
     notes: tuple[str, ...]
+    workers: int = 1
 
 
 class Watcher(Protocol):

@@ -103,7 +103,7 @@ class Display:
                 result.standing,
                 f"{result.seconds:.1f}",
                 f"{best.density:.4f}" if best else "none yet",
-                ", ".join([*self._values(result), *(one.shown for one in result.constraints)]),
+                ", ".join(dict.fromkeys([*self._values(result), *(one.shown for one in result.constraints)])),
                 in_words(result.params),
             )
         )
@@ -142,7 +142,8 @@ class Display:
     def _seconds_left(self) -> float:
         assert self._beginning is not None
         settings, done = self._beginning.settings, len(self._rows)
-        left = max(0, settings.trials - done) * sum(self._seconds) / max(1, len(self._seconds)) / settings.workers
+        each = sum(self._seconds) / max(1, len(self._seconds)) / self._beginning.workers
+        left = max(0, settings.trials - done) * each
         if settings.timeout_s:
             left = min(left, max(0.0, settings.timeout_s - (time.monotonic() - self._began_at)))
         return left
