@@ -10,18 +10,27 @@ steps (all trials, the answer's among them), and the density of its answer over 
   twenty it takes the luckiest.
 
 The goal: a share of at most 0.125, and a median density of at most 1.15 times the oracle's. Exit status 1 if not.
+
+At the end stands what any search could have known: how steeply the drop of the grids' trials rises around the
+threshold, how they scatter about that, and so how much denser than the threshold an answer must be that is within
+the bound with 90% probability after as many trials, had all been at the threshold and the slope been known.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 import autocompress as ac
 
 MAX_SHARE, MAX_RATIO = 0.125, 1.15
 GRID = {"sampler": "grid", "trials": 20}
+AROUND = (0.01, 0.1)  # densities, the threshold of one point near their middle
+Z_90 = 1.2816
 
 
 def study(out: Path, name: str, seed: int, scheme: str, **settings: object) -> ac.Result:
@@ -36,16 +45,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--scheme", default="StructPrune")
+    parser.add_argument("--trials", type=int, help="of the search, in place of the default")
     parser.add_argument("--cheap", action="store_true", help="search by cheap trials")
     parser.add_argument("--out", type=Path, help="keeps the studies, and goes on with those that are there")
     given = parser.parse_args()
-    shares, ratios, of_rule = [], [], []
+    searched: dict[str, object] = {"cheap_trials": given.cheap}
+    searched |= {"trials": given.trials} if given.trials else {}
+    shares, ratios, of_rule, grids = [], [], [], []
     print("seed  share of steps  trials  density  drop val, test [pp]   grid's answer  drop val, test   oracle")
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary)
         for seed in range(given.seeds):
             grid = study(out, f"grid-{given.scheme}-{seed}", seed, given.scheme, **GRID)
-            found = study(out, f"search-{given.scheme}-{seed}", seed, given.scheme, cheap_trials=given.cheap)
+            found = study(out, f"search-{given.scheme}-{seed}", seed, given.scheme, **searched)
+            grids.append(grid)
             oracle = min(record.density for record in grid.records if record.feasible)
             shares.append(sum(r.steps for r in found.records) / sum(r.steps for r in grid.records))
             ratios.append(found.density / oracle)
@@ -59,7 +72,29 @@ def main() -> int:
     print(f"mean share of the grid's steps {share:.3f} (goal: {MAX_SHARE})")
     print(f"median density over the oracle's {ratio:.2f} (goal: {MAX_RATIO}), ", end="")
     print(f"over that of the grid's answer {statistics.median(of_rule):.2f}")
+    slope, scatter = steepness(grids)
+    least = math.exp(Z_90 * scatter / slope / math.sqrt(20 * share))
+    print(
+        f"around the threshold the drop rises by {slope:.2f} pp for each factor e of density, trials scatter by ",
+        end="",
+    )
+    print(f"{scatter:.2f} pp: {20 * share:.1f} trials cannot know it better than to a factor {least:.2f}")
     return 0 if share <= MAX_SHARE and ratio <= MAX_RATIO else 1
+
+
+def steepness(grids: list[ac.Result]) -> tuple[float, float]:
+    """How steeply the drop on val rises around the threshold, and the trials' scatter about it, in points.
+
+    Least squares: one line in the logarithm of the density for all grids, each at a height of its own.
+    """
+    low, high = AROUND
+    near = [(i, r) for i, grid in enumerate(grids) for r in grid.records if low <= r.density <= high]
+    drop = np.array([100 * record.drop for _, record in near])
+    columns = [[float(i == which) for i, _ in near] for which in range(len(grids))]
+    design = np.array([[math.log(record.density) for _, record in near], *columns]).T
+    found = np.linalg.lstsq(design, drop, rcond=None)[0]
+    scatter = math.sqrt(float(((drop - design @ found) ** 2).sum()) / (len(drop) - design.shape[1]))
+    return -float(found[0]), scatter
 
 
 def drops(result: ac.Result) -> str:
