@@ -1,5 +1,6 @@
 """A study, from the question to the artifact: the whole job in the order in which it happens."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,7 @@ class Study:
         task: The task, its model on the study's device.
         folder: Where the study lives.
         watcher: Is told how it goes.
-        make_tracker: Opens MLflow.
+        make_tracker: Opens MLflow, from the process beside this one if that is started.
         register: Where given, the name under which MLflow registers the answer.
         database: Keeps what the search knows, in place of a journal in the folder.
     """
@@ -59,31 +60,35 @@ class Study:
         task: Task,
         folder: StudyFolder,
         watcher: Watcher,
-        make_tracker: Callable[[], Tracker],
+        make_tracker: Callable[[Aside], Tracker],
         register: str | None = None,
         database: RDBStorage | None = None,
     ) -> None:
         self.settings, self.task, self.folder, self.watcher = settings, task, folder, watcher
         self.workplace = Workplace(settings, task)
         self.register, self.database = register, database
-        self.aside, self.dense_onnx = Aside(), folder.path / ".dense.onnx"
+        self.aside = Aside(allowed=team().size == 1 and (os.cpu_count() or 1) > 1)
+        self.dense_onnx = folder.path / ".dense.onnx"
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
         self.analyses = Analyses(task)
-        # Before the tracker: its thread imports MLflow, and threads share Python's warning filters.
+        # Before the tracker: its thread may import MLflow, and threads share Python's warning filters.
         self.space, self.notes = self.analyses.open_space(settings)
-        self.tracker = make_tracker()
+        self.tracker = make_tracker(self.aside)
+        self.run_id: str | None = None  # in MLflow, as the folder has it
         self.records: list[TrialResult] = []
         self.lost: set[int] = set()  # trials whose record or weights are damaged
 
     def run(self) -> Result:
         """Does the whole job."""
-        macs = count_macs(self.task.model, self.task.example_input) * self.task.train.batch_size
         try:
+            macs = count_macs(self.task.model, self.task.example_input) * self.task.train.batch_size
             with threads_for(macs, self.settings.device):
                 return self._run()
         except BaseException as error:
             self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                self._remember_run()
             raise
         finally:
             self.workplace.close()
@@ -224,8 +229,9 @@ class Study:
     def _go_on(self) -> None:
         """Passes on the trials of an earlier run of the study, or of others who share it."""
         self._load_records()
-        if self.records or self.folder.shared:
-            self._remember_run()
+        if self.folder.shared:  # the others log to the same run
+            self.tracker.flush()
+        self._remember_run()
         best = self._best()
         belief = self._belief(best)
         for record in self.records:
@@ -270,21 +276,25 @@ class Study:
         if belief is not None and best is not None:
             beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
         self.tracker.trial(record, best.density if best else None, beliefs)
-        if len(self.records) == 1:
-            self._remember_run()
+        self._remember_run()
         self._look_ahead(record.seconds)
 
     def _look_ahead(self, seconds: float) -> None:
-        """Has the end prepared beside the trials where enough of them are to come; never beside what is timed."""
+        """Has MLflow written and the end prepared beside the trials where enough of them are to come."""
         left_s = (self.settings.trials - len(self.records)) * seconds / self.workplace.size
-        if left_s >= WORTH_S and not self.timing and team().size == 1 and (os.cpu_count() or 1) > 1:
-            task = self.task.on("cpu")
-            self.aside.start(
-                get_ready, task.model, task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
-            )
+        if left_s >= WORTH_S:
+            self.aside.start()
+            if not self.timing:  # never beside what is timed
+                task = self.task.on("cpu")
+                self.aside.prepare(
+                    get_ready, task.model, task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
+                )
+        self.tracker.proceed()
 
     def _remember_run(self) -> None:
-        self.folder.update_settings({"mlflow_run": self.tracker.run_id})
+        if self.tracker.run_id not in (None, self.run_id):
+            self.run_id = self.tracker.run_id
+            self.folder.update_settings({"mlflow_run": self.run_id})
 
     def failed(self, number: int, reason: str) -> None:
         """Passes a failed trial on."""
@@ -381,3 +391,4 @@ class Study:
             winner,
             register=self.register,
         )
+        self._remember_run()

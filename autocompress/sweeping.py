@@ -294,6 +294,7 @@ class Sweeping:
         params = {"scheme": cell.scheme, "repeat": cell.repeat}
         self.tracker.trial(replace(result, model=None), params=params, scores=scores)
         if cell.number == 1:
+            self.tracker.flush()
             self.folder.update_settings({"mlflow_run": self.tracker.run_id})
 
     def _file(self, number: int) -> Path:

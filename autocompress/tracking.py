@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, Concatenate, ParamSpec
 
-from autocompress.experiments.mlflow_runs import Runs, Status
-from autocompress.experiments.mlflow_store import open_server, open_store, quiet_mlflow, without_secrets
+from autocompress.experiments.mlflow_runs import Runs, Status, perform
+from autocompress.experiments.mlflow_store import without_secrets
 from autocompress.experiments.system_metrics import SystemMonitor
 from autocompress.measurement import Measurement
+from autocompress.processes.aside import WORTH_S, Aside
 from autocompress.trial import TrialResult
 
 P = ParamSpec("P")
@@ -55,16 +57,20 @@ def _queued(method: Callable[Concatenate["Tracker", P], None]) -> Callable[Conca
 
 
 class Tracker:
-    """Logs one study to MLflow, from a thread of its own.
+    """Logs one study to MLflow, from a thread of its own, or by way of the process beside the study's.
 
-    No method raises or waits for MLflow, except that `finish`, `flush` and `run_id` wait until everything
-    said so far is written. Arguments are read later: do not change a mapping that was passed.
+    MLflow's import and its database take seconds of Python, which a thread would take from the training. So with
+    ``aside`` nothing is written until `proceed` tells that this process has been started, or is not worth it.
+
+    No method raises or waits for MLflow, except that `finish` and `flush` wait until everything said so far is
+    written. Arguments are read later: do not change a mapping that was passed.
 
     Args:
         out: The output directory; the database and the artifacts live in it and nothing is written elsewhere.
         experiment: The MLflow experiment, one per task.
         uri: A server to log to in place of the database in ``out``.
         device: Where the study computes: its load and this machine's are logged as they go. None logs no load.
+        aside: The process beside the study's; by default all is written from this one, at once.
         meanwhile: What the warning says of the study.
         on_warning: Gets one sentence the first time that MLflow fails; ``warnings.warn`` by default.
     """
@@ -76,6 +82,7 @@ class Tracker:
         *,
         uri: str | None = None,
         device: str | None = None,
+        aside: Aside | None = None,
         meanwhile: str = MEANWHILE,
         on_warning: Callable[[str], None] = warnings.warn,
     ) -> None:
@@ -84,8 +91,10 @@ class Tracker:
         self._on_warning = on_warning
         self._warned = False
         self._failures = 0
-        self._experiment = experiment
-        self._runs: Runs | None = None
+        self._runs = Runs(self._out, experiment, uri)
+        self._aside, self._decided = aside or Aside(), Event()
+        if aside is None:
+            self._decided.set()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._connect()
         self._monitor = SystemMonitor(device, self._load) if device is not None else None
@@ -94,15 +103,16 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The parent run, to be handed to `start` when the study is resumed; None when there is none.
+        """The parent run, to be handed to `start` when the study is resumed; None when there is none yet."""
+        return self._runs.run_id
 
-        Waits for `start`.
-        """
-        self.flush()
-        return self._runs.run_id if self._runs else None
+    def proceed(self) -> None:
+        """Begins to write: by way of ``aside`` if it was started, and from this process otherwise."""
+        self._decided.set()
 
     def flush(self) -> None:
         """Waits until everything said so far is written."""
+        self.proceed()
         with contextlib.suppress(RuntimeError):  # after `finish` nothing is left to write
             self._worker.submit(int).result()
 
@@ -126,18 +136,9 @@ class Tracker:
             run_id: The parent run of a study that is resumed: it goes on, and trials it has already are not
                 logged again. A run that is not in the database is begun anew.
         """
-        runs = self._open_runs
         inherited = {key: params[key] for key in _INHERITED if key in params}
-        if run_id is not None and runs.resume(run_id, inherited):
-            return
-        runs.open(
-            study_name,
-            params,
-            {"role": "study", "scheme": str(params.get("scheme", "")), **(tags or {})},
-            inherited,
-        )
-        if data:
-            runs.log_data(self._experiment, data)
+        tags = {"role": "study", "scheme": str(params.get("scheme", "")), **(tags or {})}
+        self._have(Runs.open, study_name, params, tags, inherited, data or {}, run_id)
 
     @_queued
     def dense(self, score: float, measurement: Measurement, value: float, seconds: float = 0.0) -> None:
@@ -159,7 +160,7 @@ class Tracker:
             "seconds": seconds,
         }
         tags = {"role": "dense", "state": "complete", "feasible": "true"}
-        self._open_runs.child("dense", "dense", metrics, tags)
+        self._have(Runs.child, "dense", "dense", metrics, tags)
 
     @_queued
     def trial(
@@ -196,7 +197,8 @@ class Tracker:
         tags = {"role": "trial", "state": state, "feasible": str(result.feasible).lower()}
         if not result.feasible:
             tags["reason"] = _reason(result)
-        self._open_runs.child(
+        self._have(
+            Runs.child,
             str(result.number),
             f"trial {result.number:03d} · {result.density:.3g}",
             metrics,
@@ -213,7 +215,7 @@ class Tracker:
         if best_density is not None:
             progress["best_density"] = best_density
         if progress:  # a trial of an earlier run has none: what was believed then is there
-            self._open_runs.log(self._open_runs.parent, metrics=progress, step=result.number)
+            self._have(Runs.log, self._runs.parent, metrics=progress, step=result.number)
 
     @_queued
     def failed(self, number: int, reason: str, params: Mapping[str, object] | None = None) -> None:
@@ -226,7 +228,7 @@ class Tracker:
         """
         tags = {"role": "trial", "state": "failed", "mlflow.note.content": reason, "reason": reason[:500]}
         name = f"trial {number:03d} · failed"
-        self._open_runs.child(str(number), name, {}, tags, {"number": number, **(params or {})}, status="FAILED")
+        self._have(Runs.child, str(number), name, {}, tags, {"number": number, **(params or {})}, status="FAILED")
 
     def _load(self, metrics: Mapping[str, float]) -> None:
         with contextlib.suppress(RuntimeError):  # after `finish`
@@ -251,6 +253,7 @@ class Tracker:
             model: The winner as a torch.export file; logged as an MLflow model.
             register: The name to register the model under.
         """
+        self.proceed()
         if self._monitor is not None:
             self._monitor.stop()
         if model is not None:
@@ -271,8 +274,7 @@ class Tracker:
         if self._failures >= _FAILURES_IN_A_ROW:
             return
         try:
-            with quiet_mlflow():
-                call()
+            call()
             self._failures = 0
         except Exception as error:  # whatever it is, the study goes on
             self._failures += 1
@@ -290,11 +292,10 @@ class Tracker:
     def _log_load(self, metrics: Mapping[str, float], at: float) -> None:
         """Writes one reading of the machine; where writing has just failed it is not worth another wait."""
         runs = self._runs
-        if runs is None or runs.run_id is None or self._failures or at < runs.began:
+        if runs.run_id is None or self._failures or at < runs.began:
             return
         try:
-            with quiet_mlflow():
-                runs.log(runs.run_id, metrics=metrics, step=int(at - runs.began), at=at)
+            self._have(Runs.log, runs.run_id, metrics=metrics, step=int(at - runs.began), at=at)
         except Exception as error:
             self._failures += 1
             self._warn(error)
@@ -302,39 +303,42 @@ class Tracker:
     @_queued
     def _connect(self) -> None:
         self._failures = _FAILURES_IN_A_ROW - 1  # without a database there is nothing to try again
-        name, uri = self._experiment, self._uri
-        where = open_server(uri, name) if uri else open_store(self._out, name)
-        self._runs = Runs(*where)
+        if not self._decided.wait(WORTH_S):
+            self._aside.start()  # the first trial alone takes so long that it is worth it
+        self._have(Runs.connect)
 
-    @property
-    def _open_runs(self) -> Runs:
-        if self._runs is None:
-            raise RuntimeError("the study's run could not be opened")
-        return self._runs
+    def _have(self, method: Callable[Concatenate[Runs, P], None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Calls a method of the study's runs where MLflow is.
+
+        Raises:
+            RuntimeError: If it fails; in its own words.
+        """
+        self._runs, problem = self._aside.call(perform, self._runs, method, *args, **kwargs)
+        if problem:
+            raise RuntimeError(problem)
 
     @_queued
     def _log_model(self, model: Path, register: str | None) -> None:
-        if self._open_runs.run_id is not None:  # otherwise it has been warned of
-            self._open_runs.log_model(model, self._out, register)
+        if self._runs.run_id is not None:  # otherwise it has been warned of
+            self._have(Runs.log_model, model, self._out, register)
 
     @_queued
     def _conclude(self, verdict: str, metrics: Mapping[str, float], artifacts: tuple[Path, ...]) -> None:
-        runs = self._open_runs
-        if runs.run_id is None:  # the study ended before it began, or it has been warned of
+        run_id, model_id = self._runs.run_id, self._runs.model_id
+        if run_id is None:  # the study ended before it began, or it has been warned of
             return
         of_model = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
         # Under the names that trials use as well, so that a study has a row in the same table: its answer's.
         row = {key: metrics[f"compressed_{key}"] for key in ("score", *COSTS) if f"compressed_{key}" in metrics}
         if "drop_val_pp" in metrics:
             row |= {"drop_pp": metrics["drop_val_pp"], "feasible": 1.0}
-        runs.log(runs.parent, metrics=of_model, model_id=runs.model_id)
-        runs.log(runs.parent, metrics={k: v for k, v in metrics.items() if k not in of_model} | row)
-        runs.conclude(verdict, artifacts)
+        self._have(Runs.log, run_id, metrics=of_model, model_id=model_id)
+        self._have(Runs.log, run_id, metrics={k: v for k, v in metrics.items() if k not in of_model} | row)
+        self._have(Runs.conclude, verdict, artifacts)
 
     @_queued
     def _close(self, status: Status) -> None:
-        if self._open_runs.run_id is not None:
-            self._open_runs.close(status)
+        self._have(Runs.close, status)
 
 
 def _reason(result: TrialResult) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import shlex
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from autocompress.gauges.runtimes import check_runtime
 from autocompress.goal import Objective, as_objective
 from autocompress.learning.ranks import team
 from autocompress.measurement import Measurement
+from autocompress.processes.aside import Aside
 from autocompress.recovery import Recovery, make_recovery, with_settings
 from autocompress.scheme import AUTO, Scheme, as_schemes
 from autocompress.search import TOLERANCE
@@ -186,17 +186,22 @@ def tune(
         folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
         elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
         meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
-        tracker = functools.partial(
-            Tracker,
-            home,
-            task.name,
-            uri=tracking_uri,
-            device=settings.device,
-            meanwhile=meanwhile,
-            on_warning=watcher.warned,
-        )
+
+        def make_tracker(aside: Aside) -> Tracker:
+            return Tracker(
+                home,
+                task.name,
+                uri=tracking_uri,
+                device=settings.device,
+                aside=aside,
+                meanwhile=meanwhile,
+                on_warning=watcher.warned,
+            )
+
         try:
-            return Study(settings, task.on(settings.device), folder, watcher, tracker, register, database).run()
+            return Study(
+                settings, task.on(settings.device), folder, watcher, make_tracker, register, database
+            ).run()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                 raise

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -18,6 +19,7 @@ from torch import nn
 from autocompress.experiments.mlflow_store import check_uri, without_secrets
 from autocompress.gauges.latency import Latency
 from autocompress.measurement import Measurement
+from autocompress.processes.aside import Aside
 from autocompress.tracking import Tracker, metrics_of
 from autocompress.trial import TrialResult
 
@@ -231,11 +233,12 @@ def test_a_resumed_study_goes_on_in_its_run_without_duplicates(out, tracker, ref
     tracker.dense(0.96, DENSE, value=1.0)
     tracker.trial(trial_result(0))
     tracker.failed(1, "the worker died")
-    run_id = tracker.run_id
     tracker.finish("KILLED")
+    run_id = tracker.run_id
 
     resumed = Tracker(out, "digits", device="cpu", on_warning=refuse)
     resumed.start("study", {"scheme": "Prune", "seed": 0, "max_drop": 0.02}, run_id=run_id)
+    resumed.flush()
     assert resumed.run_id == run_id
     assert runs(out)["study"].info.status == "RUNNING"
     resumed.dense(0.96, DENSE, value=1.0)
@@ -255,8 +258,8 @@ def test_a_parent_run_that_is_gone_is_begun_anew(out, tracker, refuse):
     tracker.finish()
     again = Tracker(out, "digits", on_warning=refuse)
     again.start("study", {}, run_id="0" * 32)
-    assert again.run_id not in (None, tracker.run_id, "0" * 32)
     again.finish()
+    assert again.run_id not in (None, tracker.run_id, "0" * 32)
 
 
 def test_an_experiment_deleted_in_the_ui_comes_back(out, tracker, refuse):
@@ -307,8 +310,8 @@ def test_a_broken_store_costs_one_warning_and_no_time(tmp_path, break_it):
     tracker.start("study", {})
     tracker.dense(0.96, DENSE, value=1.0)
     tracker.trial(trial_result(0))
-    assert tracker.run_id is None
     tracker.finish(model=Path(__file__))
+    assert tracker.run_id is None
     assert time.perf_counter() - start < 5
     assert len(warned) == 1
     assert warned[0].startswith("MLflow: ")
@@ -328,6 +331,42 @@ def test_calls_return_at_once_and_a_database_lost_on_the_way_is_survived(out):
         tracker.trial(trial_result(number))
     tracker.finish()
     assert len(warned) == 1
+
+
+def test_nothing_is_written_before_it_is_decided_from_where(out, refuse):
+    tracker = Tracker(out, "digits", aside=Aside(), on_warning=refuse)
+    tracker.start("study", {})
+    time.sleep(0.1)
+    assert tracker.run_id is None and not runs(out)
+    tracker.proceed()
+    tracker.flush()
+    assert runs(out)["study"].info.run_id == tracker.run_id
+    tracker.finish()
+
+
+@pytest.mark.slow
+def test_a_process_beside_the_study_that_dies_costs_no_run_and_leaves_none_twice(out, refuse):
+    aside = Aside()
+    aside.start()
+    tracker = Tracker(out, "digits", aside=aside, on_warning=refuse)
+    try:
+        tracker.start("study", {"scheme": "Prune"})
+        tracker.trial(trial_result(0))
+        tracker.flush()
+        os.kill(aside.call(os.getpid), signal.SIGKILL)
+        half = client(out).create_run(runs(out)["study"].info.experiment_id, tags={"role": "trial"})
+        for key, value in (("mlflow.parentRunId", tracker.run_id), ("role", "trial")):
+            client(out).set_tag(half.info.run_id, key, value)
+        client(out).log_param(half.info.run_id, "number", 1)  # as it would lie there, had it died as it wrote
+        tracker.trial(trial_result(0))
+        tracker.trial(trial_result(1))
+        tracker.finish()
+        assert aside.call(os.getpid) != os.getpid()
+    finally:
+        aside.close()
+    everything = client(out).search_runs([client(out).get_experiment_by_name("digits").experiment_id])
+    assert sorted(run.info.run_name for run in everything) == ["study", "trial 000 · 0.25", "trial 001 · 0.25"]
+    assert {run.info.status for run in everything} == {"FINISHED"}
 
 
 def test_after_finish_nothing_raises(out):

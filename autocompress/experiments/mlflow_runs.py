@@ -1,40 +1,67 @@
-"""How a study is written into MLflow: runs, their children, data sets and the model. Everything here may raise."""
+"""How a study is written into MLflow: runs, their children, data sets and the model, from whichever process."""
 
 import getpass
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
-from autocompress.experiments.mlflow_store import save_model
+from autocompress.experiments.mlflow_store import open_server, open_store, quiet_mlflow, save_model
 
-if TYPE_CHECKING:  # MLflow takes a second to import; the tracker's own thread does it
+if TYPE_CHECKING:  # MLflow takes seconds to import; whoever writes does it
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
 
+P = ParamSpec("P")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _METRICS_IN_A_BATCH = 1000  # MLflow refuses more
+_opened: dict[
+    str, tuple["MlflowClient", str]
+] = {}  # by this process: the client and the experiment, by `Runs._key`
 
 
 class Runs:
     """The runs of one study: a parent, and its children by key.
 
+    Plain values that can be sent to another process and back; each process opens the store for itself. All methods
+    may raise.
+
     Args:
-        client: Of the store.
-        experiment_id: Where the runs go.
+        out: The output directory, whose database is the store.
+        experiment: The experiment's name.
+        uri: A server that is the store in place of the database.
     """
 
-    def __init__(self, client: "MlflowClient", experiment_id: str) -> None:
-        self._client, self._experiment_id = client, experiment_id
+    def __init__(self, out: Path, experiment: str, uri: str | None) -> None:
+        self._out, self._experiment, self._uri = out, experiment, uri
+        self._key = uuid.uuid4().hex
         self._children: dict[str, tuple[str, str]] = {}
         self._inherited: dict[str, object] = {}
         self.run_id: str | None = None
         self.model_id: str | None = None
         self._dense_model_id: str | None = None
         self.began = math.inf  # seconds since the epoch
+
+    def connect(self) -> None:
+        """Opens the store where this process has not yet."""
+        if self._key in _opened:
+            return
+        out, experiment, uri = self._out, self._experiment, self._uri
+        _opened[self._key] = open_server(uri, experiment) if uri else open_store(out, experiment)
+        if self.run_id is not None:  # another process had it open, and may have been ended as it wrote
+            self._resume(self.run_id, self._inherited)
+
+    @property
+    def _client(self) -> "MlflowClient":
+        return _opened[self._key][0]
+
+    @property
+    def _experiment_id(self) -> str:
+        return _opened[self._key][1]
 
     @property
     def parent(self) -> str:
@@ -44,14 +71,33 @@ class Runs:
         return self.run_id
 
     def open(
-        self, name: str, params: Mapping[str, object], tags: Mapping[str, str], inherited: Mapping[str, object]
+        self,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        inherited: Mapping[str, object],
+        data: Mapping[str, Mapping[str, Any]],
+        run_id: str | None,
     ) -> None:
-        """Begins the parent run; the children have the ``inherited`` parameters, too."""
+        """Begins the parent run, or goes on with the one called ``run_id``.
+
+        Args:
+            name: The run's.
+            params: Its parameters.
+            tags: Its tags.
+            inherited: Parameters that the children have, too.
+            data: The splits by name: each has ``n`` and, where it was hashed, ``sha256``.
+            run_id: A run to go on with, if it is there.
+        """
+        if run_id is not None and self._resume(run_id, inherited):
+            return
         run = self._create(name, tags)
         self.log(run.info.run_id, params=params)
         self.run_id, self.began, self._inherited = run.info.run_id, run.info.start_time / 1000, dict(inherited)
+        if data:
+            self._log_data(data)
 
-    def resume(self, run_id: str, inherited: Mapping[str, object]) -> bool:
+    def _resume(self, run_id: str, inherited: Mapping[str, object]) -> bool:
         """Goes on with the study's run if it is there; remembers which trials it has."""
         from mlflow.exceptions import MlflowException
 
@@ -176,15 +222,15 @@ class Runs:
         for start in range(_METRICS_IN_A_BATCH, len(points), _METRICS_IN_A_BATCH):
             self._client.log_batch(run_id, points[start : start + _METRICS_IN_A_BATCH])
 
-    def log_data(self, task: str, data: Mapping[str, Mapping[str, Any]]) -> None:
-        """Logs the splits as inputs of the parent run: each has ``n`` and, where it was hashed, ``sha256``."""
+    def _log_data(self, data: Mapping[str, Mapping[str, Any]]) -> None:
+        """Logs the splits as inputs of the parent run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
         for name, split in data.items():
             digest = (split.get("sha256") or "")[:16] or f"n={split['n']}"
             profile = f'{{"num_rows": {split["n"]}}}'
-            dataset = Dataset(f"{task} {name}", digest, "local", "{}", profile=profile)
+            dataset = Dataset(f"{self._experiment} {name}", digest, "local", "{}", profile=profile)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
         self._client.log_inputs(self.parent, inputs)
 
@@ -240,8 +286,27 @@ class Runs:
                 self._client.log_artifact(self.parent, str(path))
 
     def close(self, status: Status) -> None:
-        """Ends the parent run."""
-        self._client.set_terminated(self.parent, status)
+        """Ends the parent run, if there is one, and lets go of the store."""
+        if self.run_id is not None:
+            self._client.set_terminated(self.run_id, status)
+        del _opened[self._key]
+
+
+def perform(
+    runs: Runs, method: Callable[Concatenate[Runs, P], None], /, *args: P.args, **kwargs: P.kwargs
+) -> tuple[Runs, str]:
+    """Calls a method of a study's runs in this process. Does not raise.
+
+    Returns:
+        The runs as they are then, and what went wrong, if anything did.
+    """
+    try:
+        with quiet_mlflow():
+            runs.connect()
+            method(runs, *args, **kwargs)
+    except Exception as error:  # not every exception of MLflow's could be sent back
+        return runs, str(error).strip() or type(error).__name__
+    return runs, ""
 
 
 def _rounded(value: float) -> float:

@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 MOST, MOST_OF_LONG, LONG_S, MOST_MEMORY = 0.05, 0.02, 30.0, 1.25
@@ -31,12 +32,12 @@ PARTS = {
     "recovery": (("trial", "_recover"),),
     "C steps": (("lc", "c_step"),),
     "evaluation": (("task", "Task.evaluate"),),
-    "analyzing": (("analysis", "Analyses.open_space"),),
-    "realizing": (("trial", "realize"), ("conclusion", "rebuild")),
-    "counting and timing": (("trial", "compare"), ("conclusion", "compare"), ("study", "measure")),
+    "analyzing": (("studies.analysis", "Analyses.open_space"),),
+    "realizing": (("trial", "realize"), ("studies.conclusion", "rebuild")),
+    "counting and timing": (("trial", "compare"), ("studies.conclusion", "compare"), ("study", "measure")),
     "suggesting": (("search", "posterior"), ("search", "answer"), ("study", "posterior"), ("study", "answer")),
-    "saving": (("storage", "StudyFolder.save_trial"),),
-    "exporting and drawing": (("aside", "Aside.call"),),
+    "saving": (("disk.storage", "StudyFolder.save_trial"),),
+    "exporting and drawing": (("processes.aside", "Aside.call"),),
     "logging": (("tracking", "Tracker.finish"),),
 }
 USERS = ("dense model", "recovery", "C steps", "evaluation")  # parts that fine-tuning would have had, too
@@ -49,7 +50,7 @@ def now() -> tuple[float, float]:
 
 
 class Split:
-    """Seconds by part, on the wall and computed; a part within another counts for itself alone."""
+    """The main thread's seconds by part, on the wall and computed; one within another counts for itself alone."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -58,6 +59,8 @@ class Split:
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
+            if current_thread() is not main_thread():  # what is waited for is in the part that waits
+                return function(*args, **kwargs)
             began = now()
             self._open.append([0.0, 0.0])
             try:
