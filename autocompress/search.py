@@ -197,15 +197,16 @@ def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
         arm, known = plan.space.arms[0], study.sampler.done(trials, plan.tolerance)
     if arm and (known or left <= max(1, plan.trials // 4)):
         density, found = _where_the_answer_is(study, plan, arm)
-        is_there = density is not None and found is not None and found <= (1 + plan.tolerance) * density
+        is_there = density and found and asked_density(found) <= (1 + plan.tolerance) * density
         if density is not None and not is_there and not _is_running(study, arm, density):
             study.enqueue_trial(plan.space.params_at(arm, density), skip_if_exists=True)
             return None
-        if is_there and left <= plan.trials // 4 and isinstance(study.sampler, ThresholdSampler):
-            near = f"within {plan.tolerance:.0%} of the lowest that is"
-            return (
-                known or f"density {found:.3g} is within the bound with {PROBABILITY:.0%} probability, and {near}"
+        if found and is_there and left <= plan.trials // 4 and isinstance(study.sampler, ThresholdSampler):
+            has_density = (
+                f"density {found.user_attrs['density']:.3g}"  # as the tables have it, not as it was asked
             )
+            near = f"within {plan.tolerance:.0%} of the lowest that is"
+            return known or f"{has_density} is within the bound with {PROBABILITY:.0%} probability, and {near}"
     return known
 
 
@@ -219,8 +220,8 @@ def _states(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=states)
 
 
-def _where_the_answer_is(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[float | None, float | None]:
-    """The density at which an arm's answer should lie, if anywhere, and that of one that is feasible with 90%."""
+def _where_the_answer_is(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[float | None, FrozenTrial | None]:
+    """Where an arm's answer should lie, if anywhere, as a density; its answer, where that is feasible with 90%."""
     belief, best = posterior(study, plan.space, plan.bound, arm), answer(study, plan.space, plan.bound)
     if belief is None:
         return None, None
@@ -228,9 +229,9 @@ def _where_the_answer_is(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[flo
     density, affordable = belief.threshold(PROBABILITY), math.exp(-affordable_depth(own))
     if affordable < density and belief.p_feasible(affordable) <= HOPELESS:
         return None, None
-    found = asked_density(best) if best is not None and arm.holds(best.params) else None
-    probable = found is not None and belief.p_feasible(found) >= PROBABILITY
-    return min(density, affordable), found if probable else None
+    own_best = best if best is not None and arm.holds(best.params) else None
+    probable = own_best is not None and belief.p_feasible(asked_density(own_best)) >= PROBABILITY
+    return min(density, affordable), own_best if probable else None
 
 
 def _tell(

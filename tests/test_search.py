@@ -202,9 +202,11 @@ def test_a_search_that_knows_ends_with_a_trial_at_its_answer(home: Home) -> None
 def test_the_last_trials_are_spared_where_the_answer_is_found(home: Home) -> None:
     home.study = home.opened(ThresholdSampler(LOW, BOUND.max_drop))
     for density, drop in ((0.9, 0.0), (0.6, 0.002), (0.45, 0.01), (0.36, 0.02), (0.3, 0.04), (0.21, 0.07)):
-        told(home.study, density, drop, drop_se=0.008)
+        told(home.study, density, drop, drop_se=0.008, kept=0.99 * density)
     stopped = home.search(8)
-    assert stopped == "density 0.3 is within the bound with 90% probability, and within 15% of the lowest that is"
+    assert (
+        stopped == "density 0.297 is within the bound with 90% probability, and within 15% of the lowest that is"
+    )
     assert home.log.results == []
     assert (
         home.search(8, tolerance=1e-3) == BUDGET_SPENT
@@ -318,9 +320,14 @@ def test_trials_that_were_running_are_adopted_or_run_again(home: Home) -> None:
 
 
 def told(
-    study: optuna.Study, density: float, drop: float, drop_se: float = 0.004, value: float | None = None
+    study: optuna.Study,
+    density: float,
+    drop: float,
+    drop_se: float = 0.004,
+    value: float | None = None,
+    kept: float | None = None,
 ) -> int:
-    """Enters a finished trial; returns its number."""
+    """Enters a finished trial, asked for ``density`` and with ``kept`` where that is another; its number."""
     study.add_trial(
         optuna.trial.create_trial(
             values=(density if value is None else value,),
@@ -329,7 +336,7 @@ def told(
             user_attrs={
                 "drop": drop,
                 "drop_se": drop_se,
-                "density": density,
+                "density": density if kept is None else kept,
                 "feasible": drop <= BOUND.max_drop,
             },
             constraints={"drop": drop - BOUND.max_drop},
