@@ -331,15 +331,18 @@ class Study:
             told = conclusion.of_none(nearest_miss(self.settings, self.records))
         result = self._result(stopped, told)
         write_json(self.folder.result_file, result.to_json(), sealed=True)
+        self._log_result(result, self._report())
+        return result
+
+    def _report(self) -> Sequence[Path]:
+        """Writes the report; its files."""
         self.watcher.doing("writing the report")
         try:
-            reported = self.aside.call(write_report, self.folder.path, ours=True)
+            return self.aside.call(write_report, self.folder.path, ours=True)
         except Exception as error:  # the study is saved, and its report can be written at any time
-            again = f"autocompress report {result.name} tries again"
+            again = f"autocompress report {self.folder.path.name} tries again"
             self.watcher.warned(f"no report: {type(error).__name__}: {error} ({again})")
-            reported = ()
-        self._log_result(result, reported)
-        return result
+            return ()
 
     def _shortlist(self) -> list[Answer]:
         """What is judged on test, densest first, the search's answer last: only trials whose weights are whole."""
