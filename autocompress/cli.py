@@ -213,7 +213,7 @@ def tune(
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
     from autocompress import tuning
-    from autocompress.disk.optuna_store import check_database
+    from autocompress.disk.database import check_database
     from autocompress.disk.storage import check_name, prepare_out
     from autocompress.experiments.mlflow_store import check_uri, without_secrets
     from autocompress.export import check_formats

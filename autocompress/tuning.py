@@ -7,13 +7,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from autocompress.certify import CONFIDENCE
 from autocompress.data import digits
 from autocompress.disk.environment import provenance
 from autocompress.disk.files import read_json
-from autocompress.disk.optuna_store import connected
 from autocompress.disk.storage import (
     StudyFolder,
     check_name,
@@ -44,6 +43,9 @@ from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker
 from autocompress.trial import Bound
 from autocompress.verdict.limit import Requirement, parse_constraints
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
 
 Asked: TypeAlias = str | Objective | Callable[[Measurement], float]
 
@@ -180,7 +182,7 @@ def tune(
     task.check()
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
     address = _address(storage, home, resume)
-    with connected(address) if address else contextlib.nullcontext() as database:
+    with _connected(address) as database:
         folder = _open_folder(home, name, resume, settings, task, command, storage)
         tracking_uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
         folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
@@ -222,6 +224,15 @@ def _address(storage: str | None, home: Path, resume: str | None) -> str | None:
     if storage and not kept:
         raise ValueError(f"the study {resume!r} is kept in its folder and stays there; leave storage out")
     return storage or kept
+
+
+def _connected(address: str | None) -> contextlib.AbstractContextManager["RDBStorage | None"]:
+    """The database at that address, if there is one."""
+    if address is None:
+        return contextlib.nullcontext()
+    from autocompress.disk.database import connected  # with SQLAlchemy, which takes a quarter of a second
+
+    return connected(address)
 
 
 def _open_folder(

@@ -41,7 +41,7 @@ ENGINE = (
     ("export",),
     ("trial", "posterior", "space"),
     ("storage", "sampler", "mlflow_store"),
-    ("mlflow_runs", "workers", "cluster", "arms", "optuna_store"),
+    ("mlflow_runs", "workers", "cluster", "arms", "optuna_store", "database"),
     ("selection", "samplers", "aside"),
     ("search", "tracking", "ui"),
     ("settings", "result", "record", "sweep_result", "mend"),

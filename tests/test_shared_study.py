@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from autocompress.disk.database import check_database, connected
 from autocompress.disk.files import write_json
-from autocompress.disk.optuna_store import check_database, connected, open_shared
+from autocompress.disk.optuna_store import open_shared
 from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
 from autocompress.processes.workers import InProcess

@@ -1,23 +1,13 @@
 """Where Optuna keeps a study: a journal in its folder, or a database that several coordinators share."""
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from autocompress.experiments.mlflow_store import without_secrets
 from autocompress.goal import Direction
-
-_DRIVERS = {"postgresql": "postgresql+psycopg", "sqlite": "sqlite"}
-CONNECT_S = 10
-_ATTEMPTS = 3  # of several processes that make the tables of a new database at once, all but one fail
 
 
 class _Held(JournalFileSymlinkLock):
@@ -54,78 +44,3 @@ def _drop_half_line(journal: Path) -> None:
     if journal.is_file() and not (written := journal.read_bytes()).endswith(b"\n"):
         with journal.open("r+b") as file:
             file.truncate(written.rfind(b"\n") + 1)
-
-
-def check_database(url: str) -> str:
-    """The address of a database, if a study can be kept there; it is not asked whether it answers.
-
-    Raises:
-        ValueError: If it is none; the message holds no password.
-    """
-    kind, separator, rest = url.partition("://")
-    if not separator or kind not in _DRIVERS or not rest.strip("/"):
-        raise ValueError(
-            f"storage={without_secrets(url)!r}; write postgresql://USER@HOST/DATABASE, or sqlite:///FILE for "
-            "several coordinators on one machine"
-        )
-    if kind != "sqlite" and rest.count("@") > 1:  # what is taken for the host would be told in errors
-        raise ValueError("storage: an @ in a user or password of an address is written %40")
-    try:
-        make_url(url)
-    except (SQLAlchemyError, ValueError):  # what they say may hold a piece of the password
-        raise ValueError(
-            "storage is not an address; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with what is special "
-            "in it percent-encoded"
-        ) from None
-    return url
-
-
-@contextmanager
-def connected(url: str) -> Iterator[RDBStorage]:
-    """Optuna's tables in a database, made if they are not there; for a ``with`` block.
-
-    Raises:
-        ValueError: If it cannot be used; the message says what is wrong, without user and password.
-        RuntimeError: If it cannot be used any more; so, too.
-    """
-    database = _connect(check_database(url))
-    try:
-        yield database
-    except (SQLAlchemyError, StorageInternalError) as error:
-        raise RuntimeError(
-            f"the database {without_secrets(url)} was lost: {_reason(error, url)}; every finished trial is kept, "
-            "and the study can be resumed"
-        ) from error
-    finally:
-        database.remove_session()
-        database.engine.dispose()
-
-
-def _connect(url: str) -> RDBStorage:
-    kind, _, rest = url.partition("://")
-    wait = {"connect_args": {"connect_timeout": CONNECT_S}} if kind == "postgresql" else {}
-    for attempt in range(_ATTEMPTS):
-        try:
-            return RDBStorage(f"{_DRIVERS[kind]}://{rest}", engine_kwargs={"pool_pre_ping": True, **wait})
-        except ImportError as error:
-            raise ValueError(
-                f"storage={without_secrets(url)!r} needs a driver ({error}); "
-                "pip install 'autocompress[postgresql]'"
-            ) from None
-        except (SQLAlchemyError, RuntimeError) as error:  # the latter: its tables are of another Optuna
-            if isinstance(error, IntegrityError) and attempt + 1 < _ATTEMPTS:
-                continue
-            raise ValueError(
-                f"storage={without_secrets(url)!r} cannot be used: {_reason(error, url)}; see that it runs, and "
-                "give user and password in the address, or in PGUSER and PGPASSWORD or ~/.pgpass"
-            ) from None
-    raise AssertionError("unreachable")
-
-
-def _reason(error: BaseException, url: str) -> str:
-    """The database's own first words, without the password should they hold it."""
-    error = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-    said = str(getattr(error, "orig", None) or error)
-    password = make_url(url).password
-    said = said.replace(str(password), "...") if password else said
-    return re.split(r"\n|Multiple connection attempts", without_secrets(said))[0].strip()
