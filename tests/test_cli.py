@@ -548,7 +548,7 @@ def short(place: Place, fork):
         budget = ("--trials", 2, "--epochs", 2, "--max-drop", "20%")
         ended = fork(place, "tune", "--scheme", scheme, *budget, "--name", name, *options)
         assert ended.status == MET, ended.stdout + ended.stderr
-        return ended, json.loads((place.out / name / "result.json").read_text())
+        return ended, read_json(place.out / name / "result.json")
 
     return run
 
