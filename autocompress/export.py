@@ -313,10 +313,11 @@ method = Runtime.get().load_program("model.pte").load_method("forward")
 (logits,) = method.execute([torch.zeros({shape}, dtype=torch.{dtype})])
 ```
 """
-REBUILD = """With autocompress, as a module to train or measure further: `autocompress.load(".", model)`, from
-`model.safetensors` and `plan.json`. `model` is any instance of the dense architecture; leave it out where
-`plan.json` names an architecture.
+REBUILD = """With autocompress, as a module to train or measure further, from `model.safetensors` and `plan.json`:
+{load}.
 """
+LOAD_NAMED = '`autocompress.load(".")`'
+LOAD_OWN = '`autocompress.load(".", model)`, where `model` is any instance of the dense architecture'
 NOT_FRESH = """`{file}` was checked in the process that wrote it, not in a fresh one: {reason}
 """
 INTEGERS = """`model.onnx` computes in 8-bit integers: it is the file to deploy. The others store the same
@@ -344,12 +345,13 @@ def _readme(
 ) -> str:
     """How to run what is there, and why the rest of ``formats`` is not."""
     shape, dtype = tuple(sample.shape), dtype_name(sample.dtype)
+    load = LOAD_OWN if provenance.architecture is None else LOAD_NAMED
     parts = [f"# {provenance.task}: {provenance.scheme} at density {provenance.density:.4g}\n"]
     for name, text in RUN.items():
         if name in refused:
             parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n")
         elif name in formats:
-            parts.append(text.format(shape=shape, dtype=dtype, max_batch=MAX_BATCH))
+            parts.append(text.format(shape=shape, dtype=dtype, max_batch=MAX_BATCH, load=load))
             if name in not_fresh:
                 parts.append(NOT_FRESH.format(file=FILES[name], reason=not_fresh[name]))
     if integers and "onnx" not in refused:

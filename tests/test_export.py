@@ -181,6 +181,7 @@ def test_readme_code_runs_without_autocompress(fp32):
     text = (directory / "README.md").read_text()
     assert run_readme(directory) == 2
     assert "cat, dog, cow" in text and "Pixels in {0, ..., 1}." in text
+    assert '`autocompress.load(".", model)`' in text
     assert "float32 of shape (batch, 1, 8, 8)" in text
 
 
