@@ -30,7 +30,7 @@ from autocompress.learning.learner import Learner, Penalty, Precision
 from autocompress.learning.polish import Hopeless, free_entries, freeze, polish, score_compressed, settle
 from autocompress.learning.state import AGREED, Recovered, State
 from autocompress.learning.training import Optimizer, n_steps
-from autocompress.scheme import Facts, Scheme, Theta, Weights, is_hard, observe
+from autocompress.scheme import Facts, Scheme, Theta, Weights, as_numbers, is_hard, observe
 from autocompress.splits import Split
 from autocompress.task import Task
 
@@ -53,9 +53,9 @@ def residual(weights: Weights, theta: Weights, bound: Mapping[str, Tensor]) -> f
     """The primal residual ‖w − θ‖ / ‖w‖, w − θ over the entries that are bound to θ."""
     if not bound:
         return 0.0
-    away = torch.stack([(weights[name] - theta[name]).mul_(is_bound).norm() for name, is_bound in bound.items()])
-    size = torch.stack([weights[name].norm() for name in bound])
-    return float(away.norm() / size.norm().clamp_min(1e-12))
+    away = [(weights[name] - theta[name]).mul_(as_numbers(is_bound)).norm() for name, is_bound in bound.items()]
+    size = [weights[name].norm() for name in bound]
+    return float(torch.stack(away).norm() / torch.stack(size).norm().clamp_min(1e-12))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from autocompress.plugins import Registry
@@ -19,6 +20,11 @@ from autocompress.task import Loss
 
 Weights: TypeAlias = dict[str, Tensor]
 Facts: TypeAlias = Any
+
+
+def as_numbers(mask: Tensor) -> Tensor:
+    """0 and 1 in the place of False and True, in the same memory: torch computes with bool a third as fast."""
+    return mask.view(torch.uint8)
 
 
 @dataclass(frozen=True)

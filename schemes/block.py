@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocompress.scheme import Evidence, Theta, Weights, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, as_numbers, density_error, register_scheme
 
 from .criteria import check_criterion, entry_scores, observe_entries
 from .patterns import checked_skip
@@ -94,7 +94,7 @@ class BlockPrune:
             name: self._spread(part, shape).to(weights[name].device)
             for (name, shape), part in zip(facts.shapes.items(), parts, strict=True)
         }
-        values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
+        values = {name: w * as_numbers(kept[name]) if name in kept else w.clone() for name, w in weights.items()}
         return Theta(values, kept, int(left[n_removed]))
 
     def delta(self, theta: Theta) -> Weights:

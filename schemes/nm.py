@@ -9,7 +9,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Evidence, Scheme, Theta, Weights, describe, register_scheme
+from autocompress.scheme import Evidence, Scheme, Theta, Weights, as_numbers, describe, register_scheme
 
 from .criteria import check_criterion, entry_scores, observe_entries
 from .patterns import checked_skip
@@ -79,7 +79,7 @@ class NMPrune:
         """Keeps the ``n`` most important of every ``m`` weights: by magnitude the nearest point in the pattern."""
         scores = entry_scores(self.criterion, weights, facts.shapes, facts.observed)
         support = {name: self._pattern(score) for name, score in scores.items()}
-        values = {name: w * support[name] if name in support else w.clone() for name, w in weights.items()}
+        values = {n: w * as_numbers(support[n]) if n in support else w.clone() for n, w in weights.items()}
         return Theta(values, support, self._kept(facts))
 
     def delta(self, theta: Theta) -> Weights:

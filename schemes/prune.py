@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Evidence, Theta, Weights, automatic, density_error, register_scheme
+from autocompress.scheme import Evidence, Theta, Weights, as_numbers, automatic, density_error, register_scheme
 
 from .criteria import (
     ENTRY_CRITERIA,
@@ -173,7 +173,8 @@ class Prune:
         scores = list(entry_scores(criterion, weights, facts.prunable, facts.observed).values())
         if criterion not in ("l1", "l2"):  # what is zero already goes first: pruning again changes nothing
             for name, score in zip(facts.prunable, scores, strict=True):
-                score.masked_fill_(weights[name] == 0, -1)
+                if weights[name].count_nonzero() < score.numel():
+                    score.masked_fill_(weights[name] == 0, -1)
         if spread == "global":
             masks = best_with_floors(scores, n_kept, facts.floors)
         elif spread == "lamp":
@@ -181,8 +182,9 @@ class Prune:
         else:
             n_each = allocate(n_kept, facts.sizes, facts.relative, facts.floors)
             masks = [best([score], n)[0] for score, n in zip(scores, n_each, strict=True)]
+        del scores  # their memory is room for the values
         kept = dict(zip(facts.prunable, masks, strict=True))
-        values = {name: w * kept[name] if name in kept else w.clone() for name, w in weights.items()}
+        values = {name: w * as_numbers(kept[name]) if name in kept else w.clone() for name, w in weights.items()}
         return Theta(values, kept, n_kept + facts.n_others)
 
     def delta(self, theta: Theta) -> Weights:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autocompress.learning.ranks import team
 from autocompress.learning.training import Descent, Optimizer, TaughtStream, distillation_loss
-from autocompress.scheme import Evidence, Weights
+from autocompress.scheme import Evidence, Weights, as_numbers
 from autocompress.splits import Batch, Split, kept_on
 from autocompress.task import Task, device_of
 
@@ -71,10 +71,10 @@ class Penalty:
         target = {}
         for name, is_bound in bound.items():
             if name in multipliers:
-                point = (multipliers[name] / mu).add_(theta[name]).mul_(is_bound)
+                point = torch.add(theta[name], multipliers[name], alpha=1 / mu).mul_(as_numbers(is_bound))
             else:
-                point = theta[name] * is_bound
-            if point.any():
+                point = theta[name] * as_numbers(is_bound)
+            if name in multipliers or point.any():
                 target[name] = point
         return cls(mu, target, bound)
 
@@ -86,7 +86,7 @@ class Penalty:
         strength = 1.0 if math.isinf(self.mu) else lr * self.mu / (1 + lr * self.mu)
         drawn = [weights[name] for name in self.bound]
         # As w (1 - strength) + strength x target: a difference would need memory, and that costs most.
-        torch._foreach_addcmul_(drawn, drawn, list(self.bound.values()), -strength)
+        torch._foreach_addcmul_(drawn, drawn, [as_numbers(bound) for bound in self.bound.values()], -strength)
         if self.target:
             shifted = [weights[name] for name in self.target]
             torch._foreach_add_(shifted, list(self.target.values()), alpha=strength)
@@ -101,7 +101,7 @@ class Penalty:
         if math.isinf(self.mu):
             return {}
         away = {name: self.target.get(name, 0) - weights[name] for name in self.bound}
-        return {name: away[name].mul_(bound).mul_(self.mu) for name, bound in self.bound.items()}
+        return {name: away[name].mul_(as_numbers(bound)).mul_(self.mu) for name, bound in self.bound.items()}
 
 
 @dataclass(frozen=True)
