@@ -222,7 +222,8 @@ class StructPrune:
     def _removal_order(self, weights: Weights, facts: Structure) -> Order:
         criterion, spread = as_lamp(self.criterion, self.spread)
         scores = channel_scores(criterion, facts.groups, weights, facts.roles, facts.observed)
-        energy = scores if criterion == "l2" else channel_scores("l2", facts.groups, weights, facts.roles, None)
+        told = criterion == "l2" or (criterion == "obd" and bool(scores.all()))  # where w²F is not 0, nor is w²
+        energy = scores if told else channel_scores("l2", facts.groups, weights, facts.roles, None)
         scores = normalized(self.normalize, scores, facts.groups, facts.shapes)
         return removal_order(scores, energy == 0, facts.layers, spread)
 
