@@ -280,6 +280,18 @@ def test_the_support_is_frozen_in_the_polish(tiny_task: Task) -> None:
         assert (w.detach() != before[name])[~pruned].any(), name
 
 
+def test_running_means_of_gradients_end_with_the_c_steps(tiny_task: Task) -> None:
+    """What the polish keeps does not depend on them, and they would cost a pass over memory a step."""
+    scheme, states = schemes.Prune(criterion="obd"), list[State]()
+    facts = scheme.analyze(tiny_task.model, tiny_task.example_input)
+    QUICK.recover(copy.deepcopy(tiny_task.model), scheme, facts, 0.4, tiny_task, 0, checkpoint=states.append)
+    *_, earlier, last_step, end = [state.learner.under("optimizer") for state in states if state.learner]
+    means = [name for name in end if name.startswith("moment2/")]
+    assert means
+    assert all(torch.equal(last_step[name], end[name]) for name in means)
+    assert not all(torch.equal(earlier[name], end[name]) for name in means)
+
+
 def test_the_dense_model_is_untouched(tiny_task: Task) -> None:
     before = copy.deepcopy(tiny_task.model.state_dict())
     recovered(tiny_task, StructPrune(), 0.3)

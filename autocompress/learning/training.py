@@ -100,6 +100,7 @@ class Descent:
             self._optimizer = torch.optim.AdamW(
                 self._trainable, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
             )
+        self.remembers = True  # whether running means of gradients are kept for those who ask
         self._moments: dict[int, dict[str, Tensor]] = {}  # those that somebody has asked for, by power
 
     @property
@@ -136,7 +137,7 @@ class Descent:
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT))
         is_finite = math.isfinite(norm)
-        if is_finite:
+        if is_finite and self.remembers:
             self._remember_gradients(max(1.0, norm / MAX_GRADIENT))
         if is_finite or self._scaler.is_enabled():
             self._scaler.step(self._optimizer)  # which leaves out, by itself, what overflowed in fp16
