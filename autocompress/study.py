@@ -284,12 +284,12 @@ class Study:
         left_s = (self.settings.trials - len(self.records)) * seconds / self.workplace.size
         if left_s >= WORTH_S:
             self.aside.start()
-            if not self.timing:  # never beside what is timed
-                task = self.task.on("cpu")
-                self.aside.prepare(
-                    get_ready, task.model, task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
-                )
-        self.tracker.proceed()
+        self.tracker.proceed()  # first, so that a server that is down is told of early
+        if left_s >= WORTH_S and not self.timing:  # never beside what is timed
+            task = self.task.on("cpu")
+            self.aside.prepare(
+                get_ready, task.model, task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
+            )
 
     def _remember_run(self) -> None:
         if self.tracker.run_id not in (None, self.run_id):
