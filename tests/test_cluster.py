@@ -1,6 +1,7 @@
 """Trials on a Dask cluster: processes of this machine that share nothing but sockets."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
@@ -108,6 +109,19 @@ def test_a_worker_that_dies_costs_its_trial_at_most(
             assert remote.submit(run_trial, spec).result().score == run_trial(spec).score
             with pytest.raises(BrokenExecutor, match="its workers died, 4 times"):
                 remote.submit(die).result()
+
+
+def test_a_cluster_that_is_lost_is_said_in_one_line(make_spec: Callable[..., TrialSpec]) -> None:
+    shared, payload = pack_shared(vars(make_spec()))
+    with made(1) as cluster:
+        workers = connect(cluster.scheduler_address)
+        workers.open(payload)
+        with Remote(workers, shared) as remote:
+            running = remote.submit(time.sleep, 60)
+            time.sleep(1)
+            cluster.close()
+            with pytest.raises(RuntimeError, match=r"the cluster at tcp://\S+ was lost; the study can be resumed"):
+                running.result(30)
 
 
 def test_workers_with_gpus_run_a_trial_for_each() -> None:

@@ -1,5 +1,6 @@
 """A Dask cluster as workers, on machines that share no files with this one. Needs the extra ``dask``."""
 
+import logging
 import platform
 import threading
 import uuid
@@ -10,6 +11,9 @@ from typing import Any
 from distributed import Client, KilledWorker, Worker, WorkerPlugin
 
 from autocompress.processes.parcel import run_packed, unpack_shared
+
+# Of a scheduler that is lost it logs a page of tracebacks, which is said here in a line.
+logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
 
 CONNECT_S = 10
 WAIT_FOR_WORKERS_S = 30
