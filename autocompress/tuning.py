@@ -204,6 +204,11 @@ def tune(
             return Study(
                 settings, task.on(settings.device), folder, watcher, make_tracker, register, database
             ).run()
+        except KeyboardInterrupt:
+            if resume or folder.has_begun:
+                again = f"autocompress tune --resume {folder.path.name}{elsewhere} goes on"
+                watcher.warned(f"stopped at once; every finished trial is kept, and {again}")
+            raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                 raise

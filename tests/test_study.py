@@ -353,6 +353,21 @@ def test_ctrl_c_once_ends_the_search_with_the_trial_that_runs(strict, out):
     assert "(the search was interrupted)" in (result.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_the_study_concludes_says_how_to_go_on(strict, out):
+    class AtTheEnd(Recorder):
+        def doing(self, what):
+            super().doing(what)
+            if what == "writing the report":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = AtTheEnd()
+    with pytest.raises(KeyboardInterrupt):
+        ac.tune(strict, "StructPrune", trials=1, out=out, name="cut", watcher=watcher, **HOPELESS)
+    kept = "every finished trial is kept, and autocompress tune --resume cut --out"
+    assert kept in watcher.warnings[-1]
+
+
 def test_a_report_that_cannot_be_written_costs_one_warning(strict, out):
     class InTheWay(Recorder):
         def began(self, beginning):
