@@ -62,9 +62,11 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """The system, the processor with its threads, and the GPUs."""
+    counted = {"core": usable_cores(), "thread": torch.get_num_threads()}
+    cores, threads = (f"{n} {what}{'' if n == 1 else 's'}" for what, n in counted.items())
     found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": f"{processor()}, {usable_cores()} cores, torch with {torch.get_num_threads()} threads",
+        "processor": f"{processor()}, {cores}, torch with {threads}",
     }
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
