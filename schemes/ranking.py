@@ -197,10 +197,11 @@ def _kth_lowest(parts: Sequence[NDArray[Any]], k: int) -> Any:
     """The value at place ``k`` in rising order; of many scores, only those near it are looked at closely."""
     n = sum(map(len, parts))
     sample = np.sort(np.concatenate([scores[::SAMPLED] for scores in parts]))
-    place = k * len(sample) // n
+    place, ends = k * len(sample) // n, np.array([-np.inf, np.inf], sample.dtype)
     for margin in MARGINS if n > FEW else ():
-        width = min(len(sample), margin * math.sqrt(len(sample)) + 1)
-        low, high = sample[max(0, place - int(width))], sample[min(len(sample) - 1, place + int(width))]
+        width = int(min(len(sample), margin * math.sqrt(len(sample)) + 1))
+        low = sample[place - width] if place >= width else ends[0]
+        high = sample[place + width] if place + width < len(sample) else ends[1]
         near = np.concatenate([np.compress((scores > low) & (scores < high), scores) for scores in parts])
         rank = k - sum(np.count_nonzero(scores <= low) for scores in parts)
         if 0 <= rank < len(near):

@@ -19,9 +19,8 @@ P = ParamSpec("P")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _METRICS_IN_A_BATCH = 1000  # MLflow refuses more
-_opened: dict[
-    str, tuple["MlflowClient", str]
-] = {}  # by this process: the client and the experiment, by `Runs._key`
+# What this process has opened: the client and the experiment, by `Runs._key`.
+_opened: dict[str, tuple["MlflowClient", str]] = {}
 
 
 class Runs:
