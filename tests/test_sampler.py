@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from autocompress.certify import paired_bounds
 from autocompress.lc import LearningCompression
 from autocompress.sampler import BisectionSampler, ThresholdSampler
 from autocompress.schemes import StructPrune
-from autocompress.searching.posterior import MANY, ROUNDS, Observation, _sample, telling
+from autocompress.searching.posterior import MANY, ROUNDS, STATES, Observation, _sample, fit_posterior, telling
 from autocompress.searching.samplers import SAMPLERS, check_sampler, make_sampler
 from autocompress.searching.space import Space
 
@@ -240,6 +242,21 @@ def test_the_posterior_answers_consistently() -> None:
     assert posterior.p_feasible(0.05) < posterior.p_feasible(0.2) < posterior.p_feasible(0.5)
     inner = posterior.learnable_interval(0.8)
     assert inner[1] / inner[0] <= high / low * 1.01
+
+
+def test_of_a_study_that_grows_only_the_last_states_are_remembered_and_of_many_arms_each() -> None:
+    def seen(arm: int, n: int) -> tuple[Observation, ...]:
+        return tuple(Observation(1 + i / 10 + arm / 100, 0.001 * i, 0.001) for i in range(n))
+
+    arms = [fit_posterior(seen(arm, 2), 0.01, 0.01) for arm in range(3)]
+    states = [weakref.ref(fit_posterior(seen(0, n), 0.01, 0.01)) for n in range(3, 8)]
+    gc.collect()
+    assert [state() is not None for state in states] == [False] * (len(states) - STATES - 1) + [True] * (
+        STATES + 1
+    )
+    assert all(fit_posterior(seen(arm, 2), 0.01, 0.01) is arms[arm] for arm in (1, 2))
+    last = states[-1]()
+    assert fit_posterior(seen(0, 7), 0.01, 0.01) is last
 
 
 def test_the_curve_passes_through_the_dense_model_and_near_the_observations() -> None:

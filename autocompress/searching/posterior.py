@@ -7,7 +7,7 @@ With one free density the drop is a noisy, nearly monotone curve of the log dens
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -152,14 +152,18 @@ class Posterior:
         return float(min(1.0, max(self.low, math.exp(-depth))))
 
 
-@lru_cache(maxsize=128)  # one state of a study is asked about several times, and by arm; half a MB each
+# One state of a study is asked about several times, and each of its arms; half a MB each.
+_known: dict[tuple[tuple[Observation, ...], float, float, int, float], Posterior] = {}
+STATES, KNOWN = 2, 128  # how many earlier states of one arm are kept, and how many posteriors
+
+
 def fit_posterior(
     seen: tuple[Observation, ...], low: float, bound: float, *, seed: int = 0, shared: float = SHARED
 ) -> Posterior:
     """What the observations say about the threshold; the prior when there are none.
 
-    By adaptive importance sampling (AMIS; Cornuet, Marin, Mira and Robert 2012) with quasi-random points: the
-    same arguments give the same posterior in any process.
+    The last ones asked for are remembered; of a list of observations that grows only its last states, so that a
+    long study takes no more memory than a short one.
 
     Args:
         seen: What the finished trials found.
@@ -167,6 +171,22 @@ def fit_posterior(
         bound: On the drop, a fraction: 0.01 is one point.
         seed: Of the quasi-random points.
         shared: Share of the sampling variance that trials have in common, between 0 and 1.
+    """
+    asked = (seen, low, bound, seed, shared)
+    found = _known.pop(asked, None)
+    if found is None:
+        found = _fitted(*asked)
+        grown = [one for one in list(_known) if one[1:] == asked[1:] and one[0] == seen[: len(one[0])]]
+        for one in (*grown[:-STATES], *list(_known)[:-KNOWN]):
+            _known.pop(one, None)
+    _known[asked] = found  # the last in order
+    return found
+
+
+def _fitted(seen: tuple[Observation, ...], low: float, bound: float, seed: int, shared: float) -> Posterior:
+    """By adaptive importance sampling (AMIS; Cornuet, Marin, Mira and Robert 2012) with quasi-random points.
+
+    The same arguments give the same posterior in any process.
     """
     depth_max = math.log(1 / low)
     told = _as_arrays(telling(seen, bound), FAR * max(bound, BOUND_FLOOR))
