@@ -110,6 +110,20 @@ def test_each_worker_has_a_gpu_and_its_threads_and_leaves_ctrl_c_alone(pool: Exe
     assert handlers == (signal.SIG_IGN, signal.SIG_IGN)
 
 
+def grow(n_bytes: int) -> int:
+    sys.held = b"x" * n_bytes  # type: ignore[attr-defined]
+    return os.getpid()
+
+
+def test_a_worker_that_grows_is_not_taken_for_a_leak(pool: Executor) -> None:
+    """loky looks at most once a second, after a call, for 300 MB more than there were after the first one."""
+    before = {pool.submit(grow, 0).result() for _ in range(2)}
+    time.sleep(1.1)
+    grown = {pool.submit(grow, 350_000_000).result() for _ in range(2)}
+    after = {pool.submit(grow, 0).result() for _ in range(2)}
+    assert before == grown == after
+
+
 def test_trials_in_workers_are_those_of_this_process(pool: Executor, make_spec: MakeSpec) -> None:
     specs = [make_spec(number, density) for number, density in ((1, 0.5), (2, 0.7), (3, 0.3))]
     for future, spec in zip([pool.submit(run_trial, spec) for spec in specs], specs, strict=True):

@@ -20,6 +20,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ATTEMPTS = 2  # a call whose process died is put back once
+# In bytes, of growth since its first call: loky would take a worker that has grown by 300 MB for a leak, and start
+# another. A trial of a larger model, or an import, is none.
+NO_LEAKS = {"LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
 
 
 class InProcess(Executor):
@@ -95,7 +98,7 @@ class LocalWorkers:
         self._all = []
         for i in range(size):
             environment = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
-            self._all.append(_LocalWorker(payload, threads, environment))
+            self._all.append(_LocalWorker(payload, threads, NO_LEAKS | environment))
             self._idle.put(self._all[-1])
 
     def run(self, call: bytes) -> bytes:
