@@ -143,10 +143,13 @@ def _summed(
 
 
 def _along(entries: Tensor, s: Slices) -> Tensor:
-    """The sum over all dimensions but that of the slices; those before it first, a fifth of the time."""
-    if s.dim > 0:
+    """The sum over all dimensions but that of the slices."""
+    if entries.dim() == 1:
+        return entries
+    if s.dim > 0 and entries.is_contiguous():  # those before it first, in a fifth of the time
         entries = entries.sum(list(range(s.dim)))
-    return entries.sum(list(range(1, entries.dim()))) if entries.dim() > 1 else entries
+        return entries.sum(list(range(1, entries.dim()))) if entries.dim() > 1 else entries
+    return entries.sum([d for d in range(entries.dim()) if d != s.dim])
 
 
 def _distances(weight: Tensor, s: Slices) -> Tensor:

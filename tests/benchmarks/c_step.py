@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torchvision
+from threadpoolctl import threadpool_limits
 
 from autocompress.lc import LearningCompression
 from autocompress.learning.learner import Learner, Penalty
@@ -80,6 +81,7 @@ def rounds(scheme: Scheme, task: Task) -> list[Seconds]:
 
 def main() -> int:
     torch.set_num_threads(1)
+    threadpool_limits(1)  # NumPy's BLAS has threads of its own, which spin
     torch.manual_seed(0)
     split = TensorSplit(torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 10, BATCH)
     model = channels_last(torchvision.models.resnet18(num_classes=10)).eval()
