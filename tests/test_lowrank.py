@@ -82,9 +82,12 @@ def test_the_nearest_matrix_of_its_rank(layer: nn.Module, density: float) -> Non
     )
     theta, _, realized = compressed(layer, x, density)
     rank = theta.plan["ranks"][""]
-    u, s, v = torch.linalg.svd(layer.weight.detach().flatten(1).double(), full_matrices=False)
+    weight, found = (w.detach().flatten(1).double() for w in (layer.weight, scheme.delta(theta)["weight"]))
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
     nearest = (u[:, :rank] * s[:rank]) @ v[:rank]
-    torch.testing.assert_close(scheme.delta(theta)["weight"].flatten(1).double(), nearest, atol=1e-6, rtol=0)
+    assert (weight - found).norm() <= (1 + 1e-6) * (weight - nearest).norm()
+    # Where two singular values are close their vectors are less certain than the distance.
+    torch.testing.assert_close(found, nearest, atol=1e-5, rtol=0)
     assert not theta.support["weight"].any()  # none of its entries is free
     m, n = nearest.shape
     assert theta.kept == rank * (m + n) + m == sum(p.numel() for p in realized.parameters())

@@ -1,6 +1,6 @@
 """What a C step costs beside the L step that follows it: ResNet-18 on 1,000 images of 32 x 32, on one core.
 
-    python tests/benchmarks/c_step.py [SCHEME ...]
+    OMP_NUM_THREADS=1 python tests/benchmarks/c_step.py [SCHEME ...]
 
 Promised: at most 5% of the L step, which is one epoch under the scheme's own penalty. A C step is all that there
 is between two L steps: looking at data, Π and Δ. Both are the shortest of some rounds in turn, in processor
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 import torchvision
-from threadpoolctl import threadpool_limits
 
 from autocompress.lc import LearningCompression
 from autocompress.learning.learner import Learner, Penalty
@@ -81,7 +80,6 @@ def rounds(scheme: Scheme, task: Task) -> list[Seconds]:
 
 def main() -> int:
     torch.set_num_threads(1)
-    threadpool_limits(1)  # NumPy's BLAS has threads of its own, which spin
     torch.manual_seed(0)
     split = TensorSplit(torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 10, BATCH)
     model = channels_last(torchvision.models.resnet18(num_classes=10)).eval()
