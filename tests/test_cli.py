@@ -174,7 +174,8 @@ def test_three_trials_find_a_small_model_within_the_bound_in_a_minute(job, found
     assert found["verdict"] in ("certified", "not certifiable")
     # Not the wall time: on a machine that is shared it says more of the neighbours.
     print(f"three trials: {job.ended.wall_s:.1f} s of wall time, {job.ended.cpu_s:.1f} s of CPU time")
-    assert job.ended.cpu_s <= 80  # half of it where nothing else runs: neighbours make the same work take longer
+    # Of a slow core that has nothing else to do it takes 60: beside others the same work takes longer.
+    assert job.ended.cpu_s <= 120
 
 
 def test_stdout_is_one_json_object_with_dense_beside_compressed(job, found):
