@@ -6,7 +6,6 @@ positive.
 """
 
 import difflib
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -89,20 +88,21 @@ def _is_correct(targets: Targets, outputs: Outputs) -> NDArray[np.bool_]:
     return np.asarray(right.all(axis=1) if right.ndim == 2 else right)
 
 
-def _sk(score: str) -> Callable[..., Any]:
-    """A score of scikit-learn's, which takes a second to import: whoever loads a model scores nothing."""
-    found: Callable[..., Any] = getattr(importlib.import_module("sklearn.metrics"), score)
-    return found
+def _sk() -> Any:
+    """scikit-learn's metrics, which take a second to import: whoever loads a model scores nothing."""
+    from sklearn import metrics
+
+    return metrics
 
 
 def _accuracy(targets: Targets, outputs: Outputs) -> float:
-    return float(_sk("accuracy_score")(targets, decisions(targets, outputs)))
+    return float(_sk().accuracy_score(targets, decisions(targets, outputs)))
 
 
 def _balanced_accuracy(targets: Targets, outputs: Outputs) -> float:
     if targets.ndim == 2:
         return (_sensitivity(targets, outputs) + _specificity(targets, outputs)) / 2
-    return float(_sk("balanced_accuracy_score")(targets, decisions(targets, outputs)))
+    return float(_sk().balanced_accuracy_score(targets, decisions(targets, outputs)))
 
 
 def confusions(targets: Targets, outputs: Outputs) -> NDArray[np.int64]:
@@ -149,7 +149,7 @@ def _precision(targets: Targets, outputs: Outputs) -> float:
 
 
 def _f1(targets: Targets, outputs: Outputs) -> float:
-    return float(_sk("f1_score")(targets, decisions(targets, outputs), average="macro", zero_division=0))
+    return float(_sk().f1_score(targets, decisions(targets, outputs), average="macro", zero_division=0))
 
 
 def _kappa(targets: Targets, outputs: Outputs) -> float:
@@ -162,7 +162,7 @@ def _kappa(targets: Targets, outputs: Outputs) -> float:
 def _cohen(targets: Targets, found: Targets) -> float:
     if len(np.union1d(targets, found)) == 1:  # 0 / 0: nothing but agreement
         return 1.0
-    return float(_sk("cohen_kappa_score")(targets, found))
+    return float(_sk().cohen_kappa_score(targets, found))
 
 
 def _macro(binary: Binary, targets: Targets, outputs: Outputs) -> float:
@@ -190,7 +190,7 @@ def _auc(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
 
 
 def _average_precision(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    return float(_sk("average_precision_score")(is_class, score))
+    return float(_sk().average_precision_score(is_class, score))
 
 
 def _log_loss(targets: Targets, outputs: Outputs) -> float:

@@ -202,11 +202,11 @@ def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
             study.enqueue_trial(plan.space.params_at(arm, density), skip_if_exists=True)
             return None
         if found and is_there and left <= plan.trials // 4 and isinstance(study.sampler, ThresholdSampler):
-            has_density = (
-                f"density {found.user_attrs['density']:.3g}"  # as the tables have it, not as it was asked
-            )
+            realized = found.user_attrs["density"]  # as the tables have it, not as it was asked
             near = f"within {plan.tolerance:.0%} of the lowest that is"
-            return known or f"{has_density} is within the bound with {PROBABILITY:.0%} probability, and {near}"
+            return known or (
+                f"density {realized:.3g} is within the bound with {PROBABILITY:.0%} probability, and {near}"
+            )
     return known
 
 

@@ -102,7 +102,7 @@ class FreshProcess:
         end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
             ended = self._process.poll() is not None  # asked first: it may answer just before
-            if all(any((self._folder / f"{format}{end}").exists() for end in ENDINGS) for format in formats):
+            if all(any((self._folder / f"{format}{ending}").exists() for ending in ENDINGS) for format in formats):
                 return True
             if ended:
                 break

@@ -8,8 +8,9 @@ only masked, with 95% zeros. Then, as shares of what the ratio of the MACs allow
 - PyTorch, half width: 75% at batch 1 and 90% at batch 16; in bf16 a further 1.5 times as fast
 - ONNX Runtime, half width: 95%; half width in integers 6 times as fast as dense at batch 1, 7.5 times at batch 16
 
-On two cores of an EPYC with VNNI and bf16 dot products, without AMX, all but one are met: PyTorch 0.79 and 1.08,
-in bf16 1.37 (missed) and 1.73 times as fast; ONNX Runtime 0.95 and 1.02, in integers 7.5 and 7.6 times. With a
+On two cores of an EPYC with VNNI and bf16 dot products, without AMX, batch 1 and 16, in two runs: PyTorch 0.79 and
+1.08, then 0.74 and 0.98, in bf16 1.37 and 1.73, then 1.37 and 1.68 times as fast; ONNX Runtime 0.95 and 1.02 at
+real-time priority, then 0.90 and 1.00 beside noisy neighbours, in integers 7.5 and 7.6, then 5.5 and 6.4. With a
 single sample PyTorch spends most of a bf16 pass in some twenty short convolutions, each of which shares its work
 between threads; on one thread bf16 is 1.6 times as fast.
 
