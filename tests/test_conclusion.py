@@ -57,6 +57,13 @@ def test_the_answer_is_the_last_that_is_certified_before_the_first_that_is_not(c
     assert "The next, trial 2 of density 0.1" in told["sentence"] and "trial 4" in told["sentence"]
 
 
+def test_of_several_that_are_certified_the_last_is_the_answer(conclude) -> None:
+    answer, found, told = conclude(1, 3)
+    assert outcomes(told) == [(1, "certified"), (3, "certified")]
+    assert (answer.trial.number, found.outcome) == (3, "certified")
+    assert told["sentence"].endswith("The denser trial of the shortlist, tested before it, is certified as well.")
+
+
 def test_after_a_first_failure_nothing_is_certified(conclude) -> None:
     answer, found, told = conclude(2, 1)
     assert outcomes(told) == [(2, "not certifiable"), (1, "certified")]  # by itself it would be

@@ -288,8 +288,8 @@ def _of_order(shortlist: Sequence[TrialResult], certified: int) -> Iterator[str]
     if len(shortlist) == 1:
         return
     if certified == len(shortlist):
-        denser = "is the denser one" if certified == 2 else f"are the {certified - 1} denser ones"
-        yield f"So {denser} of the shortlist, tested before it."
+        trials, are = ("trial", "is") if certified == 2 else ("trials", "are")
+        yield f"The denser {trials} of the shortlist, tested before it, {are} certified as well."
         return
     failed, last = shortlist[certified], shortlist[-1]
     named = f"trial {failed.number} of density {failed.density:.3g}"
