@@ -8,9 +8,10 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from autocompress import progress
 from autocompress.formats import bundle
-from autocompress.formats.bundle import Provenance, dtype_name
-from autocompress.formats.executorch_export import MAX_BATCH, check_executorch, write_pte
+from autocompress.formats.bundle import Provenance
+from autocompress.formats.executorch_export import check_executorch, write_pte
+from autocompress.formats.instructions import FILES, instructions
 from autocompress.formats.onnx_export import quietly, weight_dtype, write_onnx
 from autocompress.formats.parity import Arrays, FreshProcess, Undelivered, reason
 from autocompress.networks.deployed import deployed
 
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "executorch": "model.pte", "safetensors": bundle.WEIGHTS}
 ON_REQUEST = ("executorch",)  # of the formats
 TOLERANCE = 1e-4
 TOLERANCE_FEWER_BITS = 5e-2
@@ -47,6 +48,23 @@ class Artifact:
     size_bytes: int
     max_error: float
     not_fresh: str = ""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Files that were written and checked, and are not yet where they are looked for.
+
+    Attributes:
+        folder: Where they lie.
+        errors: `Artifact.max_error` of each format that is offered.
+        refused: For each format that is not, the reason in one line.
+        not_fresh: `Artifact.not_fresh` by format, where there is something to say.
+    """
+
+    folder: Path
+    errors: Mapping[str, float]
+    refused: Mapping[str, str]
+    not_fresh: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -85,12 +103,47 @@ def export(
     What is there to run, ``model.pt2`` and ``model.onnx``, has BatchNorm folded; ``model.safetensors`` has it as
     it was trained.
 
-    Files appear in ``directory`` one by one, each complete; those of an earlier export are replaced.
+    Files appear in ``directory`` one by one, each complete; those of an earlier export are replaced. It is `stage`
+    and then `publish`.
+
+    Args:
+        model: As for `stage`, as are the others.
+        example_input: A batch of at least one sample.
+        directory: Where to write; made if it does not exist.
+        provenance: What ``plan.json`` and ``README.md`` say of the model.
+        dense: Any instance of the dense architecture.
+        formats: What to write besides.
+        tolerance: The largest `Artifact.max_error` to accept.
+
+    Raises:
+        ValueError: If ``example_input`` is no batch, or a format cannot be written here.
+    """
+    staging = directory / ".export"
+    try:
+        staged = stage(
+            model, example_input, staging, provenance, dense=dense, formats=formats, tolerance=tolerance
+        )
+        return publish(staged, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def stage(
+    model: nn.Module,
+    example_input: Tensor,
+    folder: Path,
+    provenance: Provenance,
+    *,
+    dense: nn.Module | None = None,
+    formats: Sequence[str] = (),
+    tolerance: float | None = None,
+) -> Staged:
+    """The part of `export` that takes long, and needs no more than the model: writes the files and checks them.
 
     Args:
         model: The realized model: logits of shape ``(n, classes)`` from a batch. It is not changed.
         example_input: A batch of at least one sample. None of it is stored.
-        directory: Where to write; made if it does not exist.
+        folder: Where to write; what is in it goes.
         provenance: What ``plan.json`` and ``README.md`` say of the model.
         dense: Any instance of the dense architecture, from which ``model.safetensors`` is rebuilt to see whether
             it answers as the model does. Without it only its weights are compared.
@@ -100,7 +153,7 @@ def export(
             activations between two steps may be rounded the other way.
 
     Raises:
-        ValueError: If ``example_input`` is no batch, or a format cannot be written here.
+        ValueError: As `export`.
     """
     formats = check_formats(formats)
     if example_input.ndim < 2 or len(example_input) == 0:
@@ -109,31 +162,45 @@ def export(
     stored = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     if tolerance is None:
         tolerance = TOLERANCE if weight_dtype(stored) == torch.float32 else TOLERANCE_FEWER_BITS
-    staging = directory / ".export"
-    shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
-    staging.mkdir(parents=True)
-    try:
-        probes = _probes(example_input.detach().cpu())
-        with torch.inference_mode():
-            expected = [stored(x).float().numpy() for x in probes]
-        answers, not_fresh = _write_all(stored, probes, staging, provenance, dense, formats)
-        # Without answers it is what `bundle.save` has compared: its weights.
-        errors = {"safetensors": 0.0} | {name: _error(found, expected) for name, found in answers.items()}
-        refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
-        integers = weight_dtype(stored) == torch.int8
-        readme = _readme(errors, probes[0], expected[0].shape[-1], provenance, refused, integers, not_fresh)
-        (staging / "README.md").write_text(readme, encoding="utf-8")
-        _publish(staging, directory, [name for name in errors if name not in refused])
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    paths = {name: directory / FILES[name] for name in FILES if name in errors and name not in refused}
-    return Export(
-        tuple(
-            Artifact(name, path, path.stat().st_size, float(errors[name]), not_fresh.get(name, ""))
-            for name, path in paths.items()
-        ),
-        refused,
-    )
+    shutil.rmtree(folder, ignore_errors=True)  # of another model, or left by an export that was killed
+    folder.mkdir(parents=True)
+    probes = _probes(example_input.detach().cpu())
+    with torch.inference_mode():
+        expected = [stored(x).float().numpy() for x in probes]
+    answers, not_fresh = _write_all(stored, probes, folder, provenance, dense, formats)
+    # Without answers it is what `bundle.save` has compared: its weights.
+    errors = {"safetensors": 0.0} | {name: _error(found, expected) for name, found in answers.items()}
+    refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
+    integers = weight_dtype(stored) == torch.int8
+    readme = instructions(errors, probes[0], expected[0].shape[-1], provenance, refused, integers, not_fresh)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    offered = {name: float(errors[name]) for name in FILES if name in errors and name not in refused}
+    return Staged(folder, offered, refused, not_fresh)
+
+
+def publish(staged: Staged, directory: Path, results: Mapping[str, Any] | None = None) -> Export:
+    """The rest of `export`: moves each file into place; what an earlier export left of another format goes.
+
+    Args:
+        staged: What `stage` gave; its files are moved.
+        directory: Where to, on the same file system; made if it does not exist.
+        results: What ``plan.json`` says of the model besides, such as its metric on val and test: JSON types only.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = {file: name in staged.errors for name, file in FILES.items()}
+    wanted |= {bundle.PLAN: "safetensors" in staged.errors, "README.md": True}
+    if results and wanted[bundle.PLAN]:
+        bundle.add_results(staged.folder, results)
+    for file, is_there in wanted.items():
+        if is_there:
+            (staged.folder / file).replace(directory / file)
+        else:
+            (directory / file).unlink(missing_ok=True)
+    artifacts = []
+    for name, error in staged.errors.items():
+        path = directory / FILES[name]
+        artifacts.append(Artifact(name, path, path.stat().st_size, error, staged.not_fresh.get(name, "")))
+    return Export(tuple(artifacts), staged.refused)
 
 
 def get_ready(model: nn.Module, example_input: Tensor, file: Path) -> None:
@@ -269,100 +336,3 @@ def _refusal(error: float | str, tolerance: float) -> str | None:
         return error
     too_far = f"its logits differ by {error:.1e} of the largest, more than the {tolerance:.0e} allowed"
     return None if error <= tolerance else too_far
-
-
-def _publish(staging: Path, directory: Path, offered: Collection[str]) -> None:
-    """Moves each file into place; what an earlier export left of another format goes."""
-    wanted = {file: name in offered for name, file in FILES.items()}
-    wanted |= {bundle.PLAN: "safetensors" in offered, "README.md": True}
-    for file, is_there in wanted.items():
-        if is_there:
-            (staging / file).replace(directory / file)
-        else:
-            (directory / file).unlink(missing_ok=True)
-
-
-RUN_PT2 = """With torch alone:
-
-```python
-import torch
-
-model = torch.export.load("model.pt2").module()
-with torch.inference_mode():
-    logits = model(torch.zeros({shape}, dtype=torch.{dtype}))
-```
-"""
-RUN_ONNX = """With ONNX Runtime alone:
-
-```python
-import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-(logits,) = session.run(["logits"], {{"input": np.zeros({shape}, dtype=np.{dtype})}})
-```
-"""
-RUN_EXECUTORCH = """With ExecuTorch and XNNPACK, for batches of at most {max_batch}. Phones load the same file from
-Java, Swift or C++:
-
-```python
-import torch
-from executorch.runtime import Runtime
-
-method = Runtime.get().load_program("model.pte").load_method("forward")
-(logits,) = method.execute([torch.zeros({shape}, dtype=torch.{dtype})])
-```
-"""
-REBUILD = """With autocompress, as a module to train or measure further, from `model.safetensors` and `plan.json`:
-{load}.
-"""
-LOAD_NAMED = '`autocompress.load(".")`'
-LOAD_OWN = '`autocompress.load(".", model)`, where `model` is any instance of the dense architecture'
-NOT_FRESH = """`{file}` was checked in the process that wrote it, not in a fresh one: {reason}
-"""
-INTEGERS = """`model.onnx` computes in 8-bit integers: it is the file to deploy. The others store the same
-integers and compute in float32 what they give, slower than the dense model. On x86 processors without VNNI,
-ONNX Runtime adds up in 16 bits, which can saturate: check it there, or compress with `Quantize8(bits=7)`.
-"""
-INPUT_OUTPUT = """Input: {dtype} of shape (batch, {sample}), any batch size. {preprocessing}
-
-Output: float32 logits of shape (batch, {classes}). The largest is the prediction; softmax makes
-probabilities of them.{names}
-"""
-
-
-RUN = {"pt2": RUN_PT2, "onnx": RUN_ONNX, "executorch": RUN_EXECUTORCH, "safetensors": REBUILD}
-
-
-def _readme(
-    formats: Collection[str],
-    sample: Tensor,
-    classes: int,
-    provenance: Provenance,
-    refused: Mapping[str, str],
-    integers: bool,
-    not_fresh: Mapping[str, str],
-) -> str:
-    """How to run what is there, and why the rest of ``formats`` is not."""
-    shape, dtype = tuple(sample.shape), dtype_name(sample.dtype)
-    load = LOAD_OWN if provenance.architecture is None else LOAD_NAMED
-    parts = [f"# {provenance.task}: {provenance.scheme} at density {provenance.density:.4g}\n"]
-    for name, text in RUN.items():
-        if name in refused:
-            parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n")
-        elif name in formats:
-            parts.append(text.format(shape=shape, dtype=dtype, max_batch=MAX_BATCH, load=load))
-            if name in not_fresh:
-                parts.append(NOT_FRESH.format(file=FILES[name], reason=not_fresh[name]))
-    if integers and "onnx" not in refused:
-        parts.append(INTEGERS)
-    parts.append(
-        INPUT_OUTPUT.format(
-            dtype=dtype,
-            sample=", ".join(str(n) for n in shape[1:]),
-            preprocessing=provenance.preprocessing or "Prepare it as the training data was.",
-            classes=classes,
-            names=f" In order: {', '.join(provenance.classes)}." if provenance.classes else "",
-        )
-    )
-    return "\n".join(parts)

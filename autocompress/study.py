@@ -29,8 +29,9 @@ from autocompress.search import search as run_search
 from autocompress.searching.posterior import Posterior
 from autocompress.searching.selection import answer, finished, front, posterior, shortlist
 from autocompress.searching.space import DENSITY, Configuration
+from autocompress.studies.ahead import Ahead, Answer
 from autocompress.studies.analysis import Analyses
-from autocompress.studies.conclusion import Answer, Conclusion, get_ready
+from autocompress.studies.conclusion import Conclusion
 from autocompress.studies.result import Result
 from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Beginning, Watcher
@@ -68,7 +69,7 @@ class Study:
         self.workplace = Workplace(settings, task)
         self.register, self.database = register, database
         self.aside = Aside(allowed=team().size == 1 and (os.cpu_count() or 1) > 1)
-        self.dense_onnx = folder.path / ".dense.onnx"
+        self.ahead = Ahead(self.aside, task, folder, settings.formats)
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
         self.analyses = Analyses(task)
@@ -92,8 +93,7 @@ class Study:
             raise
         finally:
             self.workplace.close()
-            self.aside.close()
-            self.dense_onnx.unlink(missing_ok=True)
+            self.ahead.close()
 
     def _run(self) -> Result:
         settings, task = self.settings, self.task
@@ -277,19 +277,18 @@ class Study:
             beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
         self.tracker.trial(record, best.density if best else None, beliefs)
         self._remember_run()
-        self._look_ahead(record.seconds)
+        self._look_ahead(record.seconds, best)
 
-    def _look_ahead(self, seconds: float) -> None:
+    def _look_ahead(self, seconds: float, best: TrialResult | None) -> None:
         """Has MLflow written and the end prepared beside the trials where enough of them are to come."""
         left_s = (self.settings.trials - len(self.records)) * seconds / self.workplace.size
         if left_s >= WORTH_S:
             self.aside.start()
         self.tracker.proceed()  # first, so that a server that is down is told of early
-        if left_s >= WORTH_S and not self.timing:  # never beside what is timed
-            task = self.task.on("cpu")
-            self.aside.prepare(
-                get_ready, task.model, task.example_input.cpu(), self.dense_onnx, self.folder.path.parent
-            )
+        if self.aside.is_there and not self.timing:  # never beside what is timed
+            self.ahead.get_ready()
+            if best is not None and not self.ahead.has(best.number) and (found := self._whole(best.number)):
+                self.ahead.stage(found, found.rebuilt(self.task.model))
 
     def _remember_run(self) -> None:
         if self.tracker.run_id not in (None, self.run_id):
@@ -320,9 +319,9 @@ class Study:
             self.dense_cost,
             self.folder,
             self.watcher,
+            self.ahead,
+            self.tracker.flush,
             self.timing,
-            self.aside,
-            self.dense_onnx,
         )
         shortlisted = self._shortlist()
         if shortlisted:

@@ -46,8 +46,8 @@ def test_what_ends_the_process_runs_here() -> None:
 def test_what_cannot_travel_stays_here() -> None:
     aside, lock = Aside(), threading.Lock()
     aside.start()
-    aside.prepare(give_back, lock)
-    assert aside.call(give_back, lock) == (lock, os.getpid())
+    begun = aside.begin(give_back, lock)
+    assert begun.outcome() == (lock, os.getpid()) and not aside.is_there
 
 
 def test_the_functions_own_error_is_raised() -> None:
@@ -59,22 +59,40 @@ def test_the_functions_own_error_is_raised() -> None:
 
 
 @pytest.mark.slow
-def test_a_study_is_ended_in_the_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there: list[tuple[str, bool]] = []
+def test_a_study_is_ended_in_the_other_process_as_it_would_be_in_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    still_there = []
 
     class Spied(Aside):
-        def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            result = super().call(function, *args, **kwargs)
-            there.append((function.__name__, self._process is not None))
-            return result
+        def begin(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            begun.append(function.__name__)
+            return super().begin(function, *args, **kwargs)
 
-    monkeypatch.setattr(study, "Aside", Spied)
+        def close(self) -> None:
+            still_there.append(self.is_there)
+            super().close()
+
+    class Alone(Aside):
+        def start(self) -> None:
+            pass
+
+    asked: dict[str, Any] = {"trials": 2, "epochs": 2, "max_drop": 0.5, "name": "study"}
     monkeypatch.setattr(study, "WORTH_S", 0.0)
-    result = tune(out=tmp_path, trials=2, epochs=2, max_drop=0.5)
-    assert [name for name, _ in there if name != "perform"] == ["export", "write_report"]
-    assert all(is_there for _, is_there in there) and ("perform", True) in there  # MLflow is written there
+    monkeypatch.setattr(study, "Aside", Spied)
+    result = tune(out=tmp_path / "beside", **asked)
+    assert still_there[0]  # so nothing has failed there
+    first, *staged, last = (name for name in begun if name != "perform")  # MLflow is written there, too
+    assert (first, last) == ("_get_ready", "write_report") and set(staged) == {"stage"}
     assert {one.format for one in result.exported.artifacts} == {"pt2", "onnx", "safetensors"}
     runtimes = {one.runtime for one in result.measurements["dense"].latency}
     assert runtimes == {"eager", "onnxruntime"}
     left = {path.name for path in result.folder.iterdir()}
-    assert "report.html" in left and not any("onnx" in name for name in left)
+    assert "report.html" in left and not any(name.startswith(".ahead") for name in left)
+
+    monkeypatch.setattr(study, "Aside", Alone)
+    again = tune(out=tmp_path / "alone", **asked)
+    assert {path.name: path.read_bytes() for path in (result.folder / "best").iterdir()} == {
+        path.name: path.read_bytes() for path in (again.folder / "best").iterdir()
+    }

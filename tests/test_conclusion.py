@@ -8,7 +8,9 @@ import pytest
 from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
 from autocompress.measurement import measure
-from autocompress.studies.conclusion import Answer, Conclusion
+from autocompress.processes.aside import Aside
+from autocompress.studies.ahead import Ahead, Answer
+from autocompress.studies.conclusion import Conclusion
 from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Silent
 from autocompress.trial import Bound, TrialSpec, run_trial
@@ -37,7 +39,10 @@ def conclude(tmp_path: Path, make_spec: MakeSpec):
         settings = Settings((spec.scheme,), BOUND, spec.objectives)
         cost = measure(task.model, task.example_input, timing=False)
         try:
-            return Conclusion(settings, task, spec.dense, cost, folder, Silent()).judge(listed)
+            ahead = Ahead(Aside(), task, folder)
+            return Conclusion(settings, task, spec.dense, cost, folder, Silent(), ahead, lambda: None).judge(
+                listed
+            )
         finally:
             folder.close()
 

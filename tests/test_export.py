@@ -384,7 +384,7 @@ def saved(directory):
 
 
 def test_a_plan_that_is_not_json_is_an_error(tmp_path):
-    provenance = replace(PROVENANCE, results={"val": np.float32(1)})
+    provenance = replace(PROVENANCE, plan={"kept": np.float32(1)})
     with pytest.raises(ValueError, match="the plan and the results must be JSON"):
         bundle.save(mlp(), torch.zeros(1, 1, 4, 4), tmp_path, provenance)
 

@@ -157,6 +157,11 @@ class StudyFolder:
         """The folder of the answer's files."""
         return self.path / "best"
 
+    @property
+    def ahead(self) -> Path:
+        """The folder of what this process makes for the study's end, and removes when it ends."""
+        return self.path / (f".ahead-{socket.gethostname()}-{os.getpid()}" if self.shared else ".ahead")
+
     def trial(self, number: int) -> Path:
         """The folder of one trial."""
         return self.path / "trials" / f"{number:04d}"

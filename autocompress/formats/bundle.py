@@ -46,7 +46,6 @@ class Provenance:
         classes: Names of the logits, in order.
         preprocessing: What was done to a sample before the model saw it, in words.
         input: The same for programs: JSON types only.
-        results: What else is worth keeping, such as the metric on val and test: JSON types only.
     """
 
     scheme: str
@@ -57,7 +56,6 @@ class Provenance:
     classes: Sequence[str] = ()
     preprocessing: str = ""
     input: Mapping[str, Any] = field(default_factory=dict)
-    results: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenance) -> None:
@@ -90,15 +88,33 @@ def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenan
         "input": {"shape": list(sample.shape), "dtype": dtype_name(sample.dtype), **provenance.input},
         "sha256": _sha256(path),
         "versions": {name: version(name) for name in ("autocompress", "torch")},
-        "results": dict(provenance.results),
+        "results": {},
         "plan": dict(provenance.plan),
     }
+    _write_plan(plan, directory / PLAN)
+
+
+def add_results(directory: Path, results: Mapping[str, Any]) -> None:
+    """Adds to ``plan.json`` what was found out about the model since `save`, such as its metric on val and test.
+
+    Args:
+        directory: Where `save` wrote.
+        results: JSON types only.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    plan = json.loads((directory / PLAN).read_text(encoding="utf-8"))
+    _write_plan(plan | {"results": dict(results)}, directory / PLAN)
+
+
+def _write_plan(plan: Mapping[str, Any], path: Path) -> None:
     try:
         # One key a line: a plan lists thousands of channels, and the rest should stay readable.
         lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in plan.items()]
     except TypeError as error:
         raise ValueError(f"the plan and the results must be JSON: {error}") from None
-    (directory / PLAN).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def load(directory: str | Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:

@@ -5,9 +5,13 @@ matplotlib. A thread would take these from the training, for one thread at a tim
 takes them from a core that trials leave idle.
 """
 
+import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from threading import Lock, RLock
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -20,6 +24,30 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 WORTH_S = 20.0  # of trials to come: several times what it takes to get ready
+NICENESS = 10  # of the process: it takes what trials leave, or a tenth of a core that they all want
+
+
+@dataclass(frozen=True)
+class Begun(Generic[T]):
+    """A call that `Aside.begin` has begun."""
+
+    _future: "Future[T] | None"
+    _here: Callable[[], T]
+    _failed: Callable[[], None]
+
+    def outcome(self) -> T:
+        """What the function returns; whatever goes wrong in the other process, it runs in this one."""
+        if self._future is not None:
+            try:
+                return self._future.result()
+            except Exception:  # of the process, of what travels, or the function's own, which then comes again
+                self._failed()
+        return self._here()
+
+    def cancel(self) -> None:
+        """It need not run: where it does not do so yet, it will not."""
+        if self._future is not None:
+            self._future.cancel()
 
 
 class Aside:
@@ -31,8 +59,13 @@ class Aside:
 
     def __init__(self, *, allowed: bool = True) -> None:
         self._process: Remote | None = None
-        self._may_start, self._is_prepared = allowed, False
+        self._may_start = allowed
         self._changing = Lock()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the process is started, and has not been given up."""
+        return self._process is not None
 
     def start(self) -> None:
         """Starts the process, unless it was before or may not be."""
@@ -43,25 +76,16 @@ class Aside:
                 workers = LocalWorkers(1, pack([]), threads=torch.get_num_threads(), gpus=[""])
                 self._process = Remote(workers, [])
 
-    def prepare(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Has the process run a call for which nobody waits; does nothing without it, or the second time."""
-        if self._process is not None and not self._is_prepared:
-            self._is_prepared = True
-            self._submit(function, args, kwargs)
+    def begin(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Begun[T]:
+        """Has the process make a call, after earlier ones; without the process it is made when it is needed."""
+        here = functools.partial(function, *args, **kwargs)
+        return Begun(self._submit(function, args, kwargs), here, self.close)
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """What the function returns; whatever goes wrong in the other process, it runs in this one."""
-        future = self._submit(function, args, kwargs)
-        if future is not None:
-            try:
-                returned: T = future.result()
-            except Exception:  # of the process, of what travels, or the function's own, which then comes again
-                self.close()
-            else:
-                return returned
-        return function(*args, **kwargs)
+        """What the function returns, see `Begun.outcome`."""
+        return self.begin(function, *args, **kwargs).outcome()
 
-    def _submit(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _submit(self, function: Callable[..., T], args: Any, kwargs: Any) -> "Future[T] | None":
         process = self._process
         try:
             return process.submit(_quietly, function, args, kwargs) if process is not None else None
@@ -78,7 +102,9 @@ class Aside:
 
 
 def _quietly(function: Callable[..., T], args: Any, kwargs: Any) -> T:
-    """The call without the talk of libraries: the terminal is the study's."""
+    """The call without the talk of libraries: the terminal is the study's, and so are the cores."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     tqdm.set_lock(RLock())  # in place of one among processes, of which Python would say that it was left behind
     with quietly():
         return function(*args, **kwargs)

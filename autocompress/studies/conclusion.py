@@ -1,26 +1,20 @@
 """The end of a study: the answer is judged on test, measured beside the dense model, and exported."""
 
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from autocompress.certify import Outcome, Verdict, certified_in_order, certify, conclude
 from autocompress.disk.storage import StudyFolder
-from autocompress.export import Export, export
-from autocompress.export import get_ready as export_early
-from autocompress.formats.bundle import Provenance, rebuild
+from autocompress.export import Export, publish
 from autocompress.gauges.runtimes import shown_runtimes
 from autocompress.measurement import Measurement, compare
 from autocompress.networks.deployed import deployed
 from autocompress.networks.layers import compare_layers
-from autocompress.processes.aside import Aside
 from autocompress.progress import span
-from autocompress.scheme import Facts, Scheme, Weights, describe
-from autocompress.showing.drawing import get_ready as draw_early
+from autocompress.studies.ahead import Ahead, Answer
 from autocompress.studies.result import Tested
 from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Watcher
@@ -29,23 +23,6 @@ from autocompress.trial import TrialResult
 from autocompress.verdict.constraint import Constraint, Judged
 from autocompress.verdict.limit import Limit
 from autocompress.verdict.per_class import per_class
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The trial that the search answers with, and what its model is made of.
-
-    Attributes:
-        trial: The trial.
-        scheme: How it was compressed.
-        facts: What the scheme found out about the dense model.
-        state: Its weights.
-    """
-
-    trial: TrialResult
-    scheme: Scheme
-    facts: Facts
-    state: Weights
 
 
 @dataclass(frozen=True)
@@ -85,19 +62,6 @@ class Judgement:
         return replace(self, certificate=replace(self.certificate, outcome="not certifiable"))
 
 
-def get_ready(model: nn.Module, example_input: Tensor, file: Path, home: Path) -> None:
-    """The first call of `Conclusion.aside`: after it, exporting and drawing there take little time.
-
-    Args:
-        model: The dense model, on the CPU; it is written as ONNX, to be measured beside the answer.
-        example_input: A batch of at least one sample.
-        file: Where to write it, see `Conclusion.dense_onnx`.
-        home: The folder of all studies.
-    """
-    export_early(model, example_input, file)
-    draw_early(home)
-
-
 @dataclass(frozen=True)
 class Conclusion:
     """Ends studies.
@@ -109,9 +73,9 @@ class Conclusion:
         dense_cost: What it costs.
         folder: Where the study lives.
         watcher: Is told how it goes.
+        ahead: Has made what it could of what the end needs.
+        settle: Waits for what else the study does: nothing may run beside what is timed.
         timing: Whether what is asked needs more measured than can be counted.
-        aside: Runs what need not run here.
-        dense_onnx: The dense model's ONNX file, if it was written already.
     """
 
     settings: Settings
@@ -120,9 +84,9 @@ class Conclusion:
     dense_cost: Measurement
     folder: StudyFolder
     watcher: Watcher
+    ahead: Ahead
+    settle: Callable[[], None]
     timing: bool = False
-    aside: Aside = field(default_factory=Aside)
-    dense_onnx: Path | None = None
 
     def of(self, shortlist: Sequence[Answer]) -> dict[str, Any]:
         """What `autocompress.studies.result.Result` says of the answer, by the names of its fields.
@@ -143,7 +107,7 @@ class Conclusion:
         results = {"metric": task.metric.name, "scores": scores, "verdict": told["sentence"]}
         exported = self._export(found.rebuilt, answer, results)
         onnx = next((one.path for one in exported.artifacts if one.format == "onnx"), None)
-        dense_onnx = self.dense_onnx if self.dense_onnx and self.dense_onnx.exists() else None
+        self.settle()
         self.watcher.doing("measuring the answer beside the dense model")
         costs = compare(
             [task.model, found.rebuilt],
@@ -152,7 +116,7 @@ class Conclusion:
             dense_params=self.dense_cost.params,
             params=[None, best.measurement.params],
             runtimes=shown_runtimes(settings.runtime, settings.measured_on),
-            onnx_files=[dense_onnx, onnx],
+            onnx_files=[self.ahead.dense_onnx, onnx],
         )
         return {
             **told,
@@ -203,7 +167,7 @@ class Conclusion:
 
     def _judge(self, one: Answer, dense: Evaluation) -> Judgement:
         task, bound, trial = self.task, self.settings.bound, one.trial
-        rebuilt = rebuild(one.scheme, task.model, one.facts, trial.plan, trial.density, one.state)
+        rebuilt = one.rebuilt(task.model)
         model = deployed(rebuilt, task.example_input)
         test = task.evaluate(model, task.test)
         certificate = certify(
@@ -245,29 +209,7 @@ class Conclusion:
         }
 
     def _export(self, model: nn.Module, answer: Answer, results: dict[str, Any]) -> Export:
-        task = self.task
-        provenance = Provenance(
-            scheme=describe(answer.scheme),
-            plan=answer.trial.plan,
-            density=answer.trial.density,
-            task=task.name,
-            architecture=task.architecture,
-            classes=task.classes,
-            preprocessing=task.preprocessing,
-            input=task.input,
-            results=results,
-        )
-        formats = self.settings.formats
-        where = self.folder.best
-        exported = self.aside.call(
-            export,
-            copy.deepcopy(model).cpu(),
-            task.example_input.cpu(),
-            where,
-            provenance,
-            dense=task.on("cpu").model,
-            formats=formats,
-        )
+        exported = publish(self.ahead.staged(answer, model), self.folder.best, results)
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
         for one in exported.artifacts:

@@ -35,7 +35,7 @@ PARTS = {
     "C steps": (("lc", "c_step"),),
     "evaluation": (("task", "Task.evaluate"),),
     "analyzing": (("studies.analysis", "Analyses.open_space"),),
-    "realizing": (("trial", "realize"), ("studies.conclusion", "rebuild")),
+    "realizing": (("trial", "realize"), ("studies.ahead", "rebuild")),
     "counting and timing": (("trial", "compare"), ("studies.conclusion", "compare"), ("study", "measure")),
     "suggesting": (("search", "posterior"), ("search", "answer"), ("study", "posterior"), ("study", "answer")),
     "saving": (("disk.storage", "StudyFolder.save_trial"),),

@@ -1,0 +1,65 @@
+"""What is made ahead of a study's end, here without a process that makes it: it is made when it is needed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autocompress.disk.storage import StudyFolder
+from autocompress.processes.aside import Aside
+from autocompress.studies import ahead as module
+from autocompress.studies.ahead import Ahead, Answer
+from autocompress.trial import TrialSpec, run_trial
+
+
+def test_only_what_was_staged_of_the_answer_is_used(
+    tmp_path: Path, make_spec: Callable[..., TrialSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    expected: list[Any]
+
+    def stage(model: torch.nn.Module, example_input: Any, folder: Path, provenance: Any, **others: Any) -> Any:
+        made.append((provenance.density, sum(p.numel() for p in model.parameters())))
+        return made[-1]  # in place of what is staged
+
+    monkeypatch.setattr(module, "stage", stage)
+    answers, models = [], []
+    for number, density in ((1, 0.9), (2, 0.3)):
+        spec = make_spec(number, density)
+        trial = run_trial(spec)
+        assert trial.model is not None
+        models.append(trial.model)
+        answers.append(Answer(trial, spec.scheme, spec.facts, trial.model.state_dict()))
+        rebuilt = answers[-1].rebuilt(spec.task.model).state_dict()
+        assert all(torch.equal(rebuilt[name], value) for name, value in trial.model.state_dict().items())
+    expected = [
+        (one.trial.density, sum(p.numel() for p in model.parameters()))
+        for one, model in zip(answers, models, strict=True)
+    ]
+    folder = StudyFolder(tmp_path / "study")
+    ahead = Ahead(Aside(), spec.task, folder)
+    assert not ahead.has(1)
+    ahead.stage(answers[0], models[0])
+    assert ahead.has(1) and not ahead.has(2) and made == []
+    assert ahead.staged(answers[0], models[0]) == expected[0]  # once: begun, not made again
+    ahead.stage(answers[0], models[0])
+    assert ahead.staged(answers[1], models[1]) == expected[1]  # the first, superseded, is not made at all
+    assert made == expected
+    ahead.close()
+    folder.close()
+
+
+def test_those_who_share_a_study_do_not_share_what_they_make_ahead(tmp_path: Path) -> None:
+    alone, shared = StudyFolder(tmp_path / "alone"), StudyFolder(tmp_path / "shared", shared=True)
+    assert alone.ahead.name == ".ahead"  # so that the next run finds what a killed one has left
+    assert shared.ahead.name.startswith(".ahead-") and shared.ahead.parent == shared.path
+    ahead = Ahead(Aside(), None, alone)  # type: ignore[arg-type]  # no task: nothing is made
+    (alone.ahead / "answer").mkdir(parents=True)
+    (alone.ahead / "dense.onnx").write_bytes(b"left by a run that was killed")
+    assert ahead.dense_onnx is None
+    ahead.close()
+    assert not alone.ahead.exists()
+    for folder in (alone, shared):
+        folder.close()
