@@ -33,6 +33,8 @@ _STYLE: Any = {  # matplotlib types its keys, all 300 of them
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",  # the page has its own
+    "axes.facecolor": "none",
 }
 
 
@@ -91,17 +93,25 @@ def write_figure(folder: Path, name: str, canvas: "Canvas") -> str:
     return svg
 
 
+# By their canvases and not by `savefig`, which draws everything once more to find out where it lies.
+
+
 def _svg(canvas: "Canvas") -> str:
     """The drawing without a background."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    canvas.savefig(file, format="svg", transparent=True, metadata=nothing)
+    FigureCanvasSVG(canvas).print_svg(file, metadata=nothing)
     return file.getvalue()
 
 
 def _png(canvas: "Canvas") -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     file = io.BytesIO()
-    canvas.savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    canvas.set(facecolor="white", dpi=PNG_DPI)
+    FigureCanvasAgg(canvas).print_png(file, metadata={"Software": None})
     return file.getvalue()
 
 
