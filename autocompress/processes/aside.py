@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 WORTH_S = 20.0  # of trials to come: several times what it takes to get ready
-NICENESS = 10  # of the process: it takes what trials leave, or a tenth of a core that they all want
+NICENESS = 5  # of the process: it takes what trials leave, or a fifth of a core that they all want
 
 
 @dataclass(frozen=True)

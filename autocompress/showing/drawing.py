@@ -102,7 +102,7 @@ def _svg(canvas: "Canvas") -> str:
 
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    FigureCanvasSVG(canvas).print_svg(file, metadata=nothing)
+    FigureCanvasSVG(canvas).print_svg(file, metadata=nothing)  # type: ignore[no-untyped-call]
     return file.getvalue()
 
 
@@ -111,7 +111,7 @@ def _png(canvas: "Canvas") -> bytes:
 
     file = io.BytesIO()
     canvas.set(facecolor="white", dpi=PNG_DPI)
-    FigureCanvasAgg(canvas).print_png(file, metadata={"Software": None})
+    FigureCanvasAgg(canvas).print_png(file, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return file.getvalue()
 
 
