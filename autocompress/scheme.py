@@ -114,6 +114,8 @@ class Evidence:
             the empirical Fisher matrix, up to a factor). Training keeps it from the first call; empty until then.
         last: Whether what is seen now ships. While training goes on, what `Scheme.realize` alone needs to know
             need not be looked at.
+        provisional: Whether a C step to a lower density follows, with what training has gathered until then to go
+            by: a short look will do.
     """
 
     model: nn.Module
@@ -121,6 +123,7 @@ class Evidence:
     loss: Loss
     gradient_moments: Callable[[int], Weights] = lambda power: {}
     last: bool = True
+    provisional: bool = False
 
 
 @runtime_checkable

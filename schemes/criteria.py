@@ -7,6 +7,7 @@ data take it from `observe_entries`, which a scheme calls in its `autocompress.s
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -20,6 +21,8 @@ EntryCriterion: TypeAlias = Literal["l1", "l2", "lamp", "taylor", "obd", "random
 ENTRY_CRITERIA: tuple[str, ...] = get_args(EntryCriterion)
 
 POWERS: Mapping[str, int] = {"taylor": 1, "obd": 2}  # of the gradient, whose mean a criterion wants to know
+
+SHORT_LOOK = 2  # batches that tell enough for a C step which others follow
 
 Observed: TypeAlias = Mapping[str, Tensor]
 """What a criterion saw of the data: a tensor by the name of the weight, or of the group, that it is about."""
@@ -164,7 +167,7 @@ def _mean_gradients(evidence: Evidence, names: Collection[str], power: int) -> W
     total = {name: torch.zeros_like(weights[name], requires_grad=False) for name in names}
     n = 0
     with looking_at(evidence) as batches, torch.enable_grad(), _trainable(weights[name] for name in names):
-        for x, y in batches:
+        for x, y in islice(batches, SHORT_LOOK if evidence.provisional else None):
             n += 1
             loss = evidence.loss(evidence.model(x), y)
             gradients = torch.autograd.grad(loss, [weights[name] for name in names], allow_unused=True)

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from autocompress.models import SmallResNet
 from autocompress.scheme import Evidence, Weights
 from autocompress.schemes import StructPrune
-from autocompress.schemes.criteria import ENTRY_CRITERIA, entry_scores, lamp, observe_entries
+from autocompress.schemes.criteria import ENTRY_CRITERIA, SHORT_LOOK, entry_scores, lamp, observe_entries
 from autocompress.schemes.feature_maps import watched
 from autocompress.schemes.groups import Slices
 from autocompress.schemes.importance import CHANNEL_CRITERIA, can_rate, channel_scores
@@ -115,6 +116,21 @@ def test_what_training_gathered_of_gradients_is_not_measured_again(criterion: st
     )
     w, seen = weights_of(model)["6.weight"], gathered["6.weight"]
     assert torch.equal(scores["6.weight"], (w * seen).square() if power == 1 else w.square() * seen)
+
+
+def test_a_look_that_training_makes_up_for_is_short() -> None:
+    model, served = network(), list[int]()
+
+    def counted() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches(2):
+            served.append(len(batch[0]))
+            yield batch
+
+    evidence = Evidence(model, counted, nn.functional.cross_entropy)
+    for provisional, n in ((False, 6), (True, SHORT_LOOK)):
+        served.clear()
+        observe_entries("obd", replace(evidence, provisional=provisional), ["6.weight"])
+        assert len(served) == n
 
 
 def test_obd_measures_what_training_did_not_gather() -> None:

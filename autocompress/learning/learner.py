@@ -204,9 +204,10 @@ class Learner:
         )
         return (1 - self.recipe.distill) * loss + self.recipe.distill * distilled
 
-    def evidence(self, *, last: bool = False) -> Evidence:
-        """What a scheme may look at before a C step, the last one or one that training follows."""
-        return Evidence(self.model, self._some_batches, self._task.loss, self.descent.gradient_moments, last)
+    def evidence(self, *, last: bool = False, provisional: bool = False) -> Evidence:
+        """What a scheme may look at before a C step, see `autocompress.scheme.Evidence`."""
+        moments = self.descent.gradient_moments
+        return Evidence(self.model, self._some_batches, self._task.loss, moments, last, provisional)
 
     def _some_batches(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self._seed)
