@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from autocompress import progress
 from autocompress.lc import PEAK_LR, SOFT, LearningCompression
@@ -127,11 +127,11 @@ class Layerwise:
         facts = observe(scheme, learner.evidence(), facts)
         theta = scheme.pi({name: w.detach() for name, w in learner.weights.items()}, density, facts)
         whole = frozen(scheme, theta)
-        pruned: dict[str, Tensor] = {}
+        pruned: list[str] = []
         layers = _by_layer([name for name in learner.weights if name in whole.bound])
         for left, names in zip(range(len(layers), 0, -1), layers, strict=True):
-            pruned |= {name: whole.bound[name] for name in names}
-            penalty = replace(whole, bound=pruned)
+            pruned += names
+            penalty = whole.only(pruned)
             penalty.apply(learner.weights, lr=1.0)
             learner.l_step(learner.descent.steps_left // left, penalty)
         return Recovered(settle(scheme, learner, density, facts, task), steps=learner.descent.taken)

@@ -170,9 +170,10 @@ class Prune:
         if n_kept < sum(facts.floors):
             raise density_error(density, self.lowest_density(facts))
         criterion, spread = as_lamp(self.criterion, self.spread)
-        scores = list(entry_scores(criterion, weights, facts.prunable, facts.observed).values())
+        scored = entry_scores(criterion, weights, facts.prunable, facts.observed)
+        scores = list(scored.values())
         if criterion not in ("l1", "l2"):  # what is zero already goes first: pruning again changes nothing
-            for name, score in zip(facts.prunable, scores, strict=True):
+            for name, score in scored.items():
                 if weights[name].count_nonzero() < score.numel():
                     score.masked_fill_(weights[name] == 0, -1)
         if spread == "global":
@@ -182,9 +183,10 @@ class Prune:
         else:
             n_each = allocate(n_kept, facts.sizes, facts.relative, facts.floors)
             masks = [best([score], n)[0] for score, n in zip(scores, n_each, strict=True)]
-        del scores  # their memory is room for the values
         kept = dict(zip(facts.prunable, masks, strict=True))
-        values = {name: w * as_numbers(kept[name]) if name in kept else w.clone() for name, w in weights.items()}
+        values = {name: w.clone() for name, w in weights.items() if name not in kept}
+        for name, score in scored.items():  # in whose memory there is room
+            values[name] = torch.mul(weights[name], as_numbers(kept[name]), out=score).to(weights[name].dtype)
         return Theta(values, kept, n_kept + facts.n_others)
 
     def delta(self, theta: Theta) -> Weights:

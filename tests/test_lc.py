@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autocompress import schemes
 from autocompress.gauges.macs import count_params
 from autocompress.lc import LearningCompression, c_step, residual
-from autocompress.learning.learner import Learner, Penalty
+from autocompress.learning.learner import IN_CACHE, Learner, Penalty
 from autocompress.learning.polish import free_entries, freeze, frozen
 from autocompress.learning.state import Recovered, State
 from autocompress.learning.training import Optimizer, n_steps
@@ -101,6 +101,45 @@ def test_penalty_at_the_ends() -> None:
     assert weights["w"].tolist() == [0.0, 6.0]
     Penalty.none().apply(weights, lr=0.1)  # nothing is bound: a scheme without a support
     assert weights["w"].tolist() == [0.0, 6.0]
+
+
+def test_a_target_is_its_own_mask() -> None:
+    """With exact zeros: what is drawn to zero and what is free are told apart, and a free entry keeps its bits."""
+    theta, multipliers = (
+        torch.tensor([0.0, -0.0, 0.0, 7.0, -7.0, 0.0]),
+        torch.tensor([4.0, 0.0, 0.0, 0.0, -0.0, 0.0]),
+    )
+    is_free = torch.tensor([False, False, False, True, True, True])
+    penalty = Penalty.towards({"w": theta}, {"w": is_free}, {"w": multipliers}, 2.0)
+    assert not penalty.to_zero
+    assert penalty.target["w"].tolist() == [2.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert torch.equal(penalty.bound["w"], ~is_free)
+    weights = {"w": torch.tensor([1.0, 2.0, -4.0, 5.0, -0.0, -6.0])}
+    assert penalty.multipliers(weights)["w"].tolist() == [2.0, -4.0, 8.0, 0.0, 0.0, 0.0]
+    penalty.apply(weights, lr=0.5)  # by ημ/(1 + ημ) = 1/2
+    assert weights["w"].tolist() == [1.5, 1.0, -2.0, 5.0, -0.0, -6.0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_large_weights_are_drawn_part_by_part(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, theta, multipliers = (torch.randn(70, 1000, 3, 3, generator=generator).to(dtype) for _ in range(3))
+    assert w.numel() > 2 * IN_CACHE
+    is_free, point = torch.rand(w.shape, generator=generator) < 0.3, theta + multipliers / 4
+    penalty = Penalty.towards({"w": theta}, {"w": is_free}, {"w": multipliers * ~is_free}, 4.0)
+    weights = {"w": w.clone(memory_format=memory_format)}
+    penalty.apply(weights, lr=0.25)
+    assert torch.equal(weights["w"][is_free], w[is_free])
+    torch.testing.assert_close(weights["w"], torch.where(is_free, w, (w + point) / 2))
+
+
+def test_a_penalty_on_some_weights_leaves_the_others() -> None:
+    theta = {"a": torch.zeros(1), "b": torch.ones(1), "c": torch.ones(1)}
+    whole = Penalty.towards(theta, {name: torch.tensor([False]) for name in theta}, {}, math.inf)
+    weights = {name: torch.tensor([5.0]) for name in theta}
+    whole.only(["a", "b"]).apply(weights, lr=0.1)
+    assert {name: float(w) for name, w in weights.items()} == {"a": 0.0, "b": 1.0, "c": 5.0}
 
 
 def test_weights_on_a_coarse_grid_are_drawn_to_it_whole() -> None:
@@ -591,12 +630,12 @@ def test_a_hopeless_recovery_is_given_up_in_its_polish(tiny_task: Task, at: floa
 
 
 @pytest.mark.parametrize(("scheme", "n_copies"), [(Prune(), 0), (Compose(schemes.Prune(criterion="obd")), 1)])
-def test_an_l_step_holds_one_copy_of_the_weights_and_their_masks(
+def test_recovery_holds_at_most_two_copies_of_the_weights(
     tiny_task: Task, monkeypatch: pytest.MonkeyPatch, scheme: Scheme, n_copies: int
 ) -> None:
-    """Beside what plain training holds: θ + λ/μ and a byte per weight for what is bound.
+    """Beside what plain training holds: θ + λ/μ, and squared gradients for a criterion that asks for them.
 
-    And squared gradients, but only for a criterion that asks for them.
+    In the polish, a byte per weight for what is bound in the place of θ + λ/μ.
     """
     held = []
     l_step = Learner.l_step
@@ -617,5 +656,5 @@ def test_an_l_step_holds_one_copy_of_the_weights_and_their_masks(
     size = 4 * wide[1].weight.numel()
     training = 4 * size  # the dense model, the weights, their gradients and momentum
     fisher = n_copies * size
-    assert max(held[: config.c_steps]) == training + fisher + 1.25 * size
-    assert held[-1] == training + fisher + 1.5 * size  # in the polish the support is there, too
+    assert max(held[: config.c_steps]) == training + fisher + size
+    assert held[-1] == training + fisher + 0.25 * size

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from autocompress.task import Task, device_of
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EVIDENCE_BATCHES = 8  # served to a scheme that looks at data
+IN_CACHE = 2**18  # entries of a weight that a CPU works on at a time, several operations behind one another
 
 
 class Recipe(Protocol):
@@ -48,16 +49,19 @@ class Recipe(Protocol):
 class Penalty:
     """What draws w to θ in an L step: −λᵀ(w − θ) + μ/2 ‖w − θ‖² on the entries that are bound to θ.
 
+    A weight of which something is bound has either a target or, where all of its bound entries are drawn to zero,
+    a mask. A target is its own mask, so that none need be held beside it: all bits are 0 where an entry is free,
+    and what is drawn to zero has the other zero, -0.
+
     Attributes:
         mu: The penalty μ; infinity means w = θ.
-        target: Per weight, θ + λ/μ: the point that the bound entries are drawn to; zero at the free ones. A weight
-            that is not there is drawn to zero.
-        bound: Per weight, True where the entry is drawn to θ and False where it is free (bool).
+        target: Per weight, θ + λ/μ: the point that the bound entries are drawn to; 0 at the free ones.
+        to_zero: Per weight, True where the entry is drawn to zero and False where it is free (bool).
     """
 
     mu: float
     target: Weights
-    bound: Mapping[str, Tensor]
+    to_zero: Mapping[str, Tensor]
 
     @classmethod
     def none(cls) -> "Penalty":
@@ -67,29 +71,40 @@ class Penalty:
     @classmethod
     def towards(cls, theta: Weights, support: Mapping[str, Tensor], multipliers: Weights, mu: float) -> "Penalty":
         """The penalty of an L step; it binds what is outside of ``support``."""
-        bound = {name: ~kept for name, kept in support.items()}
-        target = {}
-        for name, is_bound in bound.items():
+        target, to_zero = {}, {}
+        for name, is_free in support.items():
+            is_bound = ~is_free
             if name in multipliers:
-                point = torch.add(theta[name], multipliers[name], alpha=1 / mu).mul_(as_numbers(is_bound))
+                target[name] = _masked(torch.add(theta[name], multipliers[name], alpha=1 / mu), is_bound)
+            elif (theta[name] * as_numbers(is_bound)).any():
+                target[name] = _masked(theta[name].clone(), is_bound)
             else:
-                point = theta[name] * as_numbers(is_bound)
-            if name in multipliers or point.any():
-                target[name] = point
-        return cls(mu, target, bound)
+                to_zero[name] = is_bound
+        return cls(mu, target, to_zero)
+
+    @property
+    def bound(self) -> dict[str, Tensor]:
+        """Per weight, True where the entry is drawn to θ and False where it is free (bool)."""
+        return {**self.to_zero, **{name: _is_bound(target) for name, target in self.target.items()}}
+
+    def only(self, names: Collection[str]) -> "Penalty":
+        """The penalty on some of the weights."""
+        target, to_zero = (
+            {name: tensors[name] for name in tensors.keys() & names} for tensors in (self.target, self.to_zero)
+        )
+        return Penalty(self.mu, target, to_zero)
 
     @torch.no_grad()
     def apply(self, weights: Weights, lr: float) -> None:
         """One implicit gradient step on the penalty: w ← w − ημ/(1 + ημ) (w − θ − λ/μ), at learning rate η."""
-        if not self.bound:
-            return
         strength = 1.0 if math.isinf(self.mu) else lr * self.mu / (1 + lr * self.mu)
-        drawn = [weights[name] for name in self.bound]
         # As w (1 - strength) + strength x target: a difference would need memory, and that costs most.
-        torch._foreach_addcmul_(drawn, drawn, [as_numbers(bound) for bound in self.bound.values()], -strength)
-        if self.target:
-            shifted = [weights[name] for name in self.target]
-            torch._foreach_add_(shifted, list(self.target.values()), alpha=strength)
+        if self.to_zero:
+            drawn = [weights[name] for name in self.to_zero]
+            torch._foreach_addcmul_(drawn, drawn, list(map(as_numbers, self.to_zero.values())), -strength)
+        for name, target in self.target.items():
+            for w, point in zip(_pieces(weights[name]), _pieces(target), strict=True):
+                w.addcmul_(w, as_numbers(_is_bound(point)), value=-strength).add_(point, alpha=strength)
 
     @torch.no_grad()
     def multipliers(self, weights: Weights) -> Weights:
@@ -100,8 +115,31 @@ class Penalty:
         """
         if math.isinf(self.mu):
             return {}
-        away = {name: self.target.get(name, 0) - weights[name] for name in self.bound}
+        away = {name: self.target.get(name, 0) - weights[name] for name in (*self.to_zero, *self.target)}
         return {name: away[name].mul_(as_numbers(bound)).mul_(self.mu) for name, bound in self.bound.items()}
+
+
+def _masked(target: Tensor, is_bound: Tensor) -> Tensor:
+    """A target in place with its mask: all bits 0 where an entry is free, and -0 where one is drawn to zero."""
+    bits, bound = _bits(target), as_numbers(is_bound)
+    bits.mul_(bound)
+    bits.add_(bound ^ as_numbers(bits.bool()), alpha=torch.iinfo(bits.dtype).min)
+    return target
+
+
+def _is_bound(target: Tensor) -> Tensor:
+    return _bits(target).bool()
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
+
+
+def _pieces(w: Tensor) -> Sequence[Tensor]:
+    """A weight in parts along its first dimension, such as a CPU's cache holds."""
+    if w.device.type != "cpu" or w.numel() <= IN_CACHE:
+        return [w]
+    return w.chunk(math.ceil(w.numel() / IN_CACHE))
 
 
 @dataclass(frozen=True)
@@ -183,7 +221,7 @@ class Learner:
             return
         here = self.snapshot()
         tensors = {name: t for name, t in here.tensors.items() if not name.startswith("rng/")}
-        large = [*tensors.values(), *penalty.target.values(), *penalty.bound.values()]
+        large = [*tensors.values(), *penalty.target.values(), *penalty.to_zero.values()]
         self._team.tell((Snapshot(tensors, here.numbers), steps, penalty), large)
 
     def follow(self, told: tuple[Snapshot, int, Penalty]) -> None:

@@ -70,6 +70,7 @@ def polish(
         polish_stored(scheme, learner, theta, facts, task, seed)
         return None
     penalty = frozen(scheme, theta)
+    del theta  # a copy of the weights
     learner.descent.remembers = False  # what is kept does not depend on gradients any more
     learner.l_step(round(LOOK * learner.descent.steps_left), penalty)
     if hopeless is not None:

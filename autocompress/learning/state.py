@@ -73,7 +73,7 @@ class State:
         assert self.learner is not None, "only a checkpoint can be gone on from"
         tensors = {f"learner/{name}": t for name, t in self.learner.tensors.items()}
         tensors |= {f"target/{name}": t for name, t in self.penalty.target.items()}
-        tensors |= {f"bound/{name}": t for name, t in self.penalty.bound.items()}
+        tensors |= {f"to_zero/{name}": t for name, t in self.penalty.to_zero.items()}
         numbers = {
             "c_steps": self.c_steps,
             "initial": self.initial,
@@ -90,7 +90,7 @@ class State:
         """Reads a checkpoint that `save` wrote."""
         with safe_open(file, framework="pt", device=str(device)) as opened:
             numbers = json.loads(opened.metadata()["state"])
-            tensors: dict[str, Weights] = {"learner": {}, "target": {}, "bound": {}}
+            tensors: dict[str, Weights] = {"learner": {}, "target": {}, "to_zero": {}}
             for entry in opened.keys():  # noqa: SIM118  # it is no mapping
                 kind, name = entry.split("/", 1)
                 tensors[kind][name] = opened.get_tensor(entry)
@@ -99,6 +99,6 @@ class State:
             numbers["initial"],
             numbers["growth"],
             {name: tuple(values) for name, values in numbers["curves"].items()},
-            Penalty(numbers["mu"], tensors["target"], tensors["bound"]),
+            Penalty(numbers["mu"], tensors["target"], tensors["to_zero"]),
             Snapshot(tensors["learner"], numbers["learner"]),
         )
