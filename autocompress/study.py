@@ -329,8 +329,9 @@ class Study:
         else:
             told = conclusion.of_none(nearest_miss(self.settings, self.records))
         result = self._result(stopped, told)
-        write_json(self.folder.result_file, result.to_json(), sealed=True)
-        self._log_result(result, self._report())
+        found = result.to_json()
+        write_json(self.folder.result_file, found, sealed=True)
+        self._log_result(result, found, self._report())
         return result
 
     def _report(self) -> Sequence[Path]:
@@ -380,7 +381,7 @@ class Study:
             **told,
         )
 
-    def _log_result(self, result: Result, reported: Sequence[Path]) -> None:
+    def _log_result(self, result: Result, found: Mapping[str, Any], reported: Sequence[Path]) -> None:
         self.watcher.doing("logging to MLflow")
         winner = next((one.path for one in result.exported.artifacts if one.format == "pt2"), None)
         if self.register and winner is None:
@@ -388,7 +389,7 @@ class Study:
         self.tracker.finish(
             "KILLED" if result.interrupted else "FINISHED",
             result.sentence,
-            final_metrics(result.to_json()),
+            final_metrics(found),
             [self.folder.result_file, *reported],
             winner,
             register=self.register,
