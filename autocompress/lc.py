@@ -184,7 +184,7 @@ class LearningCompression:
         while state.c_steps < c_steps and not state.has_agreed(density):
             target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
             mu = self.first_mu(scheme) * state.growth / (self.peak_lr * max(1, steps))
-            facts = observe(scheme, learner.evidence(provisional=target > density), facts)
+            facts = observe(scheme, learner.evidence(provisional=steps > 1 and target > density), facts)
             penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
             logged = {"lc_density": target, "lc_residual": apart, "lc_loss": learner.l_step(steps, penalty)}
             if hard is not None:
