@@ -23,20 +23,21 @@ FIGURES = "figures"
 NOT_MEASURED = ("n/a", "n/a")
 
 
-def write_report(folder: Path, *, ours: bool = False) -> tuple[Path, ...]:
+def write_report(folder: Path, *, ours: bool = False, into: Path | None = None) -> tuple[Path, ...]:
     """Writes ``report.html``, ``report.md`` and ``figures/`` from what lies in a study's folder.
 
     Args:
         folder: The study's folder. Any state will do: a study without a result has a report of its trials.
         ours: Whether this process holds the study.
+        into: An existing folder to write to, in place of the study's.
 
     Returns:
         The two files and the folder of figures.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # with markupsafe: not for an import
 
-    record = read_record(folder, ours=ours)
-    figures = {figure.name: figure for figure in draw(record, folder / FIGURES)}
+    record, into = read_record(folder, ours=ours), into or folder
+    figures = {figure.name: figure for figure in draw(record, into / FIGURES)}
     content = _content(record, figures)
     written = []
     for name, autoescape in (("report.html", True), ("report.md", False)):
@@ -51,10 +52,10 @@ def write_report(folder: Path, *, ours: bool = False) -> tuple[Path, ...]:
         environment.filters |= {"md": _markdown, "one_line": lambda text: " ".join(text.split())}
         environment.filters["together"] = _together
         text = environment.get_template(f"{name}.j2").render(content)
-        temporary = folder / f".{name}.tmp"
+        temporary = into / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
-        written.append(temporary.replace(folder / name))
-    return (*written, folder / FIGURES)
+        written.append(temporary.replace(into / name))
+    return (*written, into / FIGURES)
 
 
 def _together(value: str) -> str:

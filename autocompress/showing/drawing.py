@@ -53,14 +53,6 @@ def style(home: Path) -> Iterator[None]:
         yield
 
 
-def get_ready(home: Path) -> None:
-    """Does once what makes a process's first figure slow; ``home`` as for `style`."""
-    with style(home):
-        canvas, axes = make_axes(1.0)
-        axes.set_title("ready")
-        _svg(canvas), _png(canvas)
-
-
 def make_axes(
     height_in: float, rows: int = 1, columns: int = 1, *, width_in: float = WIDTH_IN
 ) -> tuple["Canvas", Any]:

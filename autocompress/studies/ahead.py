@@ -12,8 +12,8 @@ from autocompress.export import Staged, stage
 from autocompress.export import get_ready as export_early
 from autocompress.formats.bundle import Provenance, rebuild
 from autocompress.processes.aside import Aside, Begun
+from autocompress.report import write_report
 from autocompress.scheme import Facts, Scheme, Weights, describe
-from autocompress.showing.drawing import get_ready as draw_early
 from autocompress.task import Task
 from autocompress.trial import TrialResult
 
@@ -51,7 +51,7 @@ class Ahead:
 
     def __init__(self, aside: Aside, task: Task, folder: StudyFolder, formats: tuple[str, ...] = ()) -> None:
         self.aside, self.task, self.formats = aside, task, formats
-        self._home, self._folder = folder.path.parent, folder.ahead
+        self._study, self._folder = folder.path, folder.ahead
         self._onnx = self._folder / "dense.onnx"
         self._ready: Begun[None] | None = None
         self._staged: tuple[int, Begun[Staged]] | None = None
@@ -62,7 +62,7 @@ class Ahead:
             self._folder.mkdir(exist_ok=True)
             task = self.task.on("cpu")
             self._ready = self.aside.begin(
-                _get_ready, task.model, task.example_input.cpu(), self._onnx, self._home
+                _get_ready, task.model, task.example_input.cpu(), self._onnx, self._study
             )
 
     def has(self, number: int) -> bool:
@@ -118,7 +118,8 @@ class Ahead:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _get_ready(model: nn.Module, example_input: Tensor, onnx: Path, home: Path) -> None:
+def _get_ready(model: nn.Module, example_input: Tensor, onnx: Path, study: Path) -> None:
+    """Writes the dense model, and a report of the trials so far that nobody reads: the next is quicker."""
     onnx.parent.mkdir(exist_ok=True)
     export_early(model, example_input, onnx)
-    draw_early(home)
+    write_report(study, ours=True, into=onnx.parent)
