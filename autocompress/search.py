@@ -22,6 +22,7 @@ from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, 
 from autocompress.verdict.constraint import Checked
 
 TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
+SPARSER = 1.3  # how many times sparser a density must be to be tried for the answer before the last trials
 HOPELESS = 0.1  # probability up to which a density is not worth a last trial
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
@@ -178,7 +179,7 @@ def _begun(study: optuna.Study) -> int:
 
 
 def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
-    """Why no further trial shall begin, in words. Sees to it that the last ones settle the answer."""
+    """Why no further trial shall begin, in words. Sees to it that some of them can be the answer."""
     left = plan.trials - _begun(study)
     if left <= 0:
         return BUDGET_SPENT
@@ -195,18 +196,29 @@ def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
         arm, known = study.sampler.best(trials, study.directions), study.sampler.done(trials, study.directions)
     else:
         arm, known = plan.space.arms[0], study.sampler.done(trials, plan.tolerance)
-    if arm and (known or left <= max(1, plan.trials // 4)):
-        density, found = _where_the_answer_is(study, plan, arm)
-        is_there = density and found and asked_density(found) <= (1 + plan.tolerance) * density
-        if density is not None and not is_there and not _is_running(study, arm, density):
-            study.enqueue_trial(plan.space.params_at(arm, density), skip_if_exists=True)
-            return None
-        if found and is_there and left <= plan.trials // 4 and isinstance(study.sampler, ThresholdSampler):
-            realized = found.user_attrs["density"]  # as the tables have it, not as it was asked
-            near = f"within {plan.tolerance:.0%} of the lowest that is"
-            return known or (
-                f"density {realized:.3g} is within the bound with {PROBABILITY:.0%} probability, and {near}"
-            )
+    return _settled(study, plan, arm, left, known) if arm else known
+
+
+def _settled(study: optuna.Study, plan: Plan, arm: Arm, left: int, known: str | None) -> str | None:
+    """Why no further trial shall begin, in words, ``known`` among them. Else the next one may be for the answer.
+
+    The last trials go to the lowest density that has the answer's probability. So does any of a study with one
+    curve while that is much lower than the answer's: what is proposed for knowledge can hardly be the answer.
+    """
+    of_one_curve, is_last = isinstance(study.sampler, ThresholdSampler), left <= max(1, plan.trials // 4)
+    if not (known or is_last or of_one_curve):
+        return None
+    density, found = _where_the_answer_is(study, plan, arm)
+    sparser = asked_density(found) / density if density and found else None
+    is_there = sparser is not None and sparser <= 1 + plan.tolerance
+    is_wanted = not is_there if known or is_last else sparser is not None and sparser > SPARSER
+    if density is not None and is_wanted and not _is_running(study, arm, density):
+        study.enqueue_trial(plan.space.params_at(arm, density), skip_if_exists=True)
+        return None
+    if found and is_there and left <= plan.trials // 4 and of_one_curve:
+        realized = found.user_attrs["density"]  # as the tables have it, not as it was asked
+        probable = f"density {realized:.3g} is within the bound with {PROBABILITY:.0%} probability"
+        return known or f"{probable}, and within {plan.tolerance:.0%} of the lowest that is"
     return known
 
 

@@ -214,6 +214,26 @@ def test_the_last_trials_are_spared_where_the_answer_is_found(home: Home) -> Non
     assert len(home.log.results) == 2
 
 
+def test_a_density_that_can_be_a_much_sparser_answer_is_tried_before_the_last_trials(home: Home) -> None:
+    home.study = home.opened(sampler := ThresholdSampler(LOW, BOUND.max_drop))
+    told(home.study, 0.9, 0.0)
+    told(home.study, 0.3, 0.055, drop_se=0.01)
+    belief = sampler.posterior(home.study.trials)
+    assert 0.9 / belief.threshold(0.9) > 1.5
+    assert home.search(12, InterruptedAt(1)) == INTERRUPTED
+    assert home.study.trials[-1].params["density"] == pytest.approx(belief.threshold(0.9))
+
+
+def test_a_trial_goes_to_the_threshold_where_no_answer_can_be_much_sparser(home: Home) -> None:
+    home.study = home.opened(sampler := ThresholdSampler(LOW, BOUND.max_drop))
+    for density, drop in ((0.45, 0.02), (0.25, 0.1)):
+        told(home.study, density, drop, drop_se=0.01)
+    belief = sampler.posterior(home.study.trials)
+    assert 1.1 < 0.45 / belief.threshold(0.9) < 1.3
+    assert home.search(12, InterruptedAt(1)) == INTERRUPTED
+    assert home.study.trials[-1].params["density"] < 0.98 * belief.threshold(0.9)
+
+
 # What goes wrong
 
 
