@@ -286,9 +286,9 @@ class Study:
             self.aside.start()
         self.tracker.proceed()  # first, so that a server that is down is told of early
         if self.aside.is_there and not self.timing:  # never beside what is timed
-            self.ahead.get_ready()
             if best is not None and not self.ahead.has(best.number) and (found := self._whole(best.number)):
                 self.ahead.stage(found, found.rebuilt(self.task.model))
+            self.ahead.get_ready()
 
     def _remember_run(self) -> None:
         if self.tracker.run_id not in (None, self.run_id):
