@@ -25,6 +25,7 @@ def measurement(params: int = 1000, *, timed: str = "") -> dict[str, Any]:
         "macs": 10 * params,
         "device": "cpu",
         "latency": latency,
+        "threads": 1 if timed else None,
         "peak_memory_bytes": 8 * params if timed else None,
         **dict.fromkeys(absent),
     }
@@ -66,7 +67,7 @@ def asked(**changes: Any) -> dict[str, Any]:
             "begun": "2026-11-20T15:38:46+00:00",
             "command": "autocompress tune --scheme StructPrune --max-drop 1%",
             "versions": {"python": "3.11.7", "torch": "2.15.0"},
-            "machine": {"system": "Linux", "processor": "a processor, 2 cores, torch on 2"},
+            "machine": {"system": "Linux", "processor": "a processor, 2 cores"},
             "data": {
                 "train": {"n": 800, "sha256": None},
                 "val": {"n": 449, "sha256": "ab" * 32},

@@ -150,7 +150,7 @@ def test_the_words_say_what_was_lost_where_how_sure_and_what_it_buys(page):
     assert "within the bound with a probability of 92%" in text
     assert "It keeps 400 of 10,000 parameters (25 times fewer)" in text
     assert "0.5 ms instead of 0.8 ms at batch 32 (1.60 times as fast)" in text
-    assert "a processor, 2 cores" in text
+    assert "On a processor, 2 cores, a forward pass in PyTorch on 1 thread takes" in text
 
 
 def test_what_is_needed_to_get_it_again_is_there(page):

@@ -61,12 +61,12 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """The system, the processor with its threads, and the GPUs."""
-    counted = {"core": usable_cores(), "thread": torch.get_num_threads()}
-    cores, threads = (f"{n} {what}{'' if n == 1 else 's'}" for what, n in counted.items())
+    """The system, the processor, how many threads torch takes, and the GPUs."""
+    cores, threads = usable_cores(), torch.get_num_threads()
     found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": f"{processor()}, {cores}, torch with {threads}",
+        "processor": f"{processor()}, {cores} core{'s' * (cores != 1)}",
+        "threads": f"at most {threads} thread{'s' * (threads != 1)}",
     }
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -145,7 +145,10 @@ def _faster(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
     compressed = found["measurements"]["compressed"]
     said = []
     processor = record.asked.get("provenance", {}).get("machine", {}).get("processor", "the CPU")
-    device = processor if compressed["device"] == "cpu" else compressed["device"]
+    device, threads = compressed["device"], ""
+    if device == "cpu":
+        device, n = processor, compressed.get("threads")
+        threads = f" on {n} thread{'s' * (n != 1)}" if n else ""
     for before, after in timed_together(found["measurements"]):
         times = before["p50_ms"] / after["p50_ms"]
         how = "the same within the noise" if abs(times - 1) < SAME else f"{times:.2f} times as fast"
@@ -154,6 +157,6 @@ def _faster(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
         runtime = RUNTIMES[after.get("runtime", "eager")]
     if said:
         yield (
-            f"On {device}, a forward pass in {runtime} takes {' and '.join(said)}, by the median of "
+            f"On {device}, a forward pass in {runtime}{threads} takes {' and '.join(said)}, by the median of "
             f"{after['repeats']} passes or so. Another device has other times: measure there."
         )
