@@ -127,8 +127,9 @@ class Layerwise:
         facts = observe(scheme, learner.evidence(), facts)
         theta = scheme.pi({name: w.detach() for name, w in learner.weights.items()}, density, facts)
         whole = frozen(scheme, theta)
+        bound = whole.bound.keys()
         pruned: list[str] = []
-        layers = _by_layer([name for name in learner.weights if name in whole.bound])
+        layers = _by_layer([name for name in learner.weights if name in bound])
         for left, names in zip(range(len(layers), 0, -1), layers, strict=True):
             pruned += names
             penalty = whole.only(pruned)

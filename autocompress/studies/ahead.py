@@ -54,12 +54,11 @@ class Ahead:
         self._study, self._folder = folder.path, folder.ahead
         self._onnx = self._folder / "dense.onnx"
         self._ready: Begun[None] | None = None
-        self._staged: tuple[int, Begun[Staged]] | None = None
+        self._staged: dict[int, Begun[Staged]] = {}  # the last that was begun, by the number of its trial
 
     def get_ready(self) -> None:
         """Has the process do once what makes its first export and its first figure slow."""
         if self._ready is None and self.aside.is_there:
-            self._folder.mkdir(exist_ok=True)
             task = self.task.on("cpu")
             self._ready = self.aside.begin(
                 _get_ready, task.model, task.example_input.cpu(), self._onnx, self._study
@@ -67,17 +66,17 @@ class Ahead:
 
     def has(self, number: int) -> bool:
         """Whether the files of this trial's model are the last that were to be made."""
-        return self._staged is not None and self._staged[0] == number
+        return number in self._staged
 
-    def stage(self, answer: Answer, model: nn.Module) -> Begun[Staged]:
+    def stage(self, answer: Answer, model: nn.Module) -> None:
         """Has the files of what may be the answer written and checked, in place of those of any other.
 
         Args:
             answer: The trial and what it is made of.
             model: Its model, rebuilt. It is not changed.
         """
-        if self._staged is not None:
-            self._staged[1].cancel()
+        for superseded in self._staged.values():
+            superseded.cancel()
         task, trial = self.task.on("cpu"), answer.trial
         provenance = Provenance(
             scheme=describe(answer.scheme),
@@ -98,14 +97,13 @@ class Ahead:
             dense=task.model,
             formats=self.formats,
         )
-        self._staged = answer.trial.number, begun
-        return begun
+        self._staged = {trial.number: begun}
 
     def staged(self, answer: Answer, model: nn.Module) -> Staged:
         """What came of `stage`, which is begun now where it was not for this answer."""
-        if self._staged is not None and self._staged[0] == answer.trial.number:
-            return self._staged[1].outcome()
-        return self.stage(answer, model).outcome()
+        if not self.has(answer.trial.number):
+            self.stage(answer, model)
+        return self._staged[answer.trial.number].outcome()
 
     @property
     def dense_onnx(self) -> Path | None:
