@@ -218,7 +218,6 @@ def _latencies(
     """For each model its latencies in every runtime that takes it, and why others do not."""
     latencies: list[list[Latency]] = [[] for _ in models]
     reasons: list[dict[str, str]] = [{} for _ in models]
-    parts = len(runtimes) * len(batches)
     for nth, runtime in enumerate(runtimes):
         runs: dict[int, Run] = {}
         for i, (model, file) in enumerate(zip(models, onnx_files, strict=True)):
@@ -226,12 +225,11 @@ def _latencies(
                 runs[i] = prepare(runtime, model, batches[0], file)
             except CannotRun as error:
                 reasons[i][runtime] = str(error)
-        with torch.inference_mode():
-            for done, x in enumerate(batches if runs else (), start=nth * len(batches)):
-                with progress.span(done / parts, (done + 1) / parts):
-                    found = time_in_turns(list(runs.values()), x, budget_s, runtime)
-                for i, latency in zip(runs, found, strict=True):
-                    latencies[i].append(latency)
+        if runs:
+            with torch.inference_mode(), progress.span(nth / len(runtimes), (nth + 1) / len(runtimes)):
+                found = time_in_turns(list(runs.values()), batches, budget_s, runtime)
+            for i, of_model in zip(runs, found, strict=True):
+                latencies[i] += of_model
     return latencies, reasons
 
 

@@ -1,5 +1,6 @@
 import copy
 import os
+import random
 import time
 from itertools import groupby
 
@@ -199,6 +200,24 @@ def test_models_take_turns() -> None:
     assert len(turns) >= 2 * 20 / TURN_PASSES
 
 
+def test_batches_take_turns_until_each_is_known() -> None:
+    """A batch whose median is known early waits no longer for one whose is not."""
+    log: list[int] = []
+    chance = random.Random(0)
+
+    def run(x: Tensor) -> None:
+        log.append(len(x))
+        time.sleep(0.002 + (len(x) == 3 and 0.004 * chance.randrange(2)))
+
+    (found,) = time_in_turns([run], [torch.zeros(n, 2) for n in (2, 3)], budget_s=0.6)
+    assert [one.batch for one in found] == [2, 3]
+    turns = [batch for batch, _ in groupby(log[6:])]
+    both = [2, 3] * turns.count(2)
+    assert turns == both  # the last turns are the third batch's alone, and so are one
+    assert turns.count(2) >= 20 / TURN_PASSES
+    assert found[0].repeats + 20 < found[1].repeats
+
+
 def test_what_a_model_finds_after_another_is_not_timed() -> None:
     class Woken(Sleep):
         def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +225,7 @@ def test_what_a_model_finds_after_another_is_not_timed() -> None:
             return super().forward(x)
 
     log: list[float] = []
-    for found in time_in_turns([Woken(0.0002, log), Woken(0.001, log)], torch.zeros(1, 2), budget_s=0.01):
+    for (found,) in time_in_turns([Woken(0.0002, log), Woken(0.001, log)], [torch.zeros(1, 2)], budget_s=0.01):
         assert found.p95_ms < 20
     quick = [len(list(passes)) for seconds, passes in groupby(log[6:]) if seconds == 0.0002]
     assert sum(quick) / len(quick) > 1 + TURN_PASSES  # a turn lasts some milliseconds

@@ -48,41 +48,67 @@ class Latency:
 
 
 def time_in_turns(
-    runs: Sequence[Callable[[Tensor], object]], x: Tensor, budget_s: float, runtime: str = "eager"
-) -> list[Latency]:
-    """Times one batch through each model, in turns of some passes: A B A B ..., so that drift meets all alike.
+    runs: Sequence[Callable[[Tensor], object]], batches: Sequence[Tensor], budget_s: float, runtime: str = "eager"
+) -> list[list[Latency]]:
+    """Times batches through models, in turns of some passes: A B A B ..., so that drift meets all alike.
 
-    A turn begins with a pass that is not timed, so that each model is timed as if it ran alone. Each median is
-    known to `PRECISION` in the end, unless the budget is spent before.
+    A turn begins with a pass that is not timed, so that each model is timed as if it ran alone. A batch has its
+    turns until each model's median is known to `PRECISION`, unless the budget is spent before.
 
     Args:
         runs: The models.
-        x: A batch of shape ``(n, ...)``, on the models' device.
-        budget_s: Seconds per model after which a median is taken as it is, if it has 20 repeats behind it.
+        batches: Of shape ``(n, ...)``, on the models' device.
+        budget_s: Seconds per model and batch after which a median is taken as it is, if 20 repeats are behind it.
         runtime: What runs the models, for the record.
+
+    Returns:
+        For each model its latency at each batch.
     """
-    for run in runs:
-        for _ in range(WARM_UP):
-            _timed_ms(run, x)
-    times_ms: list[list[float]] = [[] for _ in runs]
-    began, budget_s, spent_s = time.perf_counter(), budget_s * len(runs), 0.0
-    while min(map(len, times_ms)) < MIN_REPEATS or spent_s < budget_s:
-        for run, times in zip(runs, times_ms, strict=True):
-            _timed_ms(run, x)
+    began, timed = time.perf_counter(), [_OneBatch(runs, x, budget_s * len(runs)) for x in batches]
+    while unfinished := [one for one in timed if not one.is_done(time.perf_counter() - began)]:
+        for one in unfinished:
+            one.take_turns()
+        progress.report(sum(one.share for one in timed) / len(timed))
+    return [[one.latency(i, runtime) for one in timed] for i in range(len(runs))]
+
+
+class _OneBatch:
+    """The timed passes of one batch through each model."""
+
+    def __init__(self, runs: Sequence[Callable[[Tensor], object]], x: Tensor, budget_s: float) -> None:
+        self.runs, self.x, self.budget_s, self.spent_s = runs, x, budget_s, 0.0
+        self.times_ms: list[list[float]] = [[] for _ in runs]
+        for run in runs:
+            for _ in range(WARM_UP):
+                _timed_ms(run, x)
+
+    def take_turns(self) -> None:
+        began = time.perf_counter()
+        for run, times in zip(self.runs, self.times_ms, strict=True):
+            _timed_ms(run, self.x)
             before, turn_ms = len(times), 0.0
             while turn_ms < 1e3 * TURN_S or len(times) - before < TURN_PASSES:
-                times.append(_timed_ms(run, x))
+                times.append(_timed_ms(run, self.x))
                 turn_ms += times[-1]
-        spent_s = time.perf_counter() - began
-        progress.report(min(1.0, min(map(len, times_ms)) / MIN_REPEATS, spent_s / budget_s))
+        self.spent_s += time.perf_counter() - began
+
+    @property
+    def share(self) -> float:
+        """How much of it is done, at least."""
+        return min(1.0, min(map(len, self.times_ms)) / MIN_REPEATS, self.spent_s / self.budget_s)
+
+    def is_done(self, elapsed_s: float) -> bool:
+        if min(map(len, self.times_ms)) < MIN_REPEATS:
+            return False
         # A few passes in a row agree with each other more than with the next second's: not before a quarter.
-        enough = spent_s > budget_s / 4 and min(map(len, times_ms)) >= MIN_REPEATS
-        if enough and all(interval(times) <= PRECISION for times in times_ms):
-            break
-    return [
-        Latency(len(x), float(np.median(t)), float(np.percentile(t, 95)), len(t), interval(t), runtime)
-        for t in times_ms
-    ]
+        precise = elapsed_s > self.budget_s / 4 and all(interval(times) <= PRECISION for times in self.times_ms)
+        return precise or self.spent_s >= self.budget_s
+
+    def latency(self, nth: int, runtime: str) -> Latency:
+        """What one of the models took."""
+        t = self.times_ms[nth]
+        middle, late = float(np.median(t)), float(np.percentile(t, 95))
+        return Latency(len(self.x), middle, late, len(t), interval(t), runtime)
 
 
 def _timed_ms(run: Callable[[Tensor], object], x: Tensor) -> float:
