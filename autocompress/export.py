@@ -7,7 +7,6 @@
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from autocompress.formats.bundle import Provenance
 from autocompress.formats.executorch_export import check_executorch, write_pte
 from autocompress.formats.instructions import FILES, instructions
 from autocompress.formats.onnx_export import quietly, weight_dtype, write_onnx
-from autocompress.formats.parity import Arrays, FreshProcess, Undelivered, reason
+from autocompress.formats.parity import Arrays, FreshProcess, Undelivered, have_waiting, reason
 from autocompress.networks.deployed import deployed
 
 ON_REQUEST = ("executorch",)  # of the formats
@@ -203,27 +202,33 @@ def publish(staged: Staged, directory: Path, results: Mapping[str, Any] | None =
     return Export(tuple(artifacts), staged.refused)
 
 
-def get_ready(model: nn.Module, example_input: Tensor, file: Path) -> None:
-    """Does once what makes a process's first export slow, so that the next takes a fraction of the time.
+def export_dense(model: nn.Module, example_input: Tensor, folder: Path) -> None:
+    """Writes a model as it is deployed, unchecked. The next export of the process takes a fraction of the time.
 
     Args:
-        model: What is written as ONNX, as it is deployed; it is not changed.
+        model: It is not changed.
         example_input: A batch of at least one sample.
-        file: Where to; it appears when it is complete.
+        folder: Where to write ``model.pt2`` and ``model.onnx``; made if it does not exist.
     """
     plain = copy.deepcopy(deployed(model, example_input)).cpu().to(memory_format=torch.contiguous_format).eval()
     traced = torch.zeros_like(_probes(example_input[:1].detach().cpu())[-1])
-    with (
-        tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder,
-        FreshProcess(Path(folder), [traced.numpy()]) as elsewhere,
-    ):
-        written = {name: Path(folder) / FILES[name] for name in ("pt2", "onnx")}
-        _write_pt2(plain, traced, written["pt2"])
-        elsewhere.start("pt2", written["pt2"])
-        write_onnx(plain, traced, written["onnx"])
-        elsewhere.start("onnx", written["onnx"])
-        elsewhere.keep(tuple(written))
-        written["onnx"].replace(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, write in (("pt2", _write_pt2), ("onnx", write_onnx)):
+        unfinished = folder / f".{FILES[name]}"
+        write(plain, traced, unfinished)
+        unfinished.replace(folder / FILES[name])
+    have_checker(folder, example_input)
+
+
+def have_checker(folder: Path, example_input: Tensor) -> None:
+    """Sees to it that a fresh process waits to check the next export, and has run a model of each format before.
+
+    Args:
+        folder: Where `export_dense` has written.
+        example_input: A batch for what it has written.
+    """
+    files = {name: folder / FILES[name] for name in ("pt2", "onnx")}
+    have_waiting(folder, files, [_probes(example_input[:1].detach().cpu())[-1].numpy()])
 
 
 def _probes(example: Tensor) -> list[Tensor]:

@@ -33,6 +33,9 @@ WAIT_FOR_OTHERS_S = 1.0  # between two looks at whether another coordinator's la
 class Events(Protocol):
     """What a search reports as it goes."""
 
+    def begins(self, number: int) -> None:
+        """A trial is about to run."""
+
     def trial(self, result: TrialResult) -> None:
         """A trial has finished; it is saved and the study knows of it."""
 
@@ -129,6 +132,7 @@ def search(
                 trial = study.ask()
                 folder.claim(trial.number)
             spec = make_spec(trial.number, plan.space.suggest(trial))
+        events.begins(trial.number)
         pending[executor.submit(run_trial, spec)] = trial
         return None
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,18 +277,27 @@ class Study:
             beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
         self.tracker.trial(record, best.density if best else None, beliefs)
         self._remember_run()
-        self._look_ahead(record.seconds, best)
+        self._have_aside(record.seconds)
 
-    def _look_ahead(self, seconds: float, best: TrialResult | None) -> None:
-        """Has MLflow written and the end prepared beside the trials where enough of them are to come."""
+    def _have_aside(self, seconds: float) -> None:
+        """Has MLflow written beside the trials where enough of them are to come."""
         left_s = (self.settings.trials - len(self.records)) * seconds / self.workplace.size
         if left_s >= WORTH_S:
             self.aside.start()
-        self.tracker.proceed()  # first, so that a server that is down is told of early
-        if self.aside.is_there and not self.timing:  # never beside what is timed
-            if best is not None and not self.ahead.has(best.number) and (found := self._whole(best.number)):
+        self.tracker.proceed()
+
+    def begins(self, number: int) -> None:
+        """Has the end prepared beside a trial: the files of what may be the answer."""
+        if not self.aside.is_there or self.timing:  # never beside what is timed
+            return
+        best = self._best()
+        following = self._best({best.number}) if best else None  # the answer if this trial's result is against it
+        numbers = [one.number for one in (best, following) if one]
+        self.ahead.keep(numbers)
+        for one in numbers:
+            if not self.ahead.has(one) and (found := self._whole(one)):
                 self.ahead.stage(found, found.rebuilt(self.task.model))
-            self.ahead.get_ready()
+        self.ahead.get_ready()
 
     def _remember_run(self) -> None:
         if self.tracker.run_id not in (None, self.run_id):
@@ -300,9 +309,9 @@ class Study:
         self.watcher.failed(number, reason)
         self.tracker.failed(number, reason)
 
-    def _best(self) -> TrialResult | None:
-        """The record of what the answer would be now."""
-        chosen = answer(self.study, self.space, self.settings.bound, self.lost)
+    def _best(self, without: Collection[int] = ()) -> TrialResult | None:
+        """The record of what the answer would be now, of all trials but some."""
+        chosen = answer(self.study, self.space, self.settings.bound, self.lost | set(without))
         return next((r for r in self.records if chosen and r.number == chosen.number), None)
 
     def _belief(self, best: TrialResult | None) -> Posterior | None:

@@ -45,8 +45,11 @@ def test_only_what_was_staged_of_the_answer_is_used(
     assert ahead.has(1) and not ahead.has(2) and made == []
     assert ahead.staged(answers[0], models[0]) == expected[0]  # once: begun, not made again
     ahead.stage(answers[0], models[0])
-    assert ahead.staged(answers[1], models[1]) == expected[1]  # the first, superseded, is not made at all
-    assert made == expected
+    ahead.stage(answers[1], models[1])
+    ahead.keep([2])
+    assert ahead.has(2) and not ahead.has(1)
+    assert ahead.staged(answers[1], models[1]) == expected[1]
+    assert made == expected  # the first, given up, was not made again
     ahead.close()
     folder.close()
 
@@ -56,8 +59,8 @@ def test_those_who_share_a_study_do_not_share_what_they_make_ahead(tmp_path: Pat
     assert alone.ahead.name == ".ahead"  # so that the next run finds what a killed one has left
     assert shared.ahead.name.startswith(".ahead-") and shared.ahead.parent == shared.path
     ahead = Ahead(Aside(), None, alone)  # type: ignore[arg-type]  # no task: nothing is made
-    (alone.ahead / "answer").mkdir(parents=True)
-    (alone.ahead / "dense.onnx").write_bytes(b"left by a run that was killed")
+    (alone.ahead / "dense").mkdir(parents=True)
+    (alone.ahead / "dense" / "model.onnx").write_bytes(b"left by a run that was killed")
     assert ahead.dense_onnx is None
     ahead.close()
     assert not alone.ahead.exists()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import types
 import warnings
 from dataclasses import dataclass, replace
@@ -363,6 +364,34 @@ def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
         process.start("pt2", tmp_path / "model.pt2")
         answers = process.finish(["pt2"])
     assert answers == {"pt2": "the process that ran it died with code 1: no memory left"}
+
+
+def test_a_process_that_waits_is_used_once_and_not_when_it_has_died(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "_waiting", [])
+    script = tmp_path / "quick.py"  # without the imports of the real one; it answers who it is
+    script.write_text(
+        "import json, os, pathlib, sys\nfor line in sys.stdin:\n    what = json.loads(line)\n"
+        "    if isinstance(what, str): folder = pathlib.Path(what)\n"
+        "    else:\n        (folder / 'said').write_text(str(os.getpid()))\n"
+        "        (folder / 'said').replace(folder / f'{what[0]}.error')\n"
+    )
+    monkeypatch.setattr(parity, "__file__", str(script))
+
+    def who_runs() -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        with parity.FreshProcess(folder, [np.zeros(1)]) as process:
+            process.start("pt2", tmp_path / "model.pt2")
+            return process.finish(["pt2"])["pt2"]
+
+    for _ in range(2):  # one is enough
+        parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
+    ((kept, _),) = parity._waiting
+    assert who_runs() == str(kept.pid) != who_runs()
+    parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
+    ((kept, _),) = parity._waiting
+    kept.kill()
+    kept.communicate()
+    assert who_runs().isdigit() and not parity._waiting
 
 
 def test_a_file_that_cannot_be_loaded_is_reported(tmp_path):

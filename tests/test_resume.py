@@ -35,6 +35,9 @@ SPACE = Space((StructPrune(),), QUICK, (LOW,))
 class Quiet:
     """Hears nothing."""
 
+    def begins(self, number: int) -> None:
+        pass
+
     def trial(self, result: object) -> None:
         pass
 

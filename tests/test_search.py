@@ -47,6 +47,10 @@ class Log:
     def __init__(self) -> None:
         self.results: list[TrialResult] = []
         self.failures: list[tuple[int, str]] = []
+        self.begun: list[int] = []
+
+    def begins(self, number: int) -> None:
+        self.begun.append(number)
 
     def trial(self, result: TrialResult) -> None:
         self.results.append(result)
@@ -116,7 +120,7 @@ def test_the_budget_of_trials_is_kept_and_each_is_saved_before_it_counts(home: H
     assert home.search(3) == BUDGET_SPENT  # trials of an earlier run count
     assert len(home.log.results) == 3
     assert home.search(5) == BUDGET_SPENT
-    assert [result.number for result in home.log.results] == [1, 2, 3, 4, 5]
+    assert [result.number for result in home.log.results] == home.log.begun == [1, 2, 3, 4, 5]
 
 
 def test_a_constraint_makes_a_trial_infeasible_and_pushes_the_search_to_denser_models(home: Home) -> None:

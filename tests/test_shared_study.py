@@ -92,6 +92,9 @@ class Heard:
     def __init__(self, file: Path) -> None:
         self.file = file
 
+    def begins(self, number: int) -> None:
+        pass
+
     def trial(self, result: TrialResult) -> None:
         with self.file.open("a") as file:
             file.write(f"{result.number}\n")

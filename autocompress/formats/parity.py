@@ -39,7 +39,7 @@ class FreshProcess:
     """A second Python that runs exported files while this one is still exporting. A context manager.
 
     It is started early and given each file as it is written, so that importing torch and loading the file
-    cost little extra time. One that has run something before is quicker still, see `keep`.
+    cost little extra time. One that has run something before is quicker still, see `have_waiting`.
 
     Args:
         folder: An existing folder for what the two processes exchange.
@@ -51,7 +51,7 @@ class FreshProcess:
         save_arrays(folder / "inputs.npz", inputs)
 
     def __enter__(self) -> Self:
-        self._process, self._said = _waiting.pop() if _waiting else _started()
+        self._process, self._said = _kept() or _started()
         self._say(str(self._folder))
         return self
 
@@ -119,6 +119,32 @@ class FreshProcess:
 
 
 _waiting: list[tuple[subprocess.Popen[str], IO[bytes]]] = []  # processes that were kept; they end with this one
+
+
+def have_waiting(folder: Path, files: Mapping[str, Path], inputs: Sequence[NDArray[Any]]) -> None:
+    """Sees to it that a process waits for the next `FreshProcess`, and has run something before.
+
+    Args:
+        folder: In which the two exchange what goes again.
+        files: What it runs, by format.
+        inputs: On what, as for `FreshProcess`.
+    """
+    if any(process.poll() is None for process, _ in _waiting):
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, FreshProcess(Path(scratch), inputs) as elsewhere:
+        for format, file in files.items():
+            elsewhere.start(format, file)
+        elsewhere.keep(tuple(files))
+
+
+def _kept() -> tuple[subprocess.Popen[str], IO[bytes]] | None:
+    """One of `_waiting` that has not died there."""
+    while _waiting:
+        process, said = _waiting.pop()
+        if process.poll() is None:
+            return process, said
+        said.close()
+    return None
 
 
 def _started() -> tuple[subprocess.Popen[str], IO[bytes]]:

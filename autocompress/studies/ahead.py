@@ -2,15 +2,16 @@
 
 import copy
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from autocompress.disk.storage import StudyFolder
-from autocompress.export import Staged, stage
-from autocompress.export import get_ready as export_early
+from autocompress.export import Staged, export_dense, have_checker, stage
 from autocompress.formats.bundle import Provenance, rebuild
+from autocompress.formats.instructions import FILES
 from autocompress.processes.aside import Aside, Begun
 from autocompress.report import write_report
 from autocompress.scheme import Facts, Scheme, Weights, describe
@@ -52,31 +53,39 @@ class Ahead:
     def __init__(self, aside: Aside, task: Task, folder: StudyFolder, formats: tuple[str, ...] = ()) -> None:
         self.aside, self.task, self.formats = aside, task, formats
         self._study, self._folder = folder.path, folder.ahead
-        self._onnx = self._folder / "dense.onnx"
-        self._ready: Begun[None] | None = None
-        self._staged: dict[int, Begun[Staged]] = {}  # the last that was begun, by the number of its trial
+        self._dense = self._folder / "dense"
+        self._rehearsed: Begun[None] | None = None
+        self._staged: dict[int, Begun[Staged]] = {}  # by the number of the trial
 
     def get_ready(self) -> None:
-        """Has the process do once what makes its first export and its first figure slow."""
-        if self._ready is None and self.aside.is_there:
-            task = self.task.on("cpu")
-            self._ready = self.aside.begin(
-                _get_ready, task.model, task.example_input.cpu(), self._onnx, self._study
+        """Has the process do once what makes its first export and its first figure slow, and keep a checker."""
+        if not self.aside.is_there:
+            return
+        example = self.task.example_input.cpu()
+        if self._rehearsed is None:
+            self._rehearsed = self.aside.begin(
+                _rehearse, self.task.on("cpu").model, example, self._dense, self._study
             )
+        else:
+            self.aside.begin(have_checker, self._dense, example)
 
     def has(self, number: int) -> bool:
-        """Whether the files of this trial's model are the last that were to be made."""
+        """Whether the files of this trial's model are made, or to be made."""
         return number in self._staged
 
+    def keep(self, numbers: Collection[int]) -> None:
+        """Gives up the files of all trials but these."""
+        for number in self._staged.keys() - numbers:
+            self._staged.pop(number).cancel()
+            shutil.rmtree(self._files_of(number), ignore_errors=True)
+
     def stage(self, answer: Answer, model: nn.Module) -> None:
-        """Has the files of what may be the answer written and checked, in place of those of any other.
+        """Has the files of what may be the answer written and checked.
 
         Args:
             answer: The trial and what it is made of.
             model: Its model, rebuilt. It is not changed.
         """
-        for superseded in self._staged.values():
-            superseded.cancel()
         task, trial = self.task.on("cpu"), answer.trial
         provenance = Provenance(
             scheme=describe(answer.scheme),
@@ -88,16 +97,18 @@ class Ahead:
             preprocessing=task.preprocessing,
             input=task.input,
         )
-        begun = self.aside.begin(
+        self._staged[trial.number] = self.aside.begin(
             stage,
             copy.deepcopy(model).cpu(),
             task.example_input.cpu(),
-            self._folder / "answer",
+            self._files_of(trial.number),
             provenance,
             dense=task.model,
             formats=self.formats,
         )
-        self._staged = {trial.number: begun}
+
+    def _files_of(self, number: int) -> Path:
+        return self._folder / f"trial-{number}"
 
     def staged(self, answer: Answer, model: nn.Module) -> Staged:
         """What came of `stage`, which is begun now where it was not for this answer."""
@@ -108,7 +119,8 @@ class Ahead:
     @property
     def dense_onnx(self) -> Path | None:
         """The dense model as it is deployed, if it was written."""
-        return self._onnx if self._ready is not None and self._onnx.exists() else None
+        file = self._dense / FILES["onnx"]
+        return file if self._rehearsed is not None and file.exists() else None
 
     def close(self) -> None:
         """Ends the process, and removes what it made."""
@@ -116,8 +128,7 @@ class Ahead:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _get_ready(model: nn.Module, example_input: Tensor, onnx: Path, study: Path) -> None:
-    """Writes the dense model, and a report of the trials so far that nobody reads: the next is quicker."""
-    onnx.parent.mkdir(exist_ok=True)
-    export_early(model, example_input, onnx)
-    write_report(study, ours=True, into=onnx.parent)
+def _rehearse(model: nn.Module, example_input: Tensor, folder: Path, study: Path) -> None:
+    """Exports the dense model, and writes a report of the trials so far that nobody reads: the next is quicker."""
+    export_dense(model, example_input, folder)
+    write_report(study, ours=True, into=folder)

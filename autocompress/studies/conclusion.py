@@ -95,6 +95,7 @@ class Conclusion:
             shortlist: As for `judge`.
         """
         task, settings = self.task, self.settings
+        self._begin_export(shortlist)
         answer, found, told = self.judge(shortlist)
         best = answer.trial
         scores = {
@@ -207,6 +208,13 @@ class Conclusion:
             "scores": {"dense": {"val": self.dense.score}},
             "exported": Export((), {}),
         }
+
+    def _begin_export(self, shortlist: Sequence[Answer]) -> None:
+        """Has the search's answer exported while it is judged, if that has not begun."""
+        answer = shortlist[-1]
+        self.ahead.keep([one.trial.number for one in shortlist])
+        if not (self.timing or self.ahead.has(answer.trial.number)):
+            self.ahead.stage(answer, answer.rebuilt(self.task.model))
 
     def _export(self, model: nn.Module, answer: Answer, results: dict[str, Any]) -> Export:
         exported = publish(self.ahead.staged(answer, model), self.folder.best, results)
