@@ -287,17 +287,11 @@ class Study:
         self.tracker.proceed()
 
     def begins(self, number: int) -> None:
-        """Has the end prepared beside a trial: the files of what may be the answer."""
-        if not self.aside.is_there or self.timing:  # never beside what is timed
-            return
-        best = self._best()
-        following = self._best({best.number}) if best else None  # the answer if this trial's result is against it
-        numbers = [one.number for one in (best, following) if one]
-        self.ahead.keep(numbers)
-        for one in numbers:
-            if not self.ahead.has(one) and (found := self._whole(one)):
-                self.ahead.stage(found, found.rebuilt(self.task.model))
-        self.ahead.get_ready()
+        """Has the end prepared beside a trial: for what would be the answer now, and for what might be."""
+        if self.aside.is_there and not self.timing:  # never beside what is timed
+            best = self._best()
+            following = self._best({best.number}) if best else None  # if the trials to come are against it
+            self.ahead.prepare([one.number for one in (best, following) if one], self._whole)
 
     def _remember_run(self) -> None:
         if self.tracker.run_id not in (None, self.run_id):

@@ -1,6 +1,8 @@
 """What is made ahead of a study's end, here without a process that makes it: it is made when it is needed."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from autocompress.disk.storage import StudyFolder
-from autocompress.processes.aside import Aside
+from autocompress.processes.aside import Aside, Begun
 from autocompress.studies import ahead as module
 from autocompress.studies.ahead import Ahead, Answer
 from autocompress.trial import TrialSpec, run_trial
@@ -50,6 +52,43 @@ def test_only_what_was_staged_of_the_answer_is_used(
     assert ahead.has(2) and not ahead.has(1)
     assert ahead.staged(answers[1], models[1]) == expected[1]
     assert made == expected  # the first, given up, was not made again
+    ahead.close()
+    folder.close()
+
+
+def test_other_answers_wait_until_the_process_is_idle(tmp_path: Path, make_spec: Callable[..., TrialSpec]) -> None:
+    spec = make_spec(1, 0.9)
+    trial = run_trial(spec)
+    assert trial.model is not None
+    state = trial.model.state_dict()
+    begun: list[tuple[str, Future[Any]]] = []
+
+    class Slow(Aside):
+        def begin(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            begun.append((function.__name__, Future()))
+            return Begun(begun[-1][1], lambda: None, self.close)
+
+    def prepared(*candidates: int) -> list[str]:
+        begun_before = len(begun)
+        ahead.prepare(
+            candidates, lambda number: Answer(replace(trial, number=number), spec.scheme, spec.facts, state)
+        )
+        return [name for name, _ in begun[begun_before:]]
+
+    def done() -> None:
+        for _, future in begun:
+            if not future.done():
+                future.set_result(None)
+
+    folder = StudyFolder(tmp_path / "study")
+    ahead = Ahead(Slow(), spec.task, folder)
+    assert prepared(1, 2) == ["stage", "_rehearse"]
+    assert prepared(1, 2) == ["have_checker"]  # the first are under way
+    done()
+    assert prepared(1, 2) == ["stage", "have_checker"] and ahead.has(1) and ahead.has(2)
+    assert prepared(2, 3) == [] and ahead.has(2) and not ahead.has(1)
+    done()
+    assert prepared(4, 3) == ["stage", "have_checker"] and ahead.has(4) and not ahead.has(3)
     ahead.close()
     folder.close()
 

@@ -44,6 +44,11 @@ class Begun(Generic[T]):
                 self._failed()
         return self._here()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is to be waited for: it has been made, or will not be before it is needed."""
+        return self._future is None or self._future.done()
+
     def cancel(self) -> None:
         """It need not run: where it does not do so yet, it will not."""
         if self._future is not None:

@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,19 +55,34 @@ class Ahead:
         self._study, self._folder = folder.path, folder.ahead
         self._dense = self._folder / "dense"
         self._rehearsed: Begun[None] | None = None
+        self._checker: Begun[None] | None = None
         self._staged: dict[int, Begun[Staged]] = {}  # by the number of the trial
 
-    def get_ready(self) -> None:
-        """Has the process do once what makes its first export and its first figure slow, and keep a checker."""
-        if not self.aside.is_there:
-            return
+    def prepare(self, candidates: Sequence[int], answer_of: Callable[[int], Answer | None]) -> None:
+        """Has the process make what it can of the end while a trial runs.
+
+        The files of the likeliest answer; once, what makes a first export and a first figure slow; and when
+        nothing else is under way, the files of other answers.
+
+        Args:
+            candidates: Trials that may be the answer, by their numbers, the likeliest first.
+            answer_of: What such a trial is made of, where its weights are whole.
+        """
+        self.keep(candidates)
+        for nth, number in enumerate(candidates):
+            if not self.has(number) and (nth == 0 or self._is_idle) and (found := answer_of(number)):
+                self.stage(found, found.rebuilt(self.task.model))
         example = self.task.example_input.cpu()
         if self._rehearsed is None:
-            self._rehearsed = self.aside.begin(
-                _rehearse, self.task.on("cpu").model, example, self._dense, self._study
-            )
-        else:
-            self.aside.begin(have_checker, self._dense, example)
+            model = self.task.on("cpu").model
+            self._rehearsed = self.aside.begin(_rehearse, model, example, self._dense, self._study)
+        elif self._checker is None or self._checker.is_done:
+            self._checker = self.aside.begin(have_checker, self._dense, example)
+
+    @property
+    def _is_idle(self) -> bool:
+        begun = (*self._staged.values(), self._rehearsed, self._checker)
+        return all(one.is_done for one in begun if one is not None)
 
     def has(self, number: int) -> bool:
         """Whether the files of this trial's model are made, or to be made."""
