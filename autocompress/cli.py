@@ -213,45 +213,15 @@ def tune(
     Exit status: 0 found and met, 3 nothing but the dense model meets the bound, 2 bad usage, 130 interrupted.
     """
     from autocompress import tuning
-    from autocompress.disk.database import check_database
-    from autocompress.disk.storage import check_name, prepare_out
-    from autocompress.experiments.mlflow_store import check_uri, without_secrets
-    from autocompress.export import check_formats
-    from autocompress.gauges.devices import usable_device
-    from autocompress.gauges.runtimes import check_runtime
-    from autocompress.goal import ObjectiveError, as_objective
+    from autocompress.goal import ObjectiveError
     from autocompress.own_task import make_task
-    from autocompress.recovery import make_recovery, with_settings
-    from autocompress.scheme import parse_schemes
-    from autocompress.searching.dimensions import parse_dimensions
     from autocompress.studies.watcher import Silent
     from autocompress.terminal.display import Display
     from autocompress.terminal.show import make_console, show_result
 
-    options["out"] = checked("--out", prepare_out, options["out"])
-    if options["resume"]:
-        _take_from_study(ctx, options)
-    if options["name"] is not None:
-        checked("--name", check_name, options["name"])
-    if options["tracking_uri"]:
-        checked("--tracking-uri", check_uri, options["tracking_uri"])
-    if options["storage"]:
-        checked("--storage", check_database, options["storage"])
-    schemes = checked("--scheme", parse_schemes, options["scheme"])
-    options["objective"] = [checked("--objective", as_objective, one) for one in options["objective"]]
-    training = {name: options.pop(name) for name in OF_RECOVERY}
-    given = {name: value for name, value in training.items() if value is not None}
-    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
-    options["formats"] = checked("--export", check_formats, options["formats"])
-    trained = with_settings(options["recovery"], epochs=options["epochs"])
-    checked("--search", parse_dimensions, options["search"], schemes, trained)
-    options["device"] = checked("--device", usable_device, options["device"])
-    if options["profile_device"]:
-        options["profile_device"] = checked("--profile-device", usable_device, options["profile_device"])
-    checked("--runtime", check_runtime, options["runtime"], options["profile_device"] or options["device"])
+    _check_options(ctx, options)
     if save_config is not None:
         write_config(ctx, save_config)
-    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
     asked = take_options(options)
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
 
@@ -279,6 +249,43 @@ def _status(result: "Result") -> int:
     if result.interrupted:
         return INTERRUPTED
     return 0 if result.met else NOT_MET
+
+
+def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Makes of the options what `autocompress.tune` takes; what is wrong with one is said with its name."""
+    from autocompress.disk.database import check_database
+    from autocompress.disk.storage import check_name, prepare_out
+    from autocompress.experiments.mlflow_store import check_uri, without_secrets
+    from autocompress.export import check_formats
+    from autocompress.gauges.devices import usable_device
+    from autocompress.gauges.runtimes import check_runtime
+    from autocompress.goal import as_objective
+    from autocompress.recovery import make_recovery, with_settings
+    from autocompress.scheme import parse_schemes
+    from autocompress.searching.dimensions import parse_dimensions
+
+    options["out"] = checked("--out", prepare_out, options["out"])
+    if options["resume"]:
+        _take_from_study(ctx, options)
+    if options["name"] is not None:
+        checked("--name", check_name, options["name"])
+    if options["tracking_uri"]:
+        checked("--tracking-uri", check_uri, options["tracking_uri"])
+    if options["storage"]:
+        checked("--storage", check_database, options["storage"])
+    schemes = checked("--scheme", parse_schemes, options["scheme"])
+    options["objective"] = [checked("--objective", as_objective, one) for one in options["objective"]]
+    training = {name: options.pop(name) for name in OF_RECOVERY}
+    given = {name: value for name, value in training.items() if value is not None}
+    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
+    options["formats"] = checked("--export", check_formats, options["formats"])
+    trained = with_settings(options["recovery"], epochs=options["epochs"])
+    checked("--search", parse_dimensions, options["search"], schemes, trained)
+    options["device"] = checked("--device", usable_device, options["device"])
+    if options["profile_device"]:
+        options["profile_device"] = checked("--profile-device", usable_device, options["profile_device"])
+    checked("--runtime", check_runtime, options["runtime"], options["profile_device"] or options["device"])
+    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
 
 
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
