@@ -4,8 +4,8 @@ import contextlib
 import errno
 import shlex
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -175,38 +175,48 @@ def tune(
     watcher = watcher or Silent()
     if name is not None:
         check_name(name)
-    home = prepare_out(Path(out))
+    place = _Place(str(out), prepare_out(Path(out)), name, resume, storage)
     if task is None:
         watcher.doing("training the dense model, or taking it from the cache")
-        task = digits(cache=home / "cache")
+        task = digits(cache=place.home / "cache")
     task.check()
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
-    address = _address(storage, home, resume)
-    with _connected(address) as database:
-        folder = _open_folder(home, name, resume, settings, task, command, storage)
-        tracking_uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
-        folder.update_settings({"tracking_uri": tracking_uri and without_secrets(tracking_uri)})
-        elsewhere = "" if str(out) == "autocompress-runs" else f" --out {shlex.quote(str(out))}"
-        meanwhile = f"{MEANWHILE}; autocompress replay {folder.path.name}{elsewhere} logs it later"
+    return _run(settings, task, place, watcher, tracking_uri=tracking_uri, register=register, command=command)
 
-        def make_tracker(aside: Aside) -> Tracker:
-            return Tracker(
-                home,
-                task.name,
-                uri=tracking_uri,
-                device=settings.device,
-                aside=aside,
-                meanwhile=meanwhile,
-                on_warning=watcher.warned,
-            )
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a study is kept: one that is begun, or one that goes on."""
+
+    out: str
+    home: Path  # the same, absolute
+    name: str | None
+    resume: str | None
+    storage: str | None
+
+    def database(self) -> contextlib.AbstractContextManager["RDBStorage | None"]:
+        """The database that keeps the study, if one does; a study that is resumed stays where it is."""
+        kept = study_settings(self.home, self.resume).get("storage") if self.resume else self.storage
+        if self.storage and not kept:
+            raise ValueError(f"the study {self.resume!r} is kept in its folder and stays there; leave storage out")
+        address: str | None = self.storage or kept
+        if address is None:
+            return contextlib.nullcontext()
+        from autocompress.disk.database import connected  # with SQLAlchemy, which takes a quarter of a second
+
+        return connected(address)
+
+    @contextlib.contextmanager
+    def opened(
+        self, settings: Settings, task: Task, watcher: Watcher, command: str | None
+    ) -> Iterator[StudyFolder]:
+        """The study's folder. What ends the study early leaves its trials; before the first one, no folder."""
+        folder = self._folder(settings, task, command)
         try:
-            return Study(
-                settings, task.on(settings.device), folder, watcher, make_tracker, register, database
-            ).run()
+            yield folder
         except KeyboardInterrupt:
-            if resume or folder.has_begun:
-                again = f"autocompress tune --resume {folder.path.name}{elsewhere} goes on"
+            if self.resume or folder.has_begun:
+                again = f"autocompress tune --resume {self.called(folder)} goes on"
                 watcher.warned(f"stopped at once; every finished trial is kept, and {again}")
             raise
         except OSError as error:
@@ -217,47 +227,56 @@ def tune(
                 "the study can be resumed"
             ) from error
         finally:
-            if resume or folder.has_begun:
+            if self.resume or folder.has_begun:
                 folder.close()
-            else:  # it ended before its first trial: the name shall be free again
+            else:  # the name shall be free again
                 folder.discard()
 
+    def called(self, folder: StudyFolder) -> str:
+        """The study as the command line finds it from here."""
+        return folder.path.name + ("" if self.out == "autocompress-runs" else f" --out {shlex.quote(self.out)}")
 
-def _address(storage: str | None, home: Path, resume: str | None) -> str | None:
-    """Of the database that keeps the study, if one does; a study that is resumed stays where it is."""
-    kept = study_settings(home, resume).get("storage") if resume else storage
-    if storage and not kept:
-        raise ValueError(f"the study {resume!r} is kept in its folder and stays there; leave storage out")
-    return storage or kept
+    def _folder(self, settings: Settings, task: Task, command: str | None) -> StudyFolder:
+        identity = settings.identity(task)
+        asked = {**settings.budget(), "task_options": task.options}
+        if not self.resume:
+            at = self.storage
+            kept = {"storage": without_secrets(at), "study_id": uuid.uuid4().hex} if at else {}
+            asked = {**identity, "provenance": provenance(task, command), **asked, **kept}
+            return new_folder(self.home, self.name, asked)
+        folder = resume_folder(self.home, self.resume, identity)
+        folder.update_settings(asked)
+        return folder
 
 
-def _connected(address: str | None) -> contextlib.AbstractContextManager["RDBStorage | None"]:
-    """The database at that address, if there is one."""
-    if address is None:
-        return contextlib.nullcontext()
-    from autocompress.disk.database import connected  # with SQLAlchemy, which takes a quarter of a second
-
-    return connected(address)
-
-
-def _open_folder(
-    home: Path,
-    name: str | None,
-    resume: str | None,
+def _run(
     settings: Settings,
     task: Task,
+    place: _Place,
+    watcher: Watcher,
+    *,
+    tracking_uri: str | None,
+    register: str | None,
     command: str | None,
-    storage: str | None,
-) -> StudyFolder:
-    """The folder of the study that is resumed, or a new one."""
-    identity = settings.identity(task)
-    asked = {**settings.budget(), "task_options": task.options}
-    if not resume:
-        kept = {"storage": without_secrets(storage), "study_id": uuid.uuid4().hex} if storage else {}
-        return new_folder(home, name, {**identity, "provenance": provenance(task, command), **asked, **kept})
-    folder = resume_folder(home, resume, identity)
-    folder.update_settings(asked)
-    return folder
+) -> Result:
+    """Makes the study that was asked for, or goes on with it."""
+    with place.database() as database, place.opened(settings, task, watcher, command) as folder:
+        uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
+        folder.update_settings({"tracking_uri": uri and without_secrets(uri)})
+
+        def make_tracker(aside: Aside) -> Tracker:
+            return Tracker(
+                place.home,
+                task.name,
+                uri=uri,
+                device=settings.device,
+                aside=aside,
+                meanwhile=f"{MEANWHILE}; autocompress replay {place.called(folder)} logs it later",
+                on_warning=watcher.warned,
+            )
+
+        on_device = task.on(settings.device)
+        return Study(settings, on_device, folder, watcher, make_tracker, register, database).run()
 
 
 def _objectives(given: Asked | Sequence[Asked] | None, default: str) -> tuple[Objective, ...]:
