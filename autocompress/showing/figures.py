@@ -23,6 +23,7 @@ from autocompress.showing.drawing import (
 )
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import; `draw` does it
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 MOST_FIGURES = 7
@@ -92,36 +93,14 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
     trials, answer = record.trials, record.answer
     drops = [100 * trial["drop"] for trial in trials]
     top = max(min(max(drops), 6 * bound + 2), 2 * bound, 1.0) * 1.1
-    belief = (record.found or {}).get("posterior")
-    if belief:
+    if belief := (record.found or {}).get("posterior"):
         band = f"believed drop, {100 * belief['mass']:.0f}% of probability"
         ax.fill_between(
             belief["density"], belief["low_pp"], belief["high_pp"], color=DENSE, alpha=0.25, lw=0, label=band
         )
         ax.plot(belief["density"], belief["drop_pp"], color=DENSE, lw=1.5)
     ax.axhline(bound, color=BOUND, lw=1.5, ls="--", label=f"bound, {bound:g}{record.unit}")
-    kinds = (
-        ("yes", "o", "trial within the bound"),
-        ("no", "x", "trial beyond it"),
-        ("rejected", "1", "given up early"),
-    )
-    for kind, marker, label in kinds:
-        of_these = [(t, d) for t, d in zip(trials, drops, strict=True) if _standing(t) == kind and d <= top]
-        if of_these:
-            ax.errorbar(
-                [t["density"] for t, _ in of_these],
-                [d for _, d in of_these],
-                [100 * (t.get("drop_se") or 0.0) for t, _ in of_these],
-                fmt=marker,
-                color=COMPRESSED if kind == "yes" else BOUND,
-                ms=6,
-                elinewidth=0.7,
-                label=label,
-            )
-    beyond = [trial["density"] for trial, drop in zip(trials, drops, strict=True) if drop > top]
-    if beyond:
-        label = f"more than {top:.0f}{record.unit}"
-        ax.plot(beyond, [0.98 * top] * len(beyond), "^", color=BOUND, ms=6, label=label)
+    _trials(ax, record, top)
     if answer is not None:
         at = answer["density"], 100 * answer["drop"]
         ax.plot(*at, "o", ms=13, mfc="none", mec=INK, mew=1.5, label="the answer")
@@ -139,6 +118,34 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
             f"; the answer has density {answer['density']:.3g} and drops {100 * answer['drop']:.2f}{record.unit}"
         )
     return "drop", "Accuracy lost against size kept", f"Drop on validation data against density: {said}.", canvas
+
+
+def _trials(ax: "Axes", record: Record, top: float) -> None:
+    """The trials with their standard errors; those that lose more than ``top``, in points, at its height."""
+    drops = [100 * trial["drop"] for trial in record.trials]
+    kinds = (
+        ("yes", "o", "trial within the bound"),
+        ("no", "x", "trial beyond it"),
+        ("rejected", "1", "given up early"),
+    )
+    for kind, marker, label in kinds:
+        shown = zip(record.trials, drops, strict=True)
+        of_these = [(trial, drop) for trial, drop in shown if _standing(trial) == kind and drop <= top]
+        if of_these:
+            ax.errorbar(
+                [trial["density"] for trial, _ in of_these],
+                [drop for _, drop in of_these],
+                [100 * (trial.get("drop_se") or 0.0) for trial, _ in of_these],
+                fmt=marker,
+                color=COMPRESSED if kind == "yes" else BOUND,
+                ms=6,
+                elinewidth=0.7,
+                label=label,
+            )
+    beyond = [trial["density"] for trial, drop in zip(record.trials, drops, strict=True) if drop > top]
+    if beyond:
+        label = f"more than {top:.0f}{record.unit}"
+        ax.plot(beyond, [0.98 * top] * len(beyond), "^", color=BOUND, ms=6, label=label)
 
 
 def _front(record: Record, found: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
