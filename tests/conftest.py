@@ -109,15 +109,32 @@ def die() -> Callable[..., str]:
     return die
 
 
+def source(name: str) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(name))))
+
+
 @pytest.fixture(scope="session")
 def recorded() -> SimpleNamespace:
     """The functions of ``recorded.py``: studies as they lie on disk, made up."""
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("recorded.py"))))
+    return source("recorded.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh() -> Iterator[Any]:
+    """Runs exported files in processes that need no imports, of `Fresh` of ``fresh.py``."""
+    with source("fresh.py").Fresh() as instead:
+        yield instead
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def warm(tmp_path_factory: pytest.TempPathFactory, fresh: Any) -> Iterator[Any]:
     """Starts processes that need no imports: ``Warm`` of ``warm.py``."""
-    source = runpy.run_path(str(Path(__file__).with_name("warm.py")))
-    with source["Warm"](tmp_path_factory.mktemp("warm")) as started:
+    with source("warm.py").Warm(tmp_path_factory.mktemp("warm"), fresh.address()) as started:
         yield started
+
+
+@pytest.fixture
+def from_nothing(fresh: Any) -> Iterator[None]:
+    """Runs exported files in processes that begin with nothing, as autocompress does."""
+    with fresh.left_alone():
+        yield

@@ -132,7 +132,7 @@ def run_readme(directory: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory):
+def fp32(tmp_path_factory, fresh):
     torch.manual_seed(0)
     model = TinyConvNet().train()
     directory = tmp_path_factory.mktemp("study") / "best"
@@ -140,7 +140,8 @@ def fp32(tmp_path_factory):
     (directory / ".export" / "model.pt2").write_text("half a file, left by an export that was killed")
     provenance = replace(PROVENANCE, classes=("cat", "dog", "cow"), preprocessing="Pixels in {0, ..., 1}.")
     before = copy.deepcopy(model.state_dict())
-    result = export(model, IMAGE, directory, provenance)
+    with fresh.left_alone():
+        result = export(model, IMAGE, directory, provenance)
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert all(p.requires_grad for p in model.parameters())
@@ -355,7 +356,7 @@ def test_an_input_that_is_no_batch_is_an_error(tmp_path):
         export(mlp(), torch.zeros(16), tmp_path, PROVENANCE)
 
 
-def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
+def test_a_process_that_dies_is_reported(tmp_path, monkeypatch, from_nothing):
     crash = tmp_path / "crash.py"
     crash.write_text("raise SystemExit('no memory left')")
     monkeypatch.setattr(parity, "__file__", str(crash))

@@ -76,15 +76,16 @@ class Warm:
 
     Args:
         folder: An empty folder for what they say.
+        fresh: The address from which they fork the processes that run exported files, see ``fresh.py``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fresh: str) -> None:
         self._folder = folder
         self._n_started = 0
         home = folder / "home"
         home.mkdir()
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, fresh],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -140,10 +141,11 @@ def leave() -> None:
     os._exit(_status[0])
 
 
-def serve() -> None:
+def serve(fresh: str) -> None:
     """One request a line: a process to start, answered by its id, or one to wait for, answered by its status."""
     atexit.register(leave)  # the first to be registered is the last to be called
     import_everything()
+    runpy.run_path(str(Path(__file__).with_name("fresh.py")))["use"](lambda: fresh)
     while line := sys.stdin.readline():
         request = json.loads(line)
         if "wait" in request:
@@ -198,4 +200,4 @@ def become(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(*sys.argv[1:])
