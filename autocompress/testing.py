@@ -93,7 +93,7 @@ class SchemeConformance:
     densities: ClassVar[tuple[float, ...]] = DENSITIES
     models: ClassVar[Mapping[str, Callable[[], nn.Module]]] = MODELS
     input_shape: ClassVar[tuple[int, ...]] = INPUT_SHAPE
-    trials: ClassVar[int] = 50  # after which nothing of them may be left
+    trials: ClassVar[int] = 20  # after which nothing of them may be left
     _cases: ClassVar[dict[str, Case | ValueError]]
 
     def __init_subclass__(cls) -> None:

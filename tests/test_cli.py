@@ -452,7 +452,7 @@ FINISHED_TRIAL = r"^trial +\d+ .* best "
 def test_a_study_survives_a_kill_and_an_interrupt(place, running, fork):
     """Killed in its second trial, resumed, interrupted in its third or so, resumed again to its end."""
     asked = ("--epochs", 2, "--max-drop", "20%", "--scheme", "StructPrune", "--json")
-    killed = running(*asked, "--trials", 30, "--name", "lasting")
+    killed = running(*asked, "--trials", 6, "--name", "lasting")  # so few that nothing is prepared beside them
     killed.wait_for(FINISHED_TRIAL)
     status, _, _ = killed.end(signal.SIGKILL)
     assert status == -signal.SIGKILL
@@ -461,7 +461,7 @@ def test_a_study_survives_a_kill_and_an_interrupt(place, running, fork):
     survived = saved_trials(study)
     assert "0001" in survived
 
-    interrupted = running("--resume", "lasting", "--trials", 30, "--json")
+    interrupted = running("--resume", "lasting", "--trials", 6, "--json")
     first = interrupted.wait_for(FINISHED_TRIAL)
     assert first.startswith("trial  1 ")  # what was done is shown, and not done again
     for _ in survived:

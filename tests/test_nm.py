@@ -1,16 +1,16 @@
 import itertools
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-import autocompress as ac
 from autocompress.conformance.testing_models import some_models
 from autocompress.scheme import Compose, Scheme
 from autocompress.schemes import NMPrune, Quantize16
 from autocompress.task import Task
 from autocompress.testing import SchemeConformance
+from autocompress.trial import TrialSpec, run_trial
 
 
 class TestNMPrune(SchemeConformance):
@@ -71,10 +71,11 @@ def test_no_such_pattern(n: int, m: int) -> None:
         NMPrune(n=n, m=m)
 
 
-def test_a_study_tries_the_pattern_once(tiny_task: Task, tmp_path: Path) -> None:
-    result = ac.tune(tiny_task, scheme="NMPrune", max_drop=0.5, trials=5, epochs=3, out=tmp_path)
-    assert len(result.trials) == 1
+def test_a_trial_learns_within_the_pattern(tiny_task: Task, make_spec: Callable[..., TrialSpec]) -> None:
     facts = NMPrune().analyze(tiny_task.model, tiny_task.example_input)
-    assert result.density == pytest.approx(NMPrune().lowest_density(facts)) and result.density < 0.8
+    lowest = NMPrune().lowest_density(facts)
+    result = run_trial(make_spec(scheme=NMPrune(), density=lowest))
+    assert result.density == pytest.approx(lowest) and lowest < 0.8
+    assert result.model is not None and not NMPrune().takes_density  # so a study has one trial
     w = result.model.get_parameter("3.weight").detach()
     assert ((w[:, :4] != 0).sum(1) == 2).all() and w[:, 4:].all()

@@ -17,6 +17,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import autocompress
 from autocompress import objectives, schemes
@@ -190,15 +191,16 @@ class TestWhatLoadsWhen:
             autocompress.compress  # noqa: B018  # looking it up is the test
 
 
-def listed(output: str) -> dict[str, str]:
+def listed(command: str) -> dict[str, str]:
     """What a listing says, by name: the line that begins with it and the indented ones that follow."""
+    output = CliRunner().invoke(cli, [command]).output  # tests/test_cli.py has it in a process of its own
     items = re.findall(r"^(\S+)(.*(?:\n[ \t].*)*)", output, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in items}
 
 
 class TestListings:
     def test_schemes_come_with_what_they_do_and_take(self) -> None:
-        items = listed(run(command(), "schemes"))
+        items = listed("schemes")
         assert set(schemes.__all__) <= set(items)
         for name in schemes.__all__:
             make = SCHEMES.get(name)
@@ -208,7 +210,7 @@ class TestListings:
                 assert parameter in items[name]
 
     def test_objectives_come_with_what_they_are(self) -> None:
-        items = listed(run(command(), "objectives"))
+        items = listed("objectives")
         assert set(objectives.__all__) <= set(items)
         for name in objectives.__all__:
             objective = OBJECTIVES.get(name)

@@ -47,9 +47,12 @@ def test_what_would_execute_is_found() -> None:
     assert len(list(dangers(source))) == 5
 
 
-def test_mlflow_sends_nothing_home() -> None:
+def test_mlflow_is_imported_late_and_sends_nothing_home() -> None:
     code = (
+        "import sys\n"
+        "import autocompress.tracking\n"
         "from autocompress.experiments.mlflow_store import quiet_mlflow\n"
+        "assert 'mlflow' not in sys.modules\n"
         "with quiet_mlflow():\n"
         "    from mlflow.telemetry.utils import is_telemetry_disabled\n"
         "    assert is_telemetry_disabled()\n"
