@@ -5,6 +5,7 @@ does, knows as little of autocompress, and has a folder, an environment and stre
 """
 
 import contextlib
+import functools
 import json
 import os
 import runpy
@@ -37,7 +38,7 @@ class Forked:
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._ends], [], [], 0)[0]:
-            self.returncode = 1  # nobody asks which
+            self.returncode = 1  # whatever it was: nobody asks
         return self.returncode
 
     def kill(self) -> None:
@@ -49,6 +50,7 @@ class Forked:
             self.stdin.close()
         self._ends.recv(1)
         self._ends.close()
+        self.returncode = 1
 
 
 class Fresh:
@@ -92,11 +94,20 @@ def use(address: Callable[[], str]) -> Callable[[], Any]:
     from autocompress.formats import parity
 
     def started() -> tuple[Any, IO[bytes]]:
+        read_torchlib_once()
         said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         return Forked(address(), parity.__file__, said, {**os.environ, **parity.NO_TELEMETRY}), said
 
     before, parity._started = parity._started, started
     return before
+
+
+@functools.cache
+def read_torchlib_once() -> None:
+    """For every ONNX file torch reads the source of 557 functions again, which takes half a second."""
+    from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+    onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
 
 
 def serve(address: str) -> None:

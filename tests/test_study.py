@@ -475,9 +475,9 @@ def test_a_search_over_schemes_criteria_and_settings_from_the_question_to_the_re
         ac.tune(task, out=out, resume="arms", **asked | {"search": {"criterion": ["l2"]}})
 
 
-def test_stage_densities_and_a_learning_rate_are_searched_by_a_sampler_of_optuna(task, out):
-    asked = {"search": "stage-density; lr=0.01..0.2", **SHORT, "trials": 3}
-    result = ac.tune(task, scheme="Prune", out=out, name="stages", **asked)
+def test_stage_densities_and_a_learning_rate_are_searched_by_a_sampler_of_optuna(strict, out):
+    asked = {"search": "stage-density; lr=0.01..0.2", "trials": 3, "epochs": 0.01, "max_drop": 0.0}
+    result = ac.tune(strict, scheme="Prune", out=out, name="stages", **asked)
     assert {"lr", "stage-density.2"} <= set(result.trials.columns)
     assert result.trials["lr"].nunique() == 3
     assert json.loads((result.folder / "study.json").read_text())["sampler"] == "gp"
@@ -512,8 +512,8 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_made(task, tmp_pa
     assert not list(tmp_path.glob("runs/*/study.json"))
 
 
-def test_auto_compares_schemes_by_size(task, out):
-    result = ac.tune(task, scheme="auto", out=out, name="auto", **SHORT | {"trials": 1})
+def test_auto_compares_schemes_by_size(strict, out):
+    result = ac.tune(strict, scheme="auto", out=out, name="auto", trials=1, epochs=0.01, max_drop=0.0)
     asked = json.loads((result.folder / "study.json").read_text())
     assert (asked["scheme"], asked["objective"]) == ("auto", "size")
     assert list(result.trials["scheme"]) == [result.trials["scheme"][0]]
