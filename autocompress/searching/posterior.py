@@ -133,7 +133,8 @@ class Posterior:
         """The drop at ``densities``, shape (m,): its median and the ends of its central interval."""
         drops = self.curves(np.log(1 / np.asarray(densities, dtype=float)))
         levels = (0.5, (1 - mass) / 2, (1 + mass) / 2)
-        middle, low, high = (np.array([quantile(d, self.weights, q) for d in drops.T]) for q in levels)
+        draws = [_Draws(drop, self.weights) for drop in drops.T]
+        middle, low, high = (np.array([drop.quantile(level) for drop in draws]) for level in levels)
         return middle, low, high
 
     @cached_property
