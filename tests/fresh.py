@@ -93,8 +93,9 @@ def use(address: Callable[[], str]) -> Callable[[], Any]:
     """Has this process, and forks of it, run exported files in forks; what started a process before."""
     from autocompress.formats import parity
 
+    read_torchlib_once()
+
     def started() -> tuple[Any, IO[bytes]]:
-        read_torchlib_once()
         said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         return Forked(address(), parity.__file__, said, {**os.environ, **parity.NO_TELEMETRY}), said
 
@@ -102,7 +103,6 @@ def use(address: Callable[[], str]) -> Callable[[], Any]:
     return before
 
 
-@functools.cache
 def read_torchlib_once() -> None:
     """For every ONNX file torch reads the source of 557 functions again, which takes half a second."""
     from torch.onnx._internal.exporter._registration import onnxscript_apis
