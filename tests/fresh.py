@@ -71,8 +71,10 @@ class Fresh:
         from autocompress.formats import parity
 
         forked, parity._started = parity._started, self._from_nothing
-        yield
-        parity._started = forked
+        try:
+            yield
+        finally:
+            parity._started = forked
 
     def __exit__(self, *_: object) -> None:
         if self._server is not None:
