@@ -210,7 +210,7 @@ def test_the_last_trials_are_spared_where_the_answer_is_found(home: Home) -> Non
         told(home.study, density, drop, drop_se=0.008, kept=0.99 * density)
     stopped = home.search(8)
     assert (
-        stopped == "density 0.297 is within the bound with 85% probability, and within 15% of the lowest that is"
+        stopped == "density 0.297 is within the bound with 80% probability, and within 15% of the lowest that is"
     )
     assert home.log.results == []
     assert (
@@ -371,7 +371,7 @@ def told(
 
 
 def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
-    """0.2 looks feasible by a hair among worse neighbours: the answer is the smallest that is so with 85%."""
+    """0.2 looks feasible by a hair among worse neighbours: the answer is the smallest that is so with 80%."""
     for density, drop in ((0.9, 0.0), (0.6, 0.002), (0.21, 0.07), (0.19, 0.08), (0.18, 0.09)):
         told(home.study, density, drop)
     safe = told(home.study, 0.4, 0.004)

@@ -16,7 +16,7 @@ from scipy.special import expit, ndtr, stdtr
 
 from autocompress.searching.importance import DIMENSIONS, ROUNDS, Array, Draws, sample
 
-PROBABILITY = 0.85  # with which an answer's true drop shall be within the bound
+PROBABILITY = 0.8  # with which an answer's true drop shall be within the bound
 
 # Before the first trial: medians, and standard deviations of logarithms, from what published curves and our own
 # have (docs/searching.md). Steeper cliffs or quieter training would promise more than flat curves hold.
