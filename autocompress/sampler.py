@@ -15,8 +15,15 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.searching.importance import Array, quantile
-from autocompress.searching.posterior import SE_FLOOR, SHARED, Observation, Posterior, fit_posterior
+from autocompress.searching.posterior import (
+    SE_FLOOR,
+    SHARED,
+    Array,
+    Observation,
+    Posterior,
+    fit_posterior,
+    quantile,
+)
 
 # Proposals and the end; densities and ratios of densities.
 APART = 0.02  # two densities that differ by less are the same experiment

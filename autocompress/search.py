@@ -15,9 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from autocompress.disk.storage import StudyFolder
 from autocompress.sampler import ThresholdSampler, affordable_depth, asked_density
 from autocompress.searching.arms import ArmSampler, of_arm
-from autocompress.searching.posterior import PROBABILITY
 from autocompress.searching.samplers import make_sampler
-from autocompress.searching.selection import answer, finished, p_feasible, posterior
+from autocompress.searching.selection import PROBABILITY, answer, finished, posterior
 from autocompress.searching.space import Arm, Configuration, Space
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 from autocompress.verdict.constraint import Checked
@@ -55,7 +54,7 @@ class Plan:
         timeout_s: Seconds after which no further trial begins; None for no limit.
         workers: Trials at a time.
         tolerance: The search ends when the threshold's density is known to within this share; in the last quarter
-            of its trials also when its answer is within it of the lowest density that has `PROBABILITY`.
+            of its trials also when its answer is within it of the lowest density that has a probability of 90%.
         steps: Gradient steps of all trials together after which no further one begins; None for no limit.
     """
 
@@ -238,7 +237,7 @@ def _states(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
 
 
 def _where_the_answer_is(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[float | None, FrozenTrial | None]:
-    """Where an arm's answer should lie, if anywhere, as a density; its answer, where that is feasible with it."""
+    """Where an arm's answer should lie, if anywhere, as a density; its answer, where that is feasible with 90%."""
     belief, best = posterior(study, plan.space, plan.bound, arm), answer(study, plan.space, plan.bound)
     if belief is None:
         return None, None
@@ -247,7 +246,7 @@ def _where_the_answer_is(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[flo
     if affordable < density and belief.p_feasible(affordable) <= HOPELESS:
         return None, None
     own_best = best if best is not None and arm.holds(best.params) else None
-    probable = own_best is not None and p_feasible(study, plan.space, plan.bound, own_best) >= PROBABILITY
+    probable = own_best is not None and belief.p_feasible(asked_density(own_best)) >= PROBABILITY
     return min(density, affordable), own_best if probable else None
 
 

@@ -27,7 +27,7 @@ from autocompress.report import write_report
 from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
 from autocompress.searching.posterior import Posterior
-from autocompress.searching.selection import answer, finished, front, p_feasible, posterior, shortlist
+from autocompress.searching.selection import answer, finished, front, posterior, shortlist
 from autocompress.searching.space import DENSITY, Configuration
 from autocompress.studies.ahead import Ahead, Answer
 from autocompress.studies.analysis import Analyses
@@ -274,7 +274,7 @@ class Study:
         self.watcher.trial(record, best, belief)
         beliefs = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
         if belief is not None and best is not None:
-            beliefs["p_feasible"] = self._p_feasible(best.number)
+            beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
         self.tracker.trial(record, best.density if best else None, beliefs)
         self._remember_run()
         self._have_aside(record.seconds)
@@ -312,11 +312,6 @@ class Study:
         """What is known of the threshold, of several arms that of the answer's."""
         arm = self.space.arm_of(best.params) if best else None
         return posterior(self.study, self.space, self.settings.bound, arm)
-
-    def _p_feasible(self, number: int) -> float:
-        """The probability that a trial's true drop is within the bound."""
-        trial = self.study.get_trials(deepcopy=False)[number]
-        return p_feasible(self.study, self.space, self.settings.bound, trial)
 
     def _conclude(self, stopped: str) -> Result:
         """Judges the answer on test, measures it beside the dense model, and saves everything."""
@@ -374,13 +369,12 @@ class Study:
 
     def _result(self, stopped: str, told: Mapping[str, Any]) -> Result:
         belief = self._belief(self._best()) if self.records else None
-        chosen, several = told["answer"], len(self.settings.objectives) > 1
+        several = len(self.settings.objectives) > 1
         return Result(
             name=self.folder.path.name,
             records=tuple(self.records),
             threshold=belief.interval() if belief else None,
             belief=belief,
-            p_feasible=self._p_feasible(chosen) if belief and chosen is not None else None,
             failures=tuple(failures(self.study)),
             stopped=stopped,
             seconds=time.perf_counter() - self.began,

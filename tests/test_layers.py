@@ -36,7 +36,7 @@ ENGINE = (
     ("polish", "state"),
     ("lc",),
     ("recovery",),
-    ("data", "bundle", "dense", "own_model", "readers", "dimensions", "importance"),
+    ("data", "bundle", "dense", "own_model", "readers", "dimensions"),
     ("own_task", "instructions"),
     ("export",),
     ("trial", "posterior", "space"),

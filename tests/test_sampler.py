@@ -1,10 +1,8 @@
 import gc
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import optuna
@@ -18,23 +16,9 @@ from autocompress.certify import paired_bounds
 from autocompress.lc import LearningCompression
 from autocompress.sampler import BisectionSampler, ThresholdSampler
 from autocompress.schemes import StructPrune
-from autocompress.search import Plan, _reason_to_stop, add_dense
-from autocompress.searching.importance import ROUNDS, sample
-from autocompress.searching.posterior import (
-    MANY,
-    NU,
-    PROBABILITY,
-    STATES,
-    Curves,
-    Observation,
-    fit_posterior,
-    telling,
-)
+from autocompress.searching.posterior import MANY, ROUNDS, STATES, Observation, _sample, fit_posterior, telling
 from autocompress.searching.samplers import SAMPLERS, check_sampler, make_sampler
-from autocompress.searching.selection import answer, p_feasible
 from autocompress.searching.space import Space
-from autocompress.studies.settings import DEFAULT_TRIALS
-from autocompress.trial import Bound
 
 LOW, BOUND = 0.02, 0.01
 KINDS = ("exponential", "hockey stick", "bump")
@@ -59,7 +43,6 @@ class Simulation:
         self.depth = t = self.rng.uniform(0.3, 3.4)
         self.n, self.shared, self.training_noise = n, shared, training_noise
         self.samples = self.rng.random(n)
-        self.trained: dict[float, float] = {}  # the true drop of each density's network
         self.curve: Callable[[float], float]
         if kind == "hockey stick":
             slope = self.rng.uniform(0.02, 0.15)
@@ -78,24 +61,12 @@ class Simulation:
         drop = self.curve(depth)
         if not self.n:
             return drop, 0.0
-        drop = self.trained[density] = min(0.9, drop + self.training_noise * self.rng.normal())
+        drop = min(0.9, drop + self.training_noise * self.rng.normal())
         p_gained = 0.008 * -math.expm1(-2 * depth) + max(0.0, -drop)
         kept = self.rng.random(self.n) < math.sqrt(self.shared)
         x = np.where(kept, self.samples, self.rng.random(self.n))
         lost, gained = int((x < p_gained + drop).sum()), int((x > 1 - p_gained).sum())
         return (lost - gained) / self.n, math.sqrt(lost + gained - (lost - gained) ** 2 / self.n) / self.n
-
-
-class Flat(Simulation):
-    """A drop curve that rises by ``slope`` bounds for each factor e of density at its threshold.
-
-    It is a power of the depth: convex, through the dense model.
-    """
-
-    def __init__(self, slope: float, seed: int, n: int, shared: float, training_noise: float) -> None:
-        super().__init__("exponential", seed, n, shared, training_noise)
-        t = self.depth = self.rng.uniform(max(0.8, 1 / slope), 3.4)
-        self.curve = lambda u: BOUND * (max(0.0, u) / t) ** (slope * t)
 
 
 def dense() -> FrozenTrial:
@@ -216,96 +187,6 @@ def test_with_noise_the_estimate_is_no_worse_than_that_of_a_gaussian_process() -
         errors.append(log_error(study.best_trial.params["density"], simulation))
     # The estimate, not the 90% answer: that stays on the safe side on purpose, which these give up.
     assert np.mean([noisy(*case, shared=0.0)[2] for case in cases]) <= np.mean(errors)
-
-
-# Whole searches: what their answers promise, and hold.
-
-
-class Found(NamedTuple):
-    """The answer of a simulated search.
-
-    Attributes:
-        promised: The probability that it is within the bound, as the study says.
-        beyond: Whether its network truly loses more.
-        above: Log of its density over the lowest that is truly within the bound.
-    """
-
-    promised: float
-    beyond: bool
-    above: float
-
-
-def whole_search(simulation: Simulation, seed: int, trials: int = DEFAULT_TRIALS) -> Found | None:
-    """A search as it ships, but for the networks; None where no trial is feasible."""
-    bound = Bound(BOUND)
-    plan, study = Plan(SPACE, bound, trials), optuna.create_study(sampler=ThresholdSampler(LOW, BOUND, seed))
-    add_dense(study, SPACE, [1.0], bound)
-    while _reason_to_stop(study, plan) is None:
-        trial, density = ask(study)
-        drop, drop_se = simulation.observe(density)
-        trial.set_user_attr("feasible", drop <= BOUND)
-        trial.set_user_attr("density", density)
-        tell(study, trial, density, drop, drop_se)
-    chosen = answer(study, SPACE, bound)
-    if chosen is None:
-        return None
-    density = chosen.params["density"]
-    above = math.log(density) + simulation.depth
-    return Found(p_feasible(study, SPACE, bound, chosen), simulation.trained[density] > BOUND, above)
-
-
-def of_flat_curves(
-    seeds: Sequence[int], slopes: Sequence[float] = (1.0, 1.5, 2.5), n: int = 450, training_noise: float = 0.002
-) -> list[Found]:
-    cases = [(slope, 7000 + 100 * i + seed) for i, slope in enumerate(slopes) for seed in seeds]
-    found = [whole_search(Flat(slope, seed, n, 0.5, training_noise), seed) for slope, seed in cases]
-    return [one for one in found if one is not None]
-
-
-def test_the_density_of_the_answer_is_as_rarely_beyond_the_bound_on_flat_curves_as_it_promises() -> None:
-    beyond = []
-    for i, slope in enumerate((1.0, 1.5, 2.5)):
-        for seed in range(30):
-            simulation = Flat(slope, 8000 + 100 * i + seed, 2000, 0.5, 0.002)
-            depths = [max(0.05, simulation.depth + away) for away in (-1.2, -0.6, -0.3, 0.0, 0.3, 0.6)]
-            seen = tuple(Observation(depth, *simulation.observe(math.exp(-depth))) for depth in depths)
-            density = fit_posterior(seen, LOW, BOUND).threshold(PROBABILITY)
-            beyond.append(simulation.curve(math.log(1 / density)) > BOUND)
-    assert np.mean(beyond) <= 1 - PROBABILITY
-
-
-def test_a_search_on_a_flat_curve_ends_with_an_answer_that_is_probable_and_not_much_too_dense() -> None:
-    found = of_flat_curves(range(3), slopes=(2.5,), n=2000)
-    assert len(found) == 3 and min(one.promised for one in found) > 0.5
-    assert np.mean([one.above for one in found]) < 0.5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("training_noise", [0.002, 0.005])
-@pytest.mark.parametrize(("n", "error"), [(450, 0.15), (2000, 0.05)])
-def test_answers_on_flat_curves_lose_more_hardly_oftener_than_promised(
-    n: int, error: float, training_noise: float
-) -> None:
-    found = of_flat_curves(range(40), n=n, training_noise=training_noise)
-    beyond, promised = np.mean([one.beyond for one in found]), np.mean([one.promised for one in found])
-    assert beyond <= 1 - promised + error
-    assert np.mean([one.above for one in found]) < 0.4
-
-
-def test_of_a_trials_distance_from_its_curve_its_network_has_the_share_of_its_variance() -> None:
-    one, seen = np.ones((1, 1)), Observation(depth=2.0, drop=0.006, drop_se=0.005)
-    curves = Curves(threshold=2 * one, plateau=0 * one, steepness=3 * one, bend=0 * one, bound=BOUND)
-    known = replace(
-        fit_posterior((), LOW, BOUND), curves=curves, weights=one[0], shared=0 * one[0], training_noise=0.004 * one
-    )
-    # Student's t is a normal whose variance is drawn: for the network and for its samples the same one.
-    rng = np.random.default_rng(0)
-    spread = np.sqrt(NU / rng.chisquare(NU, 2_000_000))
-    network = 0.004 * spread * rng.standard_normal(len(spread))
-    samples = 0.005 * np.sqrt(1 - known.share) * spread * rng.standard_normal(len(spread))
-    alike = np.abs(BOUND + network + samples - seen.drop) < 2e-4
-    assert known.p_within(seen) == pytest.approx((network[alike] <= 0).mean(), abs=0.01)
-    assert known.p_within(seen._replace(drop=0.016)) < 0.5 < known.p_within(seen)
 
 
 # The verdict on what a search answers with.
@@ -462,7 +343,7 @@ def test_many_trials_are_as_good_as_their_bounded_number_that_is_believed() -> N
 
 
 def test_the_draws_have_the_moments_of_a_posterior_known_in_closed_form() -> None:
-    x, weights = sample(lambda x: -(((x[:, 0] - 1) / 0.5) ** 2) / 2 - ((x[:, 1] + 3) ** 2) / 2, 0, ROUNDS)
+    x, weights = _sample(lambda x: -(((x[:, 0] - 1) / 0.5) ** 2) / 2 - ((x[:, 1] + 3) ** 2) / 2, 0, ROUNDS)
     mean = weights @ x
     assert mean == pytest.approx([0.8, -1.5, 0, 0, 0, 0], abs=0.02)
     assert weights @ (x - mean) ** 2 == pytest.approx([0.2, 0.5, 1, 1, 1, 1], rel=0.05)

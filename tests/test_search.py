@@ -25,7 +25,6 @@ from autocompress.search import (
     adopt,
     search,
 )
-from autocompress.searching.posterior import PROBABILITY
 from autocompress.searching.selection import answer, finished, front, posterior, shortlist
 from autocompress.searching.space import Configuration, Space
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
@@ -210,7 +209,7 @@ def test_the_last_trials_are_spared_where_the_answer_is_found(home: Home) -> Non
         told(home.study, density, drop, drop_se=0.008, kept=0.99 * density)
     stopped = home.search(8)
     assert (
-        stopped == "density 0.297 is within the bound with 80% probability, and within 15% of the lowest that is"
+        stopped == "density 0.297 is within the bound with 90% probability, and within 15% of the lowest that is"
     )
     assert home.log.results == []
     assert (
@@ -224,9 +223,9 @@ def test_a_density_that_can_be_a_much_sparser_answer_is_tried_before_the_last_tr
     told(home.study, 0.9, 0.0)
     told(home.study, 0.3, 0.055, drop_se=0.01)
     belief = sampler.posterior(home.study.trials)
-    assert 0.9 / belief.threshold(PROBABILITY) > 1.5
+    assert 0.9 / belief.threshold(0.9) > 1.5
     assert home.search(12, InterruptedAt(1)) == INTERRUPTED
-    assert home.study.trials[-1].params["density"] == pytest.approx(belief.threshold(PROBABILITY))
+    assert home.study.trials[-1].params["density"] == pytest.approx(belief.threshold(0.9))
 
 
 def test_a_trial_goes_to_the_threshold_where_no_answer_can_be_much_sparser(home: Home) -> None:
@@ -234,9 +233,9 @@ def test_a_trial_goes_to_the_threshold_where_no_answer_can_be_much_sparser(home:
     for density, drop in ((0.45, 0.02), (0.25, 0.1)):
         told(home.study, density, drop, drop_se=0.01)
     belief = sampler.posterior(home.study.trials)
-    assert 1.1 < 0.45 / belief.threshold(PROBABILITY) < 1.3
+    assert 1.1 < 0.45 / belief.threshold(0.9) < 1.3
     assert home.search(12, InterruptedAt(1)) == INTERRUPTED
-    assert home.study.trials[-1].params["density"] < 0.98 * belief.threshold(PROBABILITY)
+    assert home.study.trials[-1].params["density"] < 0.98 * belief.threshold(0.9)
 
 
 # What goes wrong
@@ -371,7 +370,7 @@ def told(
 
 
 def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
-    """0.2 looks feasible by a hair among worse neighbours: the answer is the smallest that is so with 80%."""
+    """0.2 looks feasible by a hair among worse neighbours: the answer is the smallest that is so with 90%."""
     for density, drop in ((0.9, 0.0), (0.6, 0.002), (0.21, 0.07), (0.19, 0.08), (0.18, 0.09)):
         told(home.study, density, drop)
     safe = told(home.study, 0.4, 0.004)
@@ -379,7 +378,7 @@ def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
     plan = space(), BOUND
     belief, chosen = posterior(home.study, *plan), answer(home.study, *plan)
     assert home.study.best_trial.number == lucky
-    assert belief is not None and belief.p_feasible(0.2) < PROBABILITY <= belief.p_feasible(0.4)
+    assert belief is not None and belief.p_feasible(0.2) < 0.9 <= belief.p_feasible(0.4)
     assert chosen is not None and chosen.number == safe
 
 
@@ -408,7 +407,7 @@ def test_without_a_probable_trial_the_most_probable_answers(home: Home) -> None:
     told(home.study, 0.6, 0.0499)
     plan = space(), BOUND
     belief, chosen = posterior(home.study, *plan), answer(home.study, *plan)
-    assert belief is not None and belief.p_feasible(0.6) < belief.p_feasible(0.8) < PROBABILITY
+    assert belief is not None and belief.p_feasible(0.6) < belief.p_feasible(0.8) < 0.9
     assert chosen is not None and chosen.number == likelier
 
 

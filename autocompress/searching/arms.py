@@ -13,8 +13,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from autocompress.sampler import ThresholdSampler, WholeSampler, affordable_depth, depth_of, observations
-from autocompress.searching.importance import Array, quantile
-from autocompress.searching.posterior import PROBABILITY, Posterior
+from autocompress.searching.posterior import Array, Posterior, quantile
 from autocompress.searching.space import DENSITY, Arm, Space
 
 ALIKE = math.log(2)  # standard deviation of the log density at the bound between arms, around what they share
@@ -87,7 +86,7 @@ class ArmSampler(WholeSampler):
         return [i for i in unknown if may_be_best(i)]
 
     def best(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> Arm | None:
-        """The arm that is best where its answer would be; with several objectives there is none."""
+        """The arm that is best where it is within the bound with 90%; with several objectives there is none."""
         if len(directions) > 1:
             return None
         mine = self._by_arm(trials)
@@ -146,11 +145,11 @@ class ArmSampler(WholeSampler):
         return arm.low == 1 or self._of(arm).done(own, self.tolerance) is not None
 
     def _safe_worth(self, i: int, mine: Sequence[Sequence[FrozenTrial]], worths: "Worths") -> float:
-        """The one objective where arm ``i`` is within the bound with `PROBABILITY`; infinite if nowhere."""
+        """The one objective where arm ``i`` is within its bound with 90%; infinite where that is nowhere."""
         arm, own = self.space.arms[i], mine[i]
         if arm.low == 1:
             return float(worths.at(i, np.zeros(1))[0, 0]) if any(map(_is_feasible, own)) else math.inf
-        depth = -math.log(self._of(arm).posterior(own).threshold(PROBABILITY))
+        depth = -math.log(self._of(arm).posterior(own).threshold(0.9))
         reachable = depth > 0 and depth >= affordable_depth(own)
         return float(worths.at(i, np.array([depth]))[0, 0]) if reachable else math.inf
 

@@ -5,25 +5,19 @@ With one free density the drop is a noisy, nearly monotone curve of the log dens
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, ndtr, stdtr
+from scipy.special import expit, ndtr, ndtri
 
-from autocompress.searching.importance import DIMENSIONS, ROUNDS, Array, Draws, sample
+Array: TypeAlias = NDArray[np.float64]
 
-PROBABILITY = 0.8  # with which an answer's true drop shall be within the bound
-
-# Before the first trial: medians, and standard deviations of logarithms, from what published curves and our own
-# have (docs/searching.md). Steeper cliffs or quieter training would promise more than flat curves hold.
-SLOPE, SLOPE_SD = 3.0, 1.0  # of the curve at its threshold, in bounds for each factor e of density
-TRAINING_NOISE, TRAINING_NOISE_SD = 2e-3, 0.8  # what the training seed alone moves, a fraction (0.01 is one point)
-
-# The noise of one observed drop.
+# The noise of one observed drop; fractions (0.01 is one point).
+TRAINING_NOISE = 2e-3  # prior median of what the training seed alone moves (ResNet-56 on CIFAR-10: 0.2 points)
 SHARED = 0.5  # share of the sampling variance that trials have in common: they share the validation samples
 MISFIT = 0.2  # error of the family of curves, as a share of the distance from the bound: it has to fit there
 NU = 4  # degrees of freedom of the Student-t noise
@@ -33,6 +27,12 @@ FAR = 5  # a drop of more bounds than this says only that it is beyond: curves s
 
 MANY = 48  # observations that are believed, see `telling`
 AT_A_TIME = 8  # of them are evaluated at all draws: so many stay in a processor's cache
+
+# Adaptive importance sampling, settled by its Monte-Carlo error: 1% of the interval's width at 10 ms.
+# Its sums are einsum's, on one thread: BLAS wakes others for this many draws, which doubles the time.
+DIMENSIONS, ROUNDS, POINTS = 6, 8, 1280
+WIDEN = 1.5  # the next round's covariance over that of the draws so far
+ENOUGH = 8  # effective draws that a fit needs; more contract too slowly, fewer are no fit
 
 
 class Observation(NamedTuple):
@@ -105,38 +105,16 @@ class Posterior:
         curves: Draws of the drop curve.
         weights: Their probabilities, shape (n,).
         shared: The draws of the noise common to all trials, in standard errors, shape (n,).
-        training_noise: Those of what training moves, a fraction, shape (n, 1).
-        told: The observations that are believed.
-        share: Of the sampling variance that is common to all trials.
     """
 
     low: float
     curves: Curves
     weights: Array
     shared: Array
-    training_noise: Array
-    told: "_Told"
-    share: float
 
     def p_feasible(self, density: float) -> float:
         """The probability that the true drop at ``density`` is within the bound."""
         return 1 - self._thresholds.p_below(math.log(1 / density))
-
-    def p_within(self, trial: Observation) -> float:
-        """The probability that the true drop of a trial's own network is within the bound.
-
-        Its training had luck of its own, of which the observed drop tells: what a curve leaves unexplained is
-        shared out between the network and its validation samples by their variances.
-        """
-        expected = self.curves(np.array([trial.depth]))[:, 0]
-        nearest = np.abs(self.told.depth - trial.depth).argmin() if len(self.told.depth) else None
-        se = trial.drop_se if nearest is None else float(self.told.se[nearest])
-        own, sampled = _variances(expected, self.curves.bound, self.training_noise[:, 0], se, self.share)
-        away = trial.drop - expected - math.sqrt(self.share) * se * self.shared
-        # Student's t given the observation, of which it is one more degree of freedom
-        scale = own * sampled / (own + sampled) * (NU + away**2 / (own + sampled)) / (NU + 1)
-        room = self.curves.bound - expected - away * own / (own + sampled)
-        return float(self.weights @ stdtr(NU + 1, room / np.sqrt(np.maximum(scale, 1e-18))))
 
     def threshold(self, probability: float) -> float:
         """The smallest density feasible with at least this probability; never below the study's lowest."""
@@ -155,21 +133,21 @@ class Posterior:
         """The drop at ``densities``, shape (m,): its median and the ends of its central interval."""
         drops = self.curves(np.log(1 / np.asarray(densities, dtype=float)))
         levels = (0.5, (1 - mass) / 2, (1 + mass) / 2)
-        draws = [Draws(drop, self.weights) for drop in drops.T]
+        draws = [_Draws(drop, self.weights) for drop in drops.T]
         middle, low, high = (np.array([drop.quantile(level) for drop in draws]) for level in levels)
         return middle, low, high
 
     @cached_property
-    def _thresholds(self) -> Draws:
-        return Draws(self.curves.threshold[:, 0], self.weights)
+    def _thresholds(self) -> "_Draws":
+        return _Draws(self.curves.threshold[:, 0], self.weights)
 
     @cached_property
-    def _learnable(self) -> Draws:
+    def _learnable(self) -> "_Draws":
         """The threshold less what the common noise explains of it."""
         t, s, w = self.curves.threshold[:, 0], self.shared, self.weights
         mean_t, mean_s = (w * t).sum(), (w * s).sum()
         slope = float((w * (t - mean_t) * (s - mean_s)).sum() / (w * (s - mean_s) ** 2).sum())
-        return Draws(t - slope * (s - mean_s), w)
+        return _Draws(t - slope * (s - mean_s), w)
 
     def _density(self, depth: float) -> float:
         return float(min(1.0, max(self.low, math.exp(-depth))))
@@ -217,10 +195,9 @@ def _fitted(seen: tuple[Observation, ...], low: float, bound: float, seed: int, 
     def log_likelihood(x: Array) -> Array:
         return _log_likelihood(told, *_from_normal(x, depth_max, bound), shared)
 
-    x, weights = sample(log_likelihood, seed, rounds=ROUNDS if seen else 1)
-    curves, training_noise, shared_noise = _from_normal(x, depth_max, bound)
-    # a view would keep all of x
-    return Posterior(low, curves, weights, shared_noise[:, 0].copy(), training_noise, told, shared)
+    x, weights = _sample(log_likelihood, seed, rounds=ROUNDS if seen else 1)
+    curves, _, shared_noise = _from_normal(x, depth_max, bound)
+    return Posterior(low, curves, weights, shared_noise[:, 0].copy())  # a view would keep all of x
 
 
 # The model. A draw is a point x of shape (6,); under the prior its coordinates are standard normal.
@@ -236,10 +213,10 @@ def _from_normal(x: Array, depth_max: float, bound: float) -> tuple[Curves, Arra
     rise = scale * np.exp(0.5 * x_rise)
     # The cliff: from an exponential to a sharp bend, and its slope d drop / d depth at the threshold.
     bend = -3 + 11 * ndtr(x_bend)
-    slope = SLOPE * scale * np.exp(SLOPE_SD * x_slope)
+    slope = 5 * scale * np.exp(0.9 * x_slope)
     steepness = slope / rise * _softplus(bend) / expit(bend)
     plateau = bound - rise
-    training_noise = TRAINING_NOISE * np.exp(TRAINING_NOISE_SD * x_noise)
+    training_noise = TRAINING_NOISE * np.exp(0.8 * x_noise)
     return Curves(threshold, plateau, steepness, bend, bound), training_noise, shared
 
 
@@ -303,7 +280,8 @@ def _log_probabilities(
     """Of each observation under each draw, up to a constant, shape (n, m)."""
     depth, drop, se, rejected = told
     expected = curves(depth)
-    variance = sum(_variances(expected, curves.bound, training_noise, se, shared))
+    misfit = MISFIT * (expected - curves.bound)
+    variance = misfit**2 + ((1 - shared) * se**2 + training_noise**2)
     away = drop - expected - math.sqrt(shared) * se * shared_noise
     spread = variance + away**2 / NU
     log_p = NU / 2 * np.log(variance) - (NU + 1) / 2 * np.log(spread)
@@ -314,16 +292,92 @@ def _log_probabilities(
     return np.asarray(log_p)
 
 
-def _variances(
-    expected: Array, bound: float, training_noise: Array, se: Array | float, shared: float
-) -> tuple[Array, Array]:
-    """Of a network about its curve, and of what an observation of it adds that other trials do not share."""
-    return training_noise**2 + (MISFIT * (expected - bound)) ** 2, np.asarray((1 - shared) * np.square(se))
-
-
 def _softplus(x: Array) -> Array:
     return np.asarray(np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))))
 
 
 def _ramp(depth: Array) -> Array:
     return np.asarray(-np.expm1(-depth / 0.2))
+
+
+# Its posterior.
+
+
+def _sample(log_likelihood: Callable[[Array], Array], seed: int, rounds: int) -> tuple[Array, Array]:
+    """Draws of the posterior under a standard normal prior, shape (n, 6), and their weights, shape (n,).
+
+    Each round draws from a normal fitted to all draws so far, the first from the prior. A draw's weight is
+    its posterior density over the mixture of the normals of all rounds (AMIS's deterministic mixture).
+    """
+    points = _normal_points(seed).reshape(ROUNDS, POINTS, DIMENSIONS)
+    x, log_p, mixture = np.empty((0, DIMENSIONS)), np.empty(0), np.empty(0)
+    log_w, proposals = np.empty(0), list[tuple[Array, Array]]()
+    for z in points[:rounds]:
+        mean, root = _fit(x, log_w) if proposals else (np.zeros(DIMENSIONS), np.eye(DIMENSIONS))
+        new = mean + np.einsum("ij,kj->ik", z, root)
+        of_new = [_log_normal(new, *earlier) for earlier in proposals] or [np.full(len(new), -np.inf)]
+        mixture = np.concatenate([mixture, np.logaddexp.reduce(of_new)])
+        x, log_p = np.concatenate([x, new]), np.concatenate([log_p, log_likelihood(new)])
+        proposals.append((mean, root))
+        mixture = np.logaddexp(mixture, _log_normal(x, mean, root))
+        log_w = log_p - (x**2).sum(axis=1) / 2 - mixture
+    return x, _normalized(log_w)
+
+
+def _fit(x: Array, log_w: Array) -> tuple[Array, Array]:
+    """Mean and root of the widened covariance, with the weights tempered until enough draws count."""
+    for temperature in (1, 2, 4, 8, 16, 32):
+        w = _normalized(log_w / temperature)
+        if 1 / np.einsum("i,i", w, w) >= ENOUGH:
+            break
+    mean = np.einsum("i,ij->j", w, x)
+    centred = x - mean
+    covariance = np.einsum("ij,ik->jk", centred * w[:, None], centred)
+    root = np.linalg.cholesky(WIDEN * covariance + 1e-6 * np.eye(DIMENSIONS))
+    return mean, np.asarray(root, dtype=np.float64)
+
+
+def _log_normal(x: Array, mean: Array, root: Array) -> Array:
+    z = np.einsum("ij,kj->ik", x - mean, np.linalg.inv(root))
+    return np.asarray(-np.einsum("ij,ij->i", z, z) / 2 - np.log(np.diag(root)).sum())
+
+
+def _normalized(log_w: Array) -> Array:
+    w = np.exp(log_w - log_w.max())
+    return np.asarray(w / w.sum())
+
+
+@cache
+def _normal_points(seed: int) -> Array:
+    """Quasi-random standard normal points, shape (rounds x points, 6): a randomly shifted Kronecker sequence.
+
+    Its step is the root of x^7 = x + 1, the golden ratio's analogue in 6 dimensions (Roberts 2018).
+    """
+    ratio = 1.0
+    for _ in range(50):
+        ratio = (1 + ratio) ** (1 / (DIMENSIONS + 1))
+    step = ratio ** -np.arange(1, DIMENSIONS + 1)
+    shift = np.random.default_rng(seed).random(DIMENSIONS)
+    uniform = (shift + np.arange(1, ROUNDS * POINTS + 1)[:, None] * step) % 1
+    return np.asarray(ndtri(np.clip(uniform, 1e-9, 1 - 1e-9)))
+
+
+def quantile(values: Array, weights: Array, level: float) -> float:
+    """The smallest value with at least ``level`` of the weight at or below it."""
+    return _Draws(values, weights).quantile(level)
+
+
+class _Draws:
+    """Weighted draws of a number, sorted once for many questions."""
+
+    def __init__(self, values: Array, weights: Array) -> None:
+        order = np.argsort(values)
+        self.values, self.p_up_to = values[order], np.cumsum(weights[order])
+
+    def quantile(self, level: float) -> float:
+        first = self.p_up_to.searchsorted(level * self.p_up_to[-1])
+        return float(self.values[min(first, len(self.values) - 1)])
+
+    def p_below(self, value: float) -> float:
+        before = self.values.searchsorted(value)
+        return float(self.p_up_to[before - 1]) if before else 0.0

@@ -8,12 +8,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
-from autocompress.sampler import ThresholdSampler, observations
+from autocompress.sampler import ThresholdSampler, asked_density
 from autocompress.searching.arms import ArmSampler, of_arm
-from autocompress.searching.posterior import PROBABILITY, SE_FLOOR, TRAINING_NOISE, Posterior
+from autocompress.searching.posterior import SE_FLOOR, TRAINING_NOISE, Posterior
 from autocompress.searching.space import Arm, Space
 from autocompress.trial import Bound
 
+PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
 SMALLEST = 1e-12  # an objective of 0 or less has no logarithm
 SHORTLIST = 3  # trials that are judged on test, at most
 ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
@@ -48,16 +49,14 @@ def posterior(study: optuna.Study, space: Space, bound: Bound, arm: Arm | None =
 def p_feasible(study: optuna.Study, space: Space, bound: Bound, trial: FrozenTrial) -> float:
     """The probability that a finished trial's true drop is within the bound.
 
-    That of its own network: from the drop curve of its arm and from how far its observed drop is from that; where
-    there is no curve, from its own observed drop and the noise in that.
+    From the drop curve of its arm; where there is none, from its own observed drop and the noise in that.
     """
     return _p_feasible(posterior(study, space, bound, space.arm_of(trial.params)), bound, trial)
 
 
 def _p_feasible(belief: Posterior | None, bound: Bound, trial: FrozenTrial) -> float:
     if belief is not None:
-        seen = observations([trial])
-        return belief.p_within(seen[0]) if seen else 1.0  # else it is of density 1: nothing was compressed
+        return belief.p_feasible(asked_density(trial))
     noise = math.hypot(max(SE_FLOOR, trial.user_attrs.get("drop_se") or 0.0), TRAINING_NOISE)
     return float(ndtr((bound.max_drop - trial.user_attrs["drop"]) / noise))
 
@@ -66,9 +65,9 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
     """The trial that the search answers with; None if none is feasible on val.
 
     Not the study's best trial, which its own selection has made look better than it is, but the best of those
-    whose true drop is within the bound with a probability of at least `PROBABILITY` given all the trials; of
-    several that are as good as that to a percent, or to what their latencies are known to, the one that lost
-    least. Failing that the most probable one. Of several objectives their product counts, each relative to the
+    whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
+    as that to a percent, or to what their latencies are known to, the one that lost least. Failing that the most
+    probable one. Of several objectives their product counts, each relative to the
     dense model, and so the answer is beaten by no other such trial in all of them.
 
     Args:

@@ -72,7 +72,6 @@ class Result:
         constraints: What came of each constraint on val and on test.
         answer: The number of the trial that the search answers with; None when no trial was feasible.
         belief: What the search believes of the drop, where the scheme has a density.
-        p_feasible: The probability, given the trials on val, that the answer's true drop is within the bound.
         layers: What compression left of each layer.
         failures: The trials that ended without a result: number and reason.
         shortlist: What was judged on test, in that order: up to two denser trials, and the search's answer.
@@ -100,7 +99,6 @@ class Result:
     constraints: tuple[tuple[Checked, Judged], ...] = ()
     answer: int | None = None
     belief: Posterior | None = None
-    p_feasible: float | None = None
     layers: tuple[Layer, ...] = ()
     failures: tuple[tuple[int, str], ...] = ()
     shortlist: tuple[Tested, ...] = ()
@@ -185,11 +183,12 @@ class Result:
             return None
         densities = np.geomspace(self.belief.low, 1.0, GRID)
         curves = zip(("drop_pp", "low_pp", "high_pp"), self.belief.curve(densities, mass=0.8), strict=True)
+        chosen = next((record.density_asked for record in self.records if record.number == self.answer), None)
         return {
             "mass": 0.8,
             "density": densities.tolist(),
             **{name: (100 * drop).tolist() for name, drop in curves},
-            "p_feasible": self.p_feasible,
+            "p_feasible": self.belief.p_feasible(chosen) if chosen is not None else None,
         }
 
 

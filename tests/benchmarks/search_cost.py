@@ -5,7 +5,7 @@ exhaustive grid of 20 densities, each recovered from the dense model with the wh
 ships, or with ``--cheap`` by cheap trials. Printed are what the search cost, as a share of the grid's gradient
 steps (all trials, the answer's among them), and the density of its answer over that of
 
-- the grid's answer: the same rule, 85% probability to be within the bound, given the grid's 20 trials;
+- the grid's answer: the same rule, 90% probability to be within the bound, given the grid's 20 trials;
 - the oracle: the lowest density of the grid whose network was observed within the bound on val. Knowing all
   twenty it takes the luckiest.
 
