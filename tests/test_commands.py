@@ -124,3 +124,13 @@ def test_looking_at_studies_loads_no_torch(home, command, loaded):
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == loaded
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["show", "nothing"], 2)])
+def test_the_process_ends_with_its_status_and_all_that_was_said(arguments, status, tmp_path):
+    program = "import atexit; from autocompress.__main__ import run; atexit.register(print, 'at exit'); run()"
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stdout.splitlines()[-1] == "at exit"
+    assert done.stderr.startswith("Error: ") == (status == 2)
