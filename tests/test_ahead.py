@@ -43,14 +43,14 @@ def test_only_what_was_staged_of_the_answer_is_used(
     folder = StudyFolder(tmp_path / "study")
     ahead = Ahead(Aside(), spec.task, folder)
     assert not ahead.has(1)
-    ahead.stage(answers[0], models[0])
+    ahead.stage(answers[0])
     assert ahead.has(1) and not ahead.has(2) and made == []
-    assert ahead.staged(answers[0], models[0]) == expected[0]  # once: begun, not made again
-    ahead.stage(answers[0], models[0])
-    ahead.stage(answers[1], models[1])
+    assert ahead.staged(answers[0]) == expected[0]  # once: begun, not made again
+    ahead.stage(answers[0])
+    ahead.stage(answers[1])
     ahead.keep([2])
     assert ahead.has(2) and not ahead.has(1)
-    assert ahead.staged(answers[1], models[1]) == expected[1]
+    assert ahead.staged(answers[1]) == expected[1]
     assert made == expected  # the first, given up, was not made again
     ahead.close()
     folder.close()

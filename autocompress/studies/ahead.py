@@ -1,6 +1,5 @@
 """What the end of a study needs, made while its trials run, in the process beside it."""
 
-import copy
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ class Ahead:
         self.keep(candidates)
         for nth, number in enumerate(candidates):
             if not self.has(number) and (nth == 0 or self._is_idle) and (found := answer_of(number)):
-                self.stage(found, found.rebuilt(self.task.model))
+                self.stage(found)
         example = self.task.example_input.cpu()
         if self._rehearsed is None:
             model = self.task.on("cpu").model
@@ -94,14 +93,11 @@ class Ahead:
             self._staged.pop(number).cancel()
             shutil.rmtree(self._files_of(number), ignore_errors=True)
 
-    def stage(self, answer: Answer, model: nn.Module) -> None:
-        """Has the files of what may be the answer written and checked.
-
-        Args:
-            answer: The trial and what it is made of.
-            model: Its model, rebuilt. It is not changed.
-        """
+    def stage(self, answer: Answer) -> None:
+        """Has the files of what may be the answer written and checked, unless that has begun."""
         task, trial = self.task.on("cpu"), answer.trial
+        if self.has(trial.number):
+            return
         provenance = Provenance(
             scheme=describe(answer.scheme),
             plan=trial.plan,
@@ -114,7 +110,7 @@ class Ahead:
         )
         self._staged[trial.number] = self.aside.begin(
             stage,
-            copy.deepcopy(model).cpu(),
+            answer.rebuilt(self.task.model).cpu(),
             task.example_input.cpu(),
             self._files_of(trial.number),
             provenance,
@@ -125,10 +121,9 @@ class Ahead:
     def _files_of(self, number: int) -> Path:
         return self._folder / f"trial-{number}"
 
-    def staged(self, answer: Answer, model: nn.Module) -> Staged:
+    def staged(self, answer: Answer) -> Staged:
         """What came of `stage`, which is begun now where it was not for this answer."""
-        if not self.has(answer.trial.number):
-            self.stage(answer, model)
+        self.stage(answer)
         return self._staged[answer.trial.number].outcome()
 
     @property

@@ -106,7 +106,7 @@ class Conclusion:
         model = found.model.cpu()
         self.watcher.doing("exporting the answer")
         results = {"metric": task.metric.name, "scores": scores, "verdict": told["sentence"]}
-        exported = self._export(found.rebuilt, answer, results)
+        exported = self._export(answer, results)
         onnx = next((one.path for one in exported.artifacts if one.format == "onnx"), None)
         self.settle()
         self.watcher.doing("measuring the answer beside the dense model")
@@ -211,13 +211,12 @@ class Conclusion:
 
     def _begin_export(self, shortlist: Sequence[Answer]) -> None:
         """Has the search's answer exported while it is judged, if that has not begun."""
-        answer = shortlist[-1]
         self.ahead.keep([one.trial.number for one in shortlist])
-        if not (self.timing or self.ahead.has(answer.trial.number)):
-            self.ahead.stage(answer, answer.rebuilt(self.task.model))
+        if not self.timing:
+            self.ahead.stage(shortlist[-1])
 
-    def _export(self, model: nn.Module, answer: Answer, results: dict[str, Any]) -> Export:
-        exported = publish(self.ahead.staged(answer, model), self.folder.best, results)
+    def _export(self, answer: Answer, results: dict[str, Any]) -> Export:
+        exported = publish(self.ahead.staged(answer), self.folder.best, results)
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
         for one in exported.artifacts:
