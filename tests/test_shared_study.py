@@ -140,12 +140,12 @@ def coordinate(
     folder.close()
 
 
-def forked(*arguments: Any) -> int:
+def forked(function: Callable[..., None], *arguments: Any) -> int:
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            coordinate(*arguments)
+            function(*arguments)
             status = 0
         finally:
             os._exit(status)
@@ -164,8 +164,8 @@ def test_coordinators_share_the_trials_and_take_over_those_of_one_that_dies(
     with connected(url):  # imports what takes a second
         pass
     for dies in (("first", 1), ("saved", 0, DiesSaved)):
-        assert status_of(forked(path, url, make_spec, *dies)) == -signal.SIGKILL
-    others = [forked(path, url, make_spec, name, dies) for name, dies in (("second", 3), ("third", 0))]
+        assert status_of(forked(coordinate, path, url, make_spec, *dies)) == -signal.SIGKILL
+    others = [forked(coordinate, path, url, make_spec, name, dies) for name, dies in (("second", 3), ("third", 0))]
     statuses = [status_of(child) for child in others]
     ran = [line.split() for line in (path / "ran").read_text().splitlines()]
     assert statuses[1] == 0 and statuses[0] in (0, -signal.SIGKILL)
@@ -186,6 +186,21 @@ def test_coordinators_share_the_trials_and_take_over_those_of_one_that_dies(
     densities = sorted(trial.params["density"] for trial in trials)
     assert all(b / a > 1.01 for a, b in itertools.pairwise(densities))  # each saw what ran
     assert not list(path.glob("trials/*/lock"))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the fork
+def test_several_can_open_a_new_database_at_once(tmp_path: Path) -> None:
+    with connected(f"sqlite:///{tmp_path}/another.db"):  # imports what takes a second
+        pass
+    at = time.monotonic() + 0.2
+
+    def open_then() -> None:
+        while time.monotonic() < at:
+            pass
+        with connected(f"sqlite:///{tmp_path}/study.db") as database:
+            open_shared(database, str(os.getpid()), "minimize")
+
+    assert [status_of(child) for child in [forked(open_then) for _ in range(3)]] == [0, 0, 0]
 
 
 def test_a_trial_that_somebody_runs_is_nobody_elses(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A database in which several coordinators keep one study."""
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,9 @@ from autocompress.experiments.mlflow_store import without_secrets
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "sqlite": "sqlite"}
 CONNECT_S = 10
-_ATTEMPTS = 3  # of several processes that make the tables of a new database at once, all but one fail
+LOCKED_S = 60  # one coordinator writes to SQLite at a time; of its own accord it waits for 5 s
+# Of several processes that make the tables of a new database at once all but one fail, at each table anew.
+_ATTEMPTS, _PAUSE_S = 20, 0.1
 
 
 def check_database(url: str) -> str:
@@ -63,23 +66,30 @@ def connected(url: str) -> Iterator[RDBStorage]:
 
 def _connect(url: str) -> RDBStorage:
     kind, _, rest = url.partition("://")
-    wait = {"connect_args": {"connect_timeout": CONNECT_S}} if kind == "postgresql" else {}
+    patience = {"connect_timeout": CONNECT_S} if kind == "postgresql" else {"timeout": LOCKED_S}
+    options = {"pool_pre_ping": True, "connect_args": patience}
     for attempt in range(_ATTEMPTS):
         try:
-            return RDBStorage(f"{_DRIVERS[kind]}://{rest}", engine_kwargs={"pool_pre_ping": True, **wait})
+            return RDBStorage(f"{_DRIVERS[kind]}://{rest}", engine_kwargs=options)
         except ImportError as error:
             raise ValueError(
                 f"storage={without_secrets(url)!r} needs a driver ({error}); "
                 "pip install 'autocompress[postgresql]'"
             ) from None
         except (SQLAlchemyError, RuntimeError) as error:  # the latter: its tables are of another Optuna
-            if isinstance(error, IntegrityError) and attempt + 1 < _ATTEMPTS:
+            if _is_being_made(error) and attempt + 1 < _ATTEMPTS:
+                time.sleep(_PAUSE_S)
                 continue
             raise ValueError(
                 f"storage={without_secrets(url)!r} cannot be used: {_reason(error, url)}; see that it runs, and "
                 "give user and password in the address, or in PGUSER and PGPASSWORD or ~/.pgpass"
             ) from None
     raise AssertionError("unreachable")
+
+
+def _is_being_made(error: Exception) -> bool:
+    """Whether another process makes the same tables just now."""
+    return isinstance(error, IntegrityError) or "already exists" in str(error)
 
 
 def _reason(error: BaseException, url: str) -> str:
