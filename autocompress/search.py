@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.disk.storage import StudyFolder
-from autocompress.sampler import ThresholdSampler, affordable_depth, asked_density
+from autocompress.sampler import APART, ThresholdSampler, affordable_depth, asked_density
 from autocompress.searching.arms import ArmSampler, of_arm
 from autocompress.searching.samplers import make_sampler
 from autocompress.searching.selection import PROBABILITY, answer, finished, posterior
@@ -217,13 +217,21 @@ def _settled(study: optuna.Study, plan: Plan, arm: Arm, left: int, known: str | 
     is_there = sparser is not None and sparser <= 1 + plan.tolerance
     is_wanted = not is_there if known or is_last else sparser is not None and sparser > SPARSER
     if density is not None and is_wanted and not _is_running(study, arm, density):
-        study.enqueue_trial(plan.space.params_at(arm, density), skip_if_exists=True)
+        study.enqueue_trial(plan.space.params_at(arm, _untried(study, arm, density)), skip_if_exists=True)
         return None
     if found and is_there and left <= plan.trials // 4 and of_one_curve:
         realized = found.user_attrs["density"]  # as the tables have it, not as it was asked
         probable = f"density {realized:.3g} is within the bound with {PROBABILITY:.0%} probability"
         return known or f"{probable}, and within {plan.tolerance:.0%} of the lowest that is"
     return known
+
+
+def _untried(study: optuna.Study, arm: Arm, density: float) -> float:
+    """The lowest density from this one up that is no experiment of the arm's again."""
+    for tried in sorted(asked_density(trial) for trial in of_arm(arm, finished(study))):
+        if abs(math.log(density / tried)) < APART:
+            density = tried * math.exp(APART)
+    return min(1.0, density)
 
 
 def _is_running(study: optuna.Study, arm: Arm, density: float) -> bool:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import replace
@@ -14,7 +15,7 @@ from autocompress.disk.storage import StudyFolder
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
 from autocompress.processes.workers import InProcess
-from autocompress.sampler import ThresholdSampler
+from autocompress.sampler import APART, ThresholdSampler
 from autocompress.schemes import Quantize16, StructPrune
 from autocompress.search import (
     BUDGET_SPENT,
@@ -226,6 +227,15 @@ def test_a_density_that_can_be_a_much_sparser_answer_is_tried_before_the_last_tr
     assert 0.9 / belief.threshold(0.9) > 1.5
     assert home.search(12, InterruptedAt(1)) == INTERRUPTED
     assert home.study.trials[-1].params["density"] == pytest.approx(belief.threshold(0.9))
+
+
+def test_the_last_trial_repeats_none_that_was_nearly_the_answer(home: Home) -> None:
+    home.study = home.opened(sampler := ThresholdSampler(LOW, BOUND.max_drop))
+    for density, drop in ((0.9, 0.0), (0.3, 0.055), (0.35, 0.04)):
+        told(home.study, density, drop, drop_se=0.01)
+    assert sampler.posterior(home.study.trials).threshold(0.9) == pytest.approx(0.35, rel=0.005)
+    assert home.search(4, InterruptedAt(1)) == INTERRUPTED
+    assert home.study.trials[-1].params["density"] == pytest.approx(0.35 * math.exp(APART))
 
 
 def test_a_trial_goes_to_the_threshold_where_no_answer_can_be_much_sparser(home: Home) -> None:
