@@ -19,6 +19,7 @@ from autocompress.learning.polish import frozen, settle
 from autocompress.learning.state import Recovered
 from autocompress.learning.training import Optimizer
 from autocompress.scheme import Facts, Scheme, observe
+from autocompress.splits import Split
 from autocompress.task import Task
 
 
@@ -28,6 +29,9 @@ class Recovery(Protocol):
     @property
     def method(self) -> str:
         """Its name, see `RECOVERIES`."""
+
+    def n_steps(self, train: Split) -> int:
+        """Gradient steps of the whole budget."""
 
     def recover(
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
@@ -87,11 +91,15 @@ class Iterative:
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}; it must be at least 1")
 
+    def n_steps(self, train: Split) -> int:
+        """Gradient steps of all the rounds together."""
+        return self.training.n_steps(train)
+
     def recover(
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
     ) -> Recovered:
         """Compresses ``model`` in place, see `Recovery.recover`."""
-        total = self.training.n_steps(task.train)
+        total = self.n_steps(task.train)
         rounds = min(self.rounds, total)
         for done in range(rounds):
             steps = total * (done + 1) // rounds - total * done // rounds
@@ -118,6 +126,10 @@ class Layerwise:
     def method(self) -> str:
         """Its name."""
         return "layerwise"
+
+    def n_steps(self, train: Split) -> int:
+        """Gradient steps of all the layers together."""
+        return self.training.n_steps(train)
 
     def recover(
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
@@ -153,6 +165,10 @@ class Untrained:
     def method(self) -> str:
         """Its name."""
         return "none"
+
+    def n_steps(self, train: Split) -> int:
+        """None."""
+        return 0
 
     def recover(
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int

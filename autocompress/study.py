@@ -98,7 +98,9 @@ class Study:
     def _run(self) -> Result:
         settings, task = self.settings, self.task
         self.watcher.doing("measuring the dense model")
+        began = time.perf_counter()
         self.dense = task.evaluate(task.model, task.val)
+        evaluating_s = time.perf_counter() - began
         self.dense_cost, self.timing = self._measure_dense()
         self.plan = Plan(
             self.space,
@@ -120,6 +122,7 @@ class Study:
             adopt(self.study, settings.bound, self.folder)
             restore(self.study, self.space, settings.bound, self.folder)
         self._go_on()
+        self._have_aside(self._expected_s(evaluating_s))
         any_spec = self._spec(0, self.space.configuration(self.space.dense_params))
         with (
             self.workplace.open(vars(any_spec)) as executor,
@@ -278,13 +281,20 @@ class Study:
         self.tracker.trial(record, best.density if best else None, beliefs)
         self._remember_run()
         self._have_aside(record.seconds)
+        self.tracker.proceed()  # there is nothing to wait for any more
+
+    def _expected_s(self, evaluating_s: float) -> float:
+        """Seconds of a trial by what evaluating val takes: a gradient step costs three times the forward pass."""
+        train, val = self.task.train, self.task.val
+        n_samples = self.settings.recovery.n_steps(train) * train.batch_size
+        return 3 * evaluating_s * n_samples / val.n_samples
 
     def _have_aside(self, seconds: float) -> None:
-        """Has MLflow written beside the trials where enough of them are to come."""
+        """Starts the process beside this one where trials of ``seconds`` are to come that are worth it."""
         left_s = (self.settings.trials - len(self.records)) * seconds / self.workplace.size
         if left_s >= WORTH_S:
             self.aside.start()
-        self.tracker.proceed()
+            self.tracker.proceed()
 
     def begins(self, number: int) -> None:
         """Has the end prepared beside a trial: for what would be the answer now, and for what might be."""

@@ -82,8 +82,9 @@ def test_other_answers_wait_until_the_process_is_idle(tmp_path: Path, make_spec:
 
     folder = StudyFolder(tmp_path / "study")
     ahead = Ahead(Slow(), spec.task, folder)
-    assert prepared(1, 2) == ["stage", "_rehearse"]
-    assert prepared(1, 2) == ["have_checker"]  # the first are under way
+    assert prepared() == ["export_dense"]  # before the first trial
+    assert prepared(1, 2) == ["stage", "have_checker", "write_report"]
+    assert prepared(1, 2) == []  # the first are under way
     done()
     assert prepared(1, 2) == ["stage", "have_checker"] and ahead.has(1) and ahead.has(2)
     assert prepared(2, 3) == [] and ahead.has(2) and not ahead.has(1)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import warnings
 from dataclasses import dataclass, replace
@@ -387,11 +388,12 @@ def test_a_process_that_waits_is_used_once_and_not_when_it_has_died(tmp_path, mo
     for _ in range(2):  # one is enough
         parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
     ((kept, _),) = parity._waiting
-    assert who_runs() == str(kept.pid) != who_runs()
+    assert who_runs() == str(kept._process.pid) != who_runs()
     parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
     ((kept, _),) = parity._waiting
-    kept.kill()
-    kept.communicate()
+    kept._process.kill()
+    while kept._process.poll() is None:
+        time.sleep(0.01)
     assert who_runs().isdigit() and not parity._waiting
 
 

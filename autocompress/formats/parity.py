@@ -51,15 +51,18 @@ class FreshProcess:
         save_arrays(folder / "inputs.npz", inputs)
 
     def __enter__(self) -> Self:
-        self._process, self._said = _kept() or _started()
-        self._say(str(self._folder))
-        return self
+        return self.begin()
 
     def __exit__(self, *_: object) -> None:
-        if (self._process, self._said) not in _waiting:
-            self._process.kill()
-            self._process.communicate()
-            self._said.close()
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    def begin(self) -> Self:
+        """Starts the process, or takes the one that waits."""
+        self._process, self._said = _taken() or _started()
+        self._say(str(self._folder))
+        return self
 
     def start(self, format: str, file: Path) -> None:
         """Has ``file`` loaded and run on the inputs; returns at once."""
@@ -81,27 +84,26 @@ class FreshProcess:
             self._process.stdin.write(json.dumps(what) + "\n")
             self._process.stdin.flush()
 
-    def keep(self, formats: Sequence[str]) -> None:
-        """Waits for the answers to these, and keeps the process, with all it has imported, for another folder."""
-        if self._has_answered(formats):
-            _waiting.append((self._process, self._said))
-
     def finish(self, formats: Sequence[str]) -> dict[str, Arrays | str]:
         """Waits; for each format its outputs, one array per input, or in one line why there are none."""
         if not formats:
             return {}
         lost = f"it had not answered after {TIMEOUT_S:.0f} s"
-        if not self._has_answered(formats) and self._process.poll() is not None:
+        if not self._has_answered(formats) and not self._is_alive:
             self._said.seek(0)
             died = f"the process that ran it died with code {self._process.returncode}"
             lost = f"{died}: {_last_line(self._said.read().decode(errors='replace'))}"
         return {format: self._outcome(format, lost) for format in formats}
 
+    @property
+    def _is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def _has_answered(self, formats: Sequence[str]) -> bool:
         """Waits for all of these, or for the process's end."""
         end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
-            ended = self._process.poll() is not None  # asked first: it may answer just before
+            ended = not self._is_alive  # asked first: it may answer just before
             if all(any((self._folder / f"{format}{ending}").exists() for ending in ENDINGS) for format in formats):
                 return True
             if ended:
@@ -118,32 +120,32 @@ class FreshProcess:
         return lost
 
 
-_waiting: list[tuple[subprocess.Popen[str], IO[bytes]]] = []  # processes that were kept; they end with this one
+_waiting: list[tuple[FreshProcess, tuple[str, ...]]] = []  # with what they run first; they end with this process
 
 
 def have_waiting(folder: Path, files: Mapping[str, Path], inputs: Sequence[NDArray[Any]]) -> None:
-    """Sees to it that a process waits for the next `FreshProcess`, and has run something before.
+    """Sees to it that a process waits for the next `FreshProcess`, and runs something first. Returns at once.
 
     Args:
         folder: In which the two exchange what goes again.
         files: What it runs, by format.
         inputs: On what, as for `FreshProcess`.
     """
-    if any(process.poll() is None for process, _ in _waiting):
+    if any(one._is_alive for one, _ in _waiting):
         return
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, FreshProcess(Path(scratch), inputs) as elsewhere:
-        for format, file in files.items():
-            elsewhere.start(format, file)
-        elsewhere.keep(tuple(files))
+    waiting = FreshProcess(Path(tempfile.mkdtemp(dir=folder)), inputs).begin()
+    for format, file in files.items():
+        waiting.start(format, file)
+    _waiting.append((waiting, tuple(files)))
 
 
-def _kept() -> tuple[subprocess.Popen[str], IO[bytes]] | None:
-    """One of `_waiting` that has not died there."""
+def _taken() -> tuple[subprocess.Popen[str], IO[bytes]] | None:
+    """One of `_waiting`, once it has run what it runs first, and unless it has died there."""
     while _waiting:
-        process, said = _waiting.pop()
-        if process.poll() is None:
-            return process, said
-        said.close()
+        one, formats = _waiting.pop()
+        if one._has_answered(formats) and one._is_alive:
+            return one._process, one._said
+        one.__exit__()
     return None
 
 

@@ -23,7 +23,7 @@ from autocompress.processes.workers import LocalWorkers, Remote
 P = ParamSpec("P")
 T = TypeVar("T")
 
-WORTH_S = 20.0  # of trials to come: several times what it takes to get ready
+WORTH_S = 20.0  # of trials to come: what it takes to get ready
 NICENESS = 5  # of the process: it takes what trials leave, or a fifth of a core that they all want
 
 

@@ -199,6 +199,7 @@ def _latency(measured: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
         ax.set(yticks=(0, 1), yticklabels=("dense", "compressed"), ylim=(1.6, -0.6), xlim=(0, limit))
         where = f"{RUNTIMES[pair[0].get('runtime', 'eager')]}, batch of {pair[0]['batch']}"
         ax.set_title(where, loc="left")
+        ax.locator_params(axis="x", nbins=6)  # small times have long labels
         ax.grid(axis="x")
         medians = " and ".join(f"{at['p50_ms']:.3g}" for at in pair)
         said.append(f"{where}: {medians} ms")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from autocompress.disk.storage import StudyFolder
 from autocompress.export import Staged, export_dense, have_checker, stage
@@ -53,34 +53,35 @@ class Ahead:
         self.aside, self.task, self.formats = aside, task, formats
         self._study, self._folder = folder.path, folder.ahead
         self._dense = self._folder / "dense"
-        self._rehearsed: Begun[None] | None = None
-        self._checker: Begun[None] | None = None
+        self._exported: Begun[None] | None = None
+        self._rehearsed: Begun[object] | None = None
         self._staged: dict[int, Begun[Staged]] = {}  # by the number of the trial
 
     def prepare(self, candidates: Sequence[int], answer_of: Callable[[int], Answer | None]) -> None:
         """Has the process make what it can of the end while a trial runs.
 
-        The files of the likeliest answer; once, what makes a first export and a first figure slow; and when
-        nothing else is under way, the files of other answers.
+        Once the dense model's files, which makes the next export quick; then the files of the likeliest answer;
+        once a report that nobody reads, which makes the next one quick; and when nothing else is under way, the
+        files of other answers.
 
         Args:
             candidates: Trials that may be the answer, by their numbers, the likeliest first.
             answer_of: What such a trial is made of, where its weights are whole.
         """
         self.keep(candidates)
+        example = self.task.example_input.cpu()
+        if self._exported is None:
+            self._exported = self.aside.begin(export_dense, self.task.on("cpu").model, example, self._dense)
         for nth, number in enumerate(candidates):
             if not self.has(number) and (nth == 0 or self._is_idle) and (found := answer_of(number)):
                 self.stage(found)
-        example = self.task.example_input.cpu()
-        if self._rehearsed is None:
-            model = self.task.on("cpu").model
-            self._rehearsed = self.aside.begin(_rehearse, model, example, self._dense, self._study)
-        elif self._checker is None or self._checker.is_done:
-            self._checker = self.aside.begin(have_checker, self._dense, example)
+                self.aside.begin(have_checker, self._dense, example)  # for what is staged next
+        if self._rehearsed is None and candidates:  # before, it would draw nothing
+            self._rehearsed = self.aside.begin(write_report, self._study, ours=True, into=self._dense)
 
     @property
     def _is_idle(self) -> bool:
-        begun = (*self._staged.values(), self._rehearsed, self._checker)
+        begun = (*self._staged.values(), self._exported, self._rehearsed)
         return all(one.is_done for one in begun if one is not None)
 
     def has(self, number: int) -> bool:
@@ -130,15 +131,9 @@ class Ahead:
     def dense_onnx(self) -> Path | None:
         """The dense model as it is deployed, if it was written."""
         file = self._dense / FILES["onnx"]
-        return file if self._rehearsed is not None and file.exists() else None
+        return file if self._exported is not None and file.exists() else None
 
     def close(self) -> None:
         """Ends the process, and removes what it made."""
         self.aside.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _rehearse(model: nn.Module, example_input: Tensor, folder: Path, study: Path) -> None:
-    """Exports the dense model, and writes a report of the trials so far that nobody reads: the next is quicker."""
-    export_dense(model, example_input, folder)
-    write_report(study, ours=True, into=folder)
