@@ -421,6 +421,15 @@ def test_a_plan_that_is_not_json_is_an_error(tmp_path):
         bundle.save(mlp(), torch.zeros(1, 1, 4, 4), tmp_path, provenance)
 
 
+@pytest.mark.parametrize("score", [np.float32(0.5), float("nan")])
+def test_results_that_are_not_json_are_an_error_and_leave_the_plan_as_it_was(tmp_path, score):
+    saved(tmp_path)
+    before = (tmp_path / "plan.json").read_bytes()
+    with pytest.raises(ValueError, match="the plan and the results must be JSON"):
+        bundle.add_results(tmp_path, {"val": score})
+    assert (tmp_path / "plan.json").read_bytes() == before
+
+
 def test_load_gives_the_module_back(tmp_path):
     realized = saved(tmp_path)
     dense = mlp().train()

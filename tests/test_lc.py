@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autocompress import schemes
@@ -573,6 +574,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         again = config.recover(other, scheme, facts, 0.4, task, 3, start=State.load(tmp_path / "state"))
         assert again.theta.plan == whole.theta.plan and again.curves == whole.curves
         assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kept", [{}, {"state": "{}"}, {"state": '{"c_steps": 1}'}])
+def test_what_is_no_checkpoint_of_this_version_is_said_in_one_line(kept: dict[str, str], tmp_path: Path) -> None:
+    save_file({"mask/weight": torch.zeros(1)}, tmp_path / "state", metadata=kept)
+    with pytest.raises(
+        ValueError, match=r"state is not a checkpoint of this version \(.*; begin the recovery anew"
+    ):
+        State.load(tmp_path / "state")
 
 
 def test_a_checkpoint_is_not_moved_by_what_follows(tiny_task: Task) -> None:

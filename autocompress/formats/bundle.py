@@ -112,7 +112,7 @@ def _write_plan(plan: Mapping[str, Any], path: Path) -> None:
     try:
         # One key a line: a plan lists thousands of channels, and the rest should stay readable.
         lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in plan.items()]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # the latter: it is no finite number
         raise ValueError(f"the plan and the results must be JSON: {error}") from None
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from autocompress.learning.learner import Penalty, Snapshot
@@ -87,18 +87,28 @@ class State:
 
     @classmethod
     def load(cls, file: Path | str, device: torch.device | str = "cpu") -> "State":
-        """Reads a checkpoint that `save` wrote."""
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            numbers = json.loads(opened.metadata()["state"])
-            tensors: dict[str, Weights] = {"learner": {}, "target": {}, "to_zero": {}}
-            for entry in opened.keys():  # noqa: SIM118  # it is no mapping
-                kind, name = entry.split("/", 1)
-                tensors[kind][name] = opened.get_tensor(entry)
-        return cls(
-            numbers["c_steps"],
-            numbers["initial"],
-            numbers["growth"],
-            {name: tuple(values) for name, values in numbers["curves"].items()},
-            Penalty(numbers["mu"], tensors["target"], tensors["to_zero"]),
-            Snapshot(tensors["learner"], numbers["learner"]),
-        )
+        """Reads a checkpoint that `save` wrote.
+
+        Raises:
+            ValueError: If the file is none, or one of a version that keeps other things in it.
+        """
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                numbers = json.loads(opened.metadata()["state"])
+                tensors: dict[str, Weights] = {"learner": {}, "target": {}, "to_zero": {}}
+                for entry in opened.keys():  # noqa: SIM118  # it is no mapping
+                    kind, name = entry.split("/", 1)
+                    tensors[kind][name] = opened.get_tensor(entry)
+            return cls(
+                numbers["c_steps"],
+                numbers["initial"],
+                numbers["growth"],
+                {name: tuple(values) for name, values in numbers["curves"].items()},
+                Penalty(numbers["mu"], tensors["target"], tensors["to_zero"]),
+                Snapshot(tensors["learner"], numbers["learner"]),
+            )
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"{file} is not a checkpoint of this version ({type(error).__name__}: {error}); begin the "
+                "recovery anew"
+            ) from error
