@@ -1,5 +1,6 @@
 import io
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -199,6 +200,17 @@ def test_sixteen_bits_are_brought_to_eight(tmp_path: Path) -> None:
     found = read(str(tmp_path), Reading())
     values = torch.cat([samples.pixels.flatten() for samples in found.parts.values()])
     assert sorted(set(values.tolist())) == [10, 11, 12, 13]
+
+
+def test_threads_that_read_leave_the_filters_of_warnings_as_they_were(tmp_path: Path) -> None:
+    class_folders(tmp_path, 100)
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        read(str(tmp_path), Reading())
+    finally:
+        sys.setswitchinterval(interval)
+    assert list(warnings.filters) == before
 
 
 def test_what_is_too_large_to_hold_stays_in_its_files(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from autocompress.reading.images import BadImageError, decode, shape_of
+from autocompress.reading.images import BadImageError, decode, shape_of, without_warnings
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
 from autocompress.reading.transforms import Size
 
@@ -256,5 +256,5 @@ def _in_threads(do: Callable[[A], T], items: Sequence[A]) -> list[T | BadImageEr
         except BadImageError as error:
             return error
 
-    with ThreadPoolExecutor(4) as pool:
+    with without_warnings(), ThreadPoolExecutor(4) as pool:
         return list(pool.map(attempt, items))

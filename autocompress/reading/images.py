@@ -4,6 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -182,8 +183,20 @@ class _Reader(Dataset[Batch]):
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         index, seed = key
-        image = decode(self.files[index], self.preprocessing.size, self.preprocessing.channels)
+        with without_warnings():
+            image = decode(self.files[index], self.preprocessing.size, self.preprocessing.channels)
         return augment(image, self.augmentations, seed), self.y[index]
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """For a ``with`` block around `decode` or `shape_of`: Pillow warns of odd metadata.
+
+    Around the threads that call these, not within: Python's filters belong to the process.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class BadImageError(ValueError):
@@ -199,14 +212,12 @@ def decode(file: Path, size: Size | None, channels: int) -> Tensor:
         BadImageError: If it cannot be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about odd metadata
-            with Image.open(file) as image:
-                if image.mode.startswith("I") or image.mode == "F":
-                    pixels = _from_deep(np.asarray(image))
-                else:
-                    mode = "L" if channels == 1 else "RGB"
-                    pixels = torch.from_numpy(np.array(image.convert(mode))).view(*reversed(image.size), -1)
+        with Image.open(file) as image:
+            if image.mode.startswith("I") or image.mode == "F":
+                pixels = _from_deep(np.asarray(image))
+            else:
+                mode = "L" if channels == 1 else "RGB"
+                pixels = torch.from_numpy(np.array(image.convert(mode))).view(*reversed(image.size), -1)
     except Exception as error:  # Pillow's decoders raise whatever their bytes make them
         raise BadImageError(f"{file}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     image_first = with_channels(pixels.permute(2, 0, 1).contiguous(), channels)
@@ -229,11 +240,9 @@ def shape_of(file: Path) -> tuple[Size, int]:
         BadImageError: If it cannot be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
-                return (image.height, image.width), 1 if grey else 3
+        with Image.open(file) as image:
+            grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+            return (image.height, image.width), 1 if grey else 3
     except Exception as error:
         raise BadImageError(f"{file}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 

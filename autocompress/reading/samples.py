@@ -144,9 +144,8 @@ def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[lis
         folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=reading.seed)
         taken: list[int] = []
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of a class with fewer samples than folds: what is missing is said later
+            # Of a class with fewer samples than folds: what is missing is said later.
+            warnings.simplefilter("ignore")
             for _, fold in folds.split(y, strata, samples.groups):
                 if not taken or len(taken) + len(fold) / 2 <= fraction * len(y):
                     taken += fold.tolist()
