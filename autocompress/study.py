@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from autocompress.processes.workplace import Workplace
 from autocompress.report import write_report
 from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
-from autocompress.searching.posterior import Posterior
-from autocompress.searching.selection import answer, finished, front, posterior, shortlist
-from autocompress.searching.space import DENSITY, Configuration
-from autocompress.studies.ahead import Ahead, Answer
+from autocompress.searching.selection import front
+from autocompress.searching.space import Configuration
+from autocompress.studies.ahead import Ahead
 from autocompress.studies.analysis import Analyses
 from autocompress.studies.conclusion import Conclusion
+from autocompress.studies.records import Records
 from autocompress.studies.result import Result
 from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Beginning, Watcher
@@ -77,8 +77,6 @@ class Study:
         self.space, self.notes = self.analyses.open_space(settings)
         self.tracker = make_tracker(self.aside)
         self.run_id: str | None = None  # in MLflow, as the folder has it
-        self.records: list[TrialResult] = []
-        self.lost: set[int] = set()  # trials whose record or weights are damaged
 
     def run(self) -> Result:
         """Does the whole job."""
@@ -123,6 +121,9 @@ class Study:
             add_dense(self.study, self.space, dense_values, settings.bound, self.dense_checked)
             adopt(self.study, settings.bound, self.folder)
             restore(self.study, self.space, settings.bound, self.folder)
+        self.records = Records(
+            self.study, self.space, settings.bound, self.folder, self.analyses, self.watcher.warned
+        )
         self._go_on()
         self._have_aside(self._expected_s(evaluating_s))
         any_spec = self._spec(0, self.space.configuration(self.space.dense_params))
@@ -217,7 +218,7 @@ class Study:
             device=self.workplace.device,
             timing=self.timing,
             constraints=settings.constraints,
-            start=self.folder.start(density, self._alike(chosen)) if cheap else None,
+            start=self.folder.start(density, self.records.alike(chosen)) if cheap else None,
             cheap=cheap,
             dense_cost=self.dense_cost,
             runtime=settings.runtime,
@@ -225,57 +226,33 @@ class Study:
             params=chosen.params,
         )
 
-    def _alike(self, chosen: Configuration) -> set[int]:
-        """The trials that differ from a configuration in density alone: it can start from what they left."""
-        return {
-            record.number for record in self.records if record.params == chosen.params and self.space.is_finite
-        }
-
     def _go_on(self) -> None:
         """Passes on the trials of an earlier run of the study, or of others who share it."""
-        self._load_records()
+        self.records.load()
         if self.folder.shared:  # the others log to the same run
             self.tracker.flush()
         self._remember_run()
-        best = self._best()
-        belief = self._belief(best)
+        best = self.records.best()
+        belief = self.records.belief(best)
         for record in self.records:
             self.watcher.trial(record, best, belief)
             self.tracker.trial(record)
 
     def _catch_up(self) -> None:
         """Passes on what has finished without `trial` being told: others who share the study log theirs."""
-        for record in self._load_records():
-            best = self._best()
-            self.watcher.trial(record, best, self._belief(best))
+        for record in self.records.load():
+            best = self.records.best()
+            self.watcher.trial(record, best, self.records.belief(best))
             if not self.folder.shared:
                 self.tracker.trial(record)
 
-    def _load_records(self) -> list[TrialResult]:
-        """The records of finished trials that were not known here."""
-        known = {record.number for record in self.records} | self.lost
-        found = []
-        for trial in finished(self.study):
-            if trial.number in known:
-                continue
-            try:
-                found.append(self.folder.load_trial(trial.number))
-            except ValueError as error:
-                self._lose(trial.number, error)
-        self.records += found
-        return found
-
-    def _lose(self, number: int, error: Exception) -> None:
-        self.lost.add(number)
-        self.watcher.warned(f"trial {number} cannot be the answer: {error}")
-
     def trial(self, result: TrialResult) -> None:
         """Passes a finished trial on to the watcher and to MLflow."""
-        self.records.append(record := replace(result, model=None))
+        self.records.add(record := replace(result, model=None))
         if self.folder.shared:
             self._catch_up()
-        best = self._best()
-        belief = self._belief(best)
+        best = self.records.best()
+        belief = self.records.belief(best)
         self.watcher.trial(record, best, belief)
         beliefs = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
         if belief is not None and best is not None:
@@ -301,9 +278,9 @@ class Study:
     def begins(self, number: int) -> None:
         """Has the end prepared beside a trial: for what would be the answer now, and for what might be."""
         if self.aside.is_there and not self.timing:  # never beside what is timed
-            best = self._best()
-            following = self._best({best.number}) if best else None  # if the trials to come are against it
-            self.ahead.prepare([one.number for one in (best, following) if one], self._whole)
+            best = self.records.best()
+            following = self.records.best({best.number}) if best else None  # if the trials to come are against it
+            self.ahead.prepare([one.number for one in (best, following) if one], self.records.whole)
 
     def _remember_run(self) -> None:
         if self.tracker.run_id not in (None, self.run_id):
@@ -314,16 +291,6 @@ class Study:
         """Passes a failed trial on."""
         self.watcher.failed(number, reason)
         self.tracker.failed(number, reason)
-
-    def _best(self, without: Collection[int] = ()) -> TrialResult | None:
-        """The record of what the answer would be now, of all trials but some."""
-        chosen = answer(self.study, self.space, self.settings.bound, self.lost | set(without))
-        return next((r for r in self.records if chosen and r.number == chosen.number), None)
-
-    def _belief(self, best: TrialResult | None) -> Posterior | None:
-        """What is known of the threshold, of several arms that of the answer's."""
-        arm = self.space.arm_of(best.params) if best else None
-        return posterior(self.study, self.space, self.settings.bound, arm)
 
     def _conclude(self, stopped: str) -> Result:
         """Judges the answer on test, measures it beside the dense model, and saves everything."""
@@ -338,11 +305,11 @@ class Study:
             self.tracker.flush,
             self.timing,
         )
-        shortlisted = self._shortlist()
+        shortlisted = self.records.shortlist()
         if shortlisted:
             told = conclusion.of(shortlisted)
         else:
-            told = conclusion.of_none(nearest_miss(self.settings, self.records))
+            told = conclusion.of_none(nearest_miss(self.settings, tuple(self.records)))
         result = self._result(stopped, told)
         found = result.to_json()
         write_json(self.folder.result_file, found, sealed=True)
@@ -359,28 +326,8 @@ class Study:
             self.watcher.warned(f"no report: {type(error).__name__}: {error} ({again})")
             return ()
 
-    def _shortlist(self) -> list[Answer]:
-        """What is judged on test, densest first, the search's answer last: only trials whose weights are whole."""
-        while (chosen := answer(self.study, self.space, self.settings.bound, self.lost)) is not None:
-            listed = [self._whole(trial.number) for trial in shortlist(self.study, self.space, chosen, self.lost)]
-            whole = [one for one in listed if one is not None]
-            if len(whole) == len(listed):
-                return whole
-        return []
-
-    def _whole(self, number: int) -> Answer | None:
-        """A trial with its weights; None, and it is lost, where they are damaged."""
-        try:
-            state = self.folder.load_weights(number)
-        except (OSError, ValueError) as error:
-            self._lose(number, error)
-            return None
-        trial = next(record for record in self.records if record.number == number)
-        scheme = self.space.configuration({DENSITY: trial.density_asked, **trial.params}).scheme
-        return Answer(trial, scheme, self.analyses.facts(scheme), state)
-
     def _result(self, stopped: str, told: Mapping[str, Any]) -> Result:
-        belief = self._belief(self._best()) if self.records else None
+        belief = self.records.belief(self.records.best()) if self.records else None
         several = len(self.settings.objectives) > 1
         return Result(
             name=self.folder.path.name,

@@ -12,7 +12,8 @@ import torch
 from autocompress.disk.storage import StudyFolder
 from autocompress.processes.aside import Aside, Begun
 from autocompress.studies import ahead as module
-from autocompress.studies.ahead import Ahead, Answer
+from autocompress.studies.ahead import Ahead
+from autocompress.studies.records import Answer
 from autocompress.trial import TrialSpec, run_trial
 
 

@@ -9,8 +9,9 @@ from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
 from autocompress.measurement import measure
 from autocompress.processes.aside import Aside
-from autocompress.studies.ahead import Ahead, Answer
+from autocompress.studies.ahead import Ahead
 from autocompress.studies.conclusion import Conclusion
+from autocompress.studies.records import Answer
 from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Silent
 from autocompress.trial import Bound, TrialSpec, run_trial

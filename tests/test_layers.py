@@ -48,6 +48,7 @@ ENGINE = (
     ("watcher",),
     ("figures", "words", "show", "analysis", "prospect", "workplace"),
     ("report", "doctor"),
+    ("records",),
     ("ahead",),
     ("conclusion",),
     ("study", "display", "replay", "sweep_files", "profile"),

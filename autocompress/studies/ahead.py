@@ -2,41 +2,17 @@
 
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
 
 from autocompress.disk.storage import StudyFolder
 from autocompress.export import Staged, export_dense, have_checker, stage
-from autocompress.formats.bundle import Provenance, rebuild
+from autocompress.formats.bundle import Provenance
 from autocompress.formats.instructions import FILES
 from autocompress.processes.aside import Aside, Begun
 from autocompress.report import write_report
-from autocompress.scheme import Facts, Scheme, Weights, describe
+from autocompress.scheme import describe
+from autocompress.studies.records import Answer
 from autocompress.task import Task
-from autocompress.trial import TrialResult
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The trial that the search answers with, and what its model is made of.
-
-    Attributes:
-        trial: The trial.
-        scheme: How it was compressed.
-        facts: What the scheme found out about the dense model.
-        state: Its weights.
-    """
-
-    trial: TrialResult
-    scheme: Scheme
-    facts: Facts
-    state: Weights
-
-    def rebuilt(self, dense: nn.Module) -> nn.Module:
-        """Its model, see `autocompress.formats.bundle.rebuild`."""
-        return rebuild(self.scheme, dense, self.facts, self.trial.plan, self.trial.density, self.state)
 
 
 class Ahead:

@@ -14,7 +14,8 @@ from autocompress.measurement import Measurement, compare
 from autocompress.networks.deployed import deployed
 from autocompress.networks.layers import compare_layers
 from autocompress.progress import span
-from autocompress.studies.ahead import Ahead, Answer
+from autocompress.studies.ahead import Ahead
+from autocompress.studies.records import Answer
 from autocompress.studies.result import Tested
 from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Watcher
