@@ -230,8 +230,7 @@ _OPTIONS = (
         default="accuracy",
         show_default=True,
         help="accuracy, balanced_accuracy, auc, average_precision, sensitivity, specificity, "
-        "precision, f1, kappa, "
-        "log_loss, recall[CLASS], or file.py:name.",
+        "precision, f1, kappa, log_loss, recall[CLASS], or file.py:name.",
     ),
     click.option(
         "--task-seed",

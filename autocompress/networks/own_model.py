@@ -212,10 +212,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{file} is refused, because it is not only tensors: loading it could run code. If you "
-            f"trust it, convert "
-            "it once where its classes are known: torch.save(torch.load(FILE, weights_only=False).state_dict(), "
-            "'weights.pt')"
+            f"{file} is refused, because it is not only tensors: loading it could run code. If you trust it, "
+            "convert it once where its classes are known: torch.save(torch.load(FILE, "
+            "weights_only=False).state_dict(), 'weights.pt')"
         ) from None
     except Exception as error:  # torch raises whatever damaged bytes make it
         reason = str(error).partition("\n")[0]

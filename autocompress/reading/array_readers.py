@@ -69,8 +69,8 @@ def _pixels_of(images: NDArray[Any], where: str) -> Tensor:
         images = images.transpose(0, 3, 1, 2)
     elif images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"{where}_images are of shape {images.shape}; images are (n, height, width), or that "
-            f"with 1 or 3 channels"
+            f"{where}_images are of shape {images.shape}; images are (n, height, width), or that with 1 or 3 "
+            "channels"
         )
     if 0 in images.shape:
         raise ValueError(f"{where}_images are of shape {images.shape}: there is nothing in them")
@@ -79,9 +79,8 @@ def _pixels_of(images: NDArray[Any], where: str) -> Tensor:
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         bad = ~np.isfinite(images).all(axis=(1, 2, 3))
         raise ValueError(
-            f"{where}_images have pixels that are NaN or infinite, in {bad.sum()} of {len(bad)} "
-            f"images, the first is "
-            f"number {bad.argmax()}; repair them or leave them out"
+            f"{where}_images have pixels that are NaN or infinite, in {bad.sum()} of {len(bad)} images, the "
+            f"first is number {bad.argmax()}; repair them or leave them out"
         )
     return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
 
@@ -150,9 +149,8 @@ def read_torchvision(name: str, root: Path, reading: Reading) -> Found:
             dataset = make(str(root), **asked)
         except Exception as error:  # each data set says in its own way that it is not there
             raise ValueError(
-                f"{known[name.lower()]} is not in {root} ({str(error).partition(chr(10))[0]}); put "
-                f"it there once, with "
-                f"torchvision.datasets.{known[name.lower()]}({str(root)!r}, download=True)"
+                f"{known[name.lower()]} is not in {root} ({str(error).partition(chr(10))[0]}); put it there "
+                f"once, with torchvision.datasets.{known[name.lower()]}({str(root)!r}, download=True)"
             ) from None
         labels = np.asarray(getattr(dataset, "targets", getattr(dataset, "labels", None)))
         if not hasattr(dataset, "data") or labels.ndim == 0:

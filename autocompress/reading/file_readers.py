@@ -38,9 +38,8 @@ def read_folder(path: Path, reading: Reading) -> Found:
     classes = sorted({p.name for home in homes.values() for p in _class_folders(home)})
     if len(classes) < 2:
         raise ValueError(
-            f"{path} holds {len(classes)} folders of classes; it needs at least two, or train, val "
-            f"and test folders "
-            "that hold them"
+            f"{path} holds {len(classes)} folders of classes; it needs at least two, or train, val and test "
+            "folders that hold them"
         )
     listed = {}
     for part, home in homes.items():
@@ -90,8 +89,7 @@ def read_csv(path: Path, reading: Reading) -> Found:
     """A table with a header: a column of paths, one or more of labels, and perhaps ``split``.
 
     Paths are relative to the table. One column of labels holds classes by name or number; several hold 0 or 1
-    each,
-    and a sample may have several labels.
+    each, and a sample may have several labels.
     """
     header, rows = _table(path)
     lowered = [name.strip().lower() for name in header]
@@ -162,9 +160,8 @@ def _table_labels(
         for i in at:
             if row[i].strip() not in meaning:
                 raise ValueError(
-                    f"{path}, line {number}: {header[i]!r} is {row[i]!r}; where there are several "
-                    f"columns of labels "
-                    "each is 0 or 1 (--label names the columns that are labels)"
+                    f"{path}, line {number}: {header[i]!r} is {row[i]!r}; where there are several columns of "
+                    "labels each is 0 or 1 (--label names the columns that are labels)"
                 )
     y = torch.tensor([[meaning[row[i].strip()] for i in at] for row in rows])
     return y, [header[i] for i in at]

@@ -32,9 +32,8 @@ def read(spec: str, reading: Reading) -> Found:
         found = read_torchvision(name, Path(root).expanduser(), reading)
     else:
         raise ValueError(
-            f"{spec!r} is not data: there is no such folder, and it is no .npz or .csv file, "
-            f"name:folder of a data "
-            "set of torchvision, or file.py:factory"
+            f"{spec!r} is not data: there is no such folder, and it is no .npz or .csv file, name:folder of a "
+            "data set of torchvision, or file.py:factory"
         )
     return with_classes_checked(divide(found, reading))
 

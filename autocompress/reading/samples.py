@@ -172,8 +172,7 @@ def with_classes_checked(found: Found) -> Found:
         for k in (~present).nonzero().flatten().tolist():
             called = "" if found.classes[k] == str(k) else f" ({found.classes[k]})"
             raise ValueError(
-                f"{part} has no sample of class {k}{called}; every class must be in train, val and "
-                f"test: add samples, "
-                "leave the class out, or divide otherwise"
+                f"{part} has no sample of class {k}{called}; every class must be in train, val and test: add "
+                "samples, leave the class out, or divide otherwise"
             )
     return found
