@@ -1,5 +1,6 @@
 """A sweep: schemes × densities × repeats, each a trial of its own, as a table and a figure. Nothing is sought."""
 
+import contextlib
 import functools
 import math
 import time
@@ -130,7 +131,10 @@ def sweep(
     try:
         return running.run(list(grid(parsed, densities, repeats)), tracker)
     finally:
-        folder.close()
+        if resume or folder.has_begun:
+            folder.close()
+        else:  # the name shall be free again
+            folder.discard()
 
 
 class Sweeping:
@@ -153,6 +157,7 @@ class Sweeping:
     ) -> None:
         self.task, self.schemes, self.metrics, self.recovery = task, schemes, metrics, recovery
         self.timing, self.seed, self.device, self.folder, self.progress = timing, seed, device, folder, progress
+        self.run_id: str | None = None  # in MLflow, as the folder has it
 
     def run(self, cells: Sequence[Cell], make_tracker: Callable[[], Tracker]) -> Sweep:
         """Runs what is not on disk yet, and writes the table and the figure of what there is."""
@@ -168,6 +173,8 @@ class Sweeping:
                 return self._run(cells, facts)
             except BaseException as error:
                 self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                with contextlib.suppress(OSError):  # the disk may be what failed
+                    self._remember_run()
                 raise
 
     def _run(self, cells: Sequence[Cell], facts: Mapping[str, Facts]) -> Sweep:
@@ -183,9 +190,10 @@ class Sweeping:
                         found.append(self._trial(cell, facts[cell.scheme]))
                     except (RealizationError, FloatingPointError, torch.OutOfMemoryError) as error:
                         failed.append(self._failed(cell, str(error)))
-                        continue
-                    left = np.mean([one["row"]["seconds"] for one in found[1:]]) * (len(cells) - done)
-                    self.progress(f"trial {cell.number:>3}  {self._line(found[-1])}  about {left:.0f} s left")
+                    else:
+                        left = np.mean([one["row"]["seconds"] for one in found[1:]]) * (len(cells) - done)
+                        self.progress(f"trial {cell.number:>3}  {self._line(found[-1])}  about {left:.0f} s left")
+                    self._remember_run()
             except KeyboardInterrupt:
                 stopped = INTERRUPTED
         return self._conclude(found, failed, stopped)
@@ -219,6 +227,14 @@ class Sweeping:
         params |= {f"recovery.{name}": value for name, value in asked["recovery"].items()}
         data, run = asked.get("provenance", {}).get("data"), asked.get("mlflow_run")
         self.tracker.start(self.folder.path.name, params, {"role": "sweep"}, data=data, run_id=run)
+
+    def _remember_run(self) -> None:
+        """Writes down the run in MLflow, once it is known: a sweep that is resumed goes on with it."""
+        if self.run_id is None:
+            self.tracker.flush()
+            self.run_id = self.tracker.run_id
+            if self.run_id is not None:
+                self.folder.update_settings({"mlflow_run": self.run_id})
 
     def _dense(self) -> dict[str, Any]:
         """The dense model's cell; its number is 0."""
@@ -293,9 +309,6 @@ class Sweeping:
         scores = {name: row[name] for name in row if name.endswith(("_val", "_test")) and row[name] is not None}
         params = {"scheme": cell.scheme, "repeat": cell.repeat}
         self.tracker.trial(replace(result, model=None), params=params, scores=scores)
-        if cell.number == 1:
-            self.tracker.flush()
-            self.folder.update_settings({"mlflow_run": self.tracker.run_id})
 
     def _file(self, number: int) -> Path:
         return self.folder.trial(number) / "cell.json"
@@ -335,6 +348,7 @@ class Sweeping:
             f"{len(found) - 1} models; {stopped}",
             artifacts=[self.folder.result_file, *files],
         )
+        self._remember_run()
         return result
 
 
