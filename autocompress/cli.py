@@ -2,11 +2,9 @@
 
 import json
 import os
-import shlex
 import signal
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +13,20 @@ import click
 from autocompress.task_options import restore, take_options, task_options
 from autocompress.terminal.commands import COMMANDS
 from autocompress.terminal.options import (
+    OF_A_TRIAL,
+    OF_RECOVERY,
     OUT,
     TRACKING_URI,
     Duration,
     MaxDrop,
     Positive,
     Share,
+    check_shared,
     checked,
     read_config,
     write_config,
 )
-from autocompress.terminal.sweep_command import OF_A_TRIAL, OF_RECOVERY, sweep
+from autocompress.terminal.sweep_command import sweep
 
 if TYPE_CHECKING:
     from autocompress.studies.result import Result
@@ -254,38 +255,29 @@ def _status(result: "Result") -> int:
 def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
     """Makes of the options what `autocompress.tune` takes; what is wrong with one is said with its name."""
     from autocompress.disk.database import check_database
-    from autocompress.disk.storage import check_name, prepare_out
-    from autocompress.experiments.mlflow_store import check_uri, without_secrets
+    from autocompress.disk.storage import prepare_out
     from autocompress.export import check_formats
     from autocompress.gauges.devices import usable_device
     from autocompress.gauges.runtimes import check_runtime
     from autocompress.goal import as_objective
-    from autocompress.recovery import make_recovery, with_settings
+    from autocompress.recovery import with_settings
     from autocompress.scheme import parse_schemes
     from autocompress.searching.dimensions import parse_dimensions
 
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_study(ctx, options)
-    if options["name"] is not None:
-        checked("--name", check_name, options["name"])
-    if options["tracking_uri"]:
-        checked("--tracking-uri", check_uri, options["tracking_uri"])
+    check_shared(options)
     if options["storage"]:
         checked("--storage", check_database, options["storage"])
     schemes = checked("--scheme", parse_schemes, options["scheme"])
     options["objective"] = [checked("--objective", as_objective, one) for one in options["objective"]]
-    training = {name: options.pop(name) for name in OF_RECOVERY}
-    given = {name: value for name, value in training.items() if value is not None}
-    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["formats"] = checked("--export", check_formats, options["formats"])
     trained = with_settings(options["recovery"], epochs=options["epochs"])
     checked("--search", parse_dimensions, options["search"], schemes, trained)
-    options["device"] = checked("--device", usable_device, options["device"])
     if options["profile_device"]:
         options["profile_device"] = checked("--profile-device", usable_device, options["profile_device"])
     checked("--runtime", check_runtime, options["runtime"], options["profile_device"] or options["device"])
-    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
 
 
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:

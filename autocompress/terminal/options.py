@@ -4,8 +4,11 @@ import difflib
 import json
 import math
 import re
+import shlex
+import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +18,10 @@ from click.shell_completion import CompletionItem
 from autocompress.disk.files import NAME
 
 T = TypeVar("T")
+
+# Options that `tune` and `sweep` have in common.
+OF_RECOVERY = ("lr", "optimizer", "distill", "rounds")  # of a trial, besides its epochs
+OF_A_TRIAL = ("epochs", "recovery", *OF_RECOVERY, "seed", "device")
 
 _NOT_KEPT = ("config", "save_config", "help")  # of the options, by their names in Python
 _OF_ONE_STUDY = ("name", "resume")  # not written by --save-config: the next study has another name
@@ -150,6 +157,29 @@ def checked(option: str, check: Callable[..., T], *values: Any) -> T:
         return check(*values)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
+
+
+def check_shared(options: dict[str, Any], **settings: Any) -> None:
+    """Makes of the options that `tune` and `sweep` have in common what both take in Python.
+
+    Args:
+        options: Of the command; changed in place. What a recovery is made with becomes the recovery.
+        settings: More that it is made with.
+    """
+    from autocompress.disk.storage import check_name
+    from autocompress.experiments.mlflow_store import check_uri, without_secrets
+    from autocompress.gauges.devices import usable_device
+    from autocompress.recovery import make_recovery
+
+    if options["name"] is not None:
+        checked("--name", check_name, options["name"])
+    if options["tracking_uri"]:
+        checked("--tracking-uri", check_uri, options["tracking_uri"])
+    settings |= {name: options.pop(name) for name in OF_RECOVERY}
+    given = {name: value for name, value in settings.items() if value is not None}
+    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
+    options["device"] = checked("--device", usable_device, options["device"])
+    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
 
 
 def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:

@@ -1,28 +1,15 @@
 """``autocompress sweep``: schemes × densities as a table and a figure."""
 
 import json
-import shlex
-import sys
 from functools import partial
 from typing import Any
 
 import click
 
 from autocompress.task_options import restore, take_options, without_constraint
-from autocompress.terminal.options import OUT, TRACKING_URI, Densities, checked
+from autocompress.terminal.options import OF_RECOVERY, OUT, TRACKING_URI, Densities, check_shared, checked
 
 INTERRUPTED = 130
-OF_A_TRIAL = (
-    "epochs",
-    "recovery",
-    "lr",
-    "optimizer",
-    "distill",
-    "rounds",
-    "seed",
-    "device",
-)  # options, as of tune
-OF_RECOVERY = ("lr", "optimizer", "distill", "rounds")  # of a trial, besides its epochs
 SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed, under their own names
 
 
@@ -69,28 +56,16 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     Exit status: 0 done, 2 bad usage, 130 interrupted.
     """
     from autocompress import sweeping
-    from autocompress.disk.storage import check_name, prepare_out
-    from autocompress.experiments.mlflow_store import check_uri, without_secrets
-    from autocompress.gauges.devices import usable_device
+    from autocompress.disk.storage import prepare_out
     from autocompress.own_task import make_task
-    from autocompress.recovery import make_recovery
     from autocompress.sweeps.sweep_grid import distinct_schemes
     from autocompress.terminal.show import make_console, show_sweep
 
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_sweep(ctx, options)
-    if options["name"] is not None:
-        checked("--name", check_name, options["name"])
-    if options["tracking_uri"]:
-        checked("--tracking-uri", check_uri, options["tracking_uri"])
     checked("--scheme", distinct_schemes, options["schemes"])
-    training = {name: options.pop(name) for name in OF_RECOVERY if name in options}
-    training["score_steps"] = options.pop("score_steps") or None
-    given = {name: value for name, value in training.items() if value is not None}
-    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
-    options["device"] = checked("--device", usable_device, options["device"])
-    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
+    check_shared(options, score_steps=options.pop("score_steps") or None)
     asked = take_options(options)
 
     def say(line: str) -> None:
@@ -120,6 +95,6 @@ def _take_from_sweep(ctx: click.Context, options: dict[str, Any]) -> None:
     was = {name: asked[name] for name in SAME} | {"schemes": tuple(asked["schemes"]), "also": tuple(asked["also"])}
     was["densities"] = tuple(asked["densities"])
     recovery = asked["recovery"]
-    was |= {name: recovery.get(name) for name in ("epochs", *OF_RECOVERY) if name in options}
+    was |= {name: recovery.get(name) for name in ("epochs", *OF_RECOVERY)}
     was |= {"recovery": recovery["method"], "score_steps": bool(recovery.get("score_steps"))}
     options |= {name: value for name, value in was.items() if name not in given}
