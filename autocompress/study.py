@@ -85,8 +85,9 @@ class Study:
             with threads_for(macs, self.settings.device):
                 return self._run()
         except BaseException as error:
-            with contextlib.suppress(OSError):  # the terminal may be what failed
-                self.watcher.doing("logging to MLflow what has finished")  # where that is new, half a minute
+            if self.tracker.has_begun:
+                with contextlib.suppress(OSError):  # the terminal may be what failed
+                    self.watcher.doing("logging to MLflow what has finished")  # where that is new, half a minute
             self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             with contextlib.suppress(OSError):  # the disk may be what failed
                 self._remember_run()

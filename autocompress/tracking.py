@@ -73,6 +73,9 @@ class Tracker:
         aside: The process beside the study's; by default all is written from this one, at once.
         meanwhile: What the warning says of the study.
         on_warning: Gets one sentence the first time that MLflow fails; ``warnings.warn`` by default.
+
+    Attributes:
+        has_begun: Whether `start` was called: until then there is nothing to write.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Tracker:
         if aside is None:
             self._decided.set()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._connect()
+        self.has_begun = False
         self._monitor = SystemMonitor(device, self._load) if device is not None else None
         if self._monitor is not None:
             self._monitor.start()
@@ -116,7 +119,6 @@ class Tracker:
         with contextlib.suppress(RuntimeError):  # after `finish` nothing is left to write
             self._worker.submit(int).result()
 
-    @_queued
     def start(
         self,
         study_name: str,
@@ -138,7 +140,9 @@ class Tracker:
         """
         inherited = {key: params[key] for key in _INHERITED if key in params}
         tags = {"role": "study", "scheme": str(params.get("scheme", "")), **(tags or {})}
-        self._have(Runs.open, study_name, params, tags, inherited, data or {}, run_id)
+        self.has_begun = True
+        self._connect()
+        self._open(study_name, params, tags, inherited, data or {}, run_id)
 
     @_queued
     def dense(self, score: float, measurement: Measurement, value: float, seconds: float = 0.0) -> None:
@@ -243,7 +247,7 @@ class Tracker:
         model: Path | None = None,
         register: str | None = None,
     ) -> None:
-        """Closes the parent run and waits until everything is written.
+        """Closes the parent run, if one was begun, and waits until everything is written.
 
         Args:
             status: How the study ended.
@@ -256,10 +260,11 @@ class Tracker:
         self.proceed()
         if self._monitor is not None:
             self._monitor.stop()
-        if model is not None:
-            self._log_model(model, register)
-        self._conclude(verdict, metrics or {}, tuple(artifacts))
-        self._close(status)
+        if self.has_begun:
+            if model is not None:
+                self._log_model(model, register)
+            self._conclude(verdict, metrics or {}, tuple(artifacts))
+            self._close(status)
         self._worker.shutdown()
 
     # What follows runs in the tracker's thread, and raises.
@@ -307,6 +312,10 @@ class Tracker:
             self._aside.start()  # the first trial alone takes so long that it is worth it
         self._have(Runs.connect)
 
+    @_queued
+    def _open(self, *args: Any) -> None:
+        self._have(Runs.open, *args)
+
     def _have(self, method: Callable[Concatenate[Runs, P], None], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Calls a method of the study's runs where MLflow is.
 
@@ -325,7 +334,7 @@ class Tracker:
     @_queued
     def _conclude(self, verdict: str, metrics: Mapping[str, float], artifacts: tuple[Path, ...]) -> None:
         run_id, model_id = self._runs.run_id, self._runs.model_id
-        if run_id is None:  # the study ended before it began, or it has been warned of
+        if run_id is None:  # it has been warned of
             return
         of_model = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
         # Under the names that trials use as well, so that a study has a row in the same table: its answer's.

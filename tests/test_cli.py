@@ -148,9 +148,9 @@ SEED = """
 import sys
 from pathlib import Path
 import autocompress as ac
-from autocompress.tracking import Tracker
+from autocompress.experiments.mlflow_store import open_store
 ac.digits(cache=Path(sys.argv[1]) / "cache")
-Tracker(Path(sys.argv[1]), "digits").flush()
+open_store(Path(sys.argv[1]), "digits")
 """
 
 
