@@ -22,12 +22,14 @@ Where θ stores other numbers than weights, the factors of a low rank, it is tho
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.learning.learner import Learner, Penalty, Precision
 from autocompress.learning.polish import Hopeless, free_entries, freeze, polish, score_compressed, settle
+from autocompress.learning.shrunk import Shrunk
 from autocompress.learning.state import AGREED, Recovered, State
 from autocompress.learning.training import Optimizer, n_steps
 from autocompress.scheme import Facts, Scheme, Theta, Weights, as_numbers, is_hard, observe
@@ -180,13 +182,15 @@ class LearningCompression:
         learner.restore(state.learner)
         penalty, state = state.penalty, replace(state, penalty=Penalty.none(), learner=None)
         c_steps, steps = self.schedule(learner.descent.steps)
+        left = Shrunk(scheme, learner)
         hard: Penalty | None = None
         while state.c_steps < c_steps and not state.has_agreed(density):
             target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
             mu = self.first_mu(scheme) * state.growth / (self.peak_lr * max(1, steps))
             facts = observe(scheme, learner.evidence(provisional=steps > 1 and target > density), facts)
-            penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
-            logged = {"lc_density": target, "lc_residual": apart, "lc_loss": learner.l_step(steps, penalty)}
+            plan, penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
+            loss = left.l_step(steps, penalty, plan, facts)
+            logged = {"lc_density": target, "lc_residual": apart, "lc_loss": loss}
             if hard is not None:
                 logged["lc_score"] = score_compressed(task, model, hard)
             state = state.after(self.mu_growth if apart > AGREED else 1.0, **logged)
@@ -213,15 +217,15 @@ class LearningCompression:
 
     def constrain(
         self, scheme: Scheme, weights: Weights, penalty: Penalty, mu: float, density: float, facts: Facts
-    ) -> tuple[Penalty, Penalty | None, float]:
-        """Multipliers and C step: the penalty of the next L step, the same at μ = ∞ if scored, the residual."""
+    ) -> tuple[Mapping[str, Any], Penalty, Penalty | None, float]:
+        """Multipliers and C step: θ's plan, the next penalty, the same at μ = ∞ if scored, and the residual."""
         multipliers = penalty.multipliers(weights) if self.augmented else {}
         theta = c_step(scheme, weights, multipliers, mu, density, facts)
         values = scheme.delta(theta)
         free = free_entries(theta)
         next_penalty = Penalty.towards(values, free, multipliers, mu)
         hard = Penalty.towards(values, free, {}, math.inf) if self.score_steps else None
-        return next_penalty, hard, residual(weights, values, next_penalty.bound)
+        return theta.plan, next_penalty, hard, residual(weights, values, next_penalty.bound)
 
     def n_steps(self, train: Split) -> int:
         """Gradient steps of the whole budget."""

@@ -33,6 +33,7 @@ ENGINE = (
     ("sweep_grid", "models", "certify", "limit", "array_readers", "file_readers", "parcel"),
     ("ranks",),
     ("learner",),
+    ("shrunk",),
     ("polish", "state"),
     ("lc",),
     ("recovery",),

@@ -1,5 +1,6 @@
 """The L step: gradient steps on the task's loss, distillation from the dense model, and a penalty."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -94,6 +95,22 @@ class Penalty:
         )
         return Penalty(self.mu, target, to_zero)
 
+    def within(self, positions: Mapping[str, Tensor]) -> "Penalty":
+        """The penalty on a part of each weight, where anything is bound in it.
+
+        Args:
+            positions: Per weight, where the part's entries are in the flat weight.
+        """
+        target, to_zero = (
+            {name: whole.flatten()[positions[name]] for name, whole in tensors.items()}
+            for tensors in (self.target, self.to_zero)
+        )
+        return Penalty(
+            self.mu,
+            {name: part for name, part in target.items() if _is_bound(part).any()},
+            {name: part for name, part in to_zero.items() if part.any()},
+        )
+
     @torch.no_grad()
     def apply(self, weights: Weights, lr: float) -> None:
         """One implicit gradient step on the penalty: w ← w − ημ/(1 + ημ) (w − θ − λ/μ), at learning rate η."""
@@ -174,24 +191,36 @@ class Learner:
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, task: Task, seed: int) -> None:
-        self.recipe, self.model, self._task, self._seed = recipe, model.train(), task, seed
-        self.weights: Weights = dict(model.named_parameters())
+        self.recipe, self._task, self._seed = recipe, task, seed
         self._device = device_of(model)
         self._precision = _precision(recipe.precision, self._device)
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if recipe.compile else model
-        self.descent = Descent(
-            model,
-            recipe.n_steps(task.train),
-            recipe.peak_lr,
-            optimizer=recipe.optimizer,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            scaler=torch.amp.GradScaler(self._device.type) if self._precision == "fp16" else None,
-        )
+        self._scaler = torch.amp.GradScaler(self._device.type) if self._precision == "fp16" else None
+        self._have(model)
         self._train = kept_on(task.train, self._device)
         self._team = team()
         self._team.begin(recipe, model, task, seed)
         self._stream = self._serve(0, 0)
+
+    def _have(self, model: nn.Module) -> None:
+        recipe = self.recipe
+        self.model = model.train()
+        self.weights: Weights = dict(model.named_parameters())
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if recipe.compile else model
+        self.descent = Descent(
+            model,
+            recipe.n_steps(self._task.train),
+            recipe.peak_lr,
+            optimizer=recipe.optimizer,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            scaler=self._scaler,
+        )
+
+    def of(self, model: nn.Module) -> "Learner":
+        """The training of another model with the same data, from where they stand; its optimizer begins anew."""
+        other = copy.copy(self)
+        other._have(model)
+        return other
 
     def _serve(self, epoch: int, position: int) -> TaughtStream:
         teacher = self._task.model if self.recipe.distill else None

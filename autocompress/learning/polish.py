@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.learning.learner import Learner, Penalty
+from autocompress.learning.shrunk import Shrunk
 from autocompress.learning.training import recalibrate_batchnorm
 from autocompress.progress import heard_by
 from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, observe
@@ -69,15 +70,15 @@ def polish(
     if not theta.values.keys() <= learner.weights.keys():
         polish_stored(scheme, learner, theta, facts, task, seed)
         return None
-    penalty = frozen(scheme, theta)
+    penalty, plan, left = frozen(scheme, theta), theta.plan, Shrunk(scheme, learner)
     del theta  # a copy of the weights
     learner.descent.remembers = False  # what is kept does not depend on gradients any more
-    learner.l_step(round(LOOK * learner.descent.steps_left), penalty)
+    left.l_step(round(LOOK * learner.descent.steps_left), penalty, plan, facts)
     if hopeless is not None:
         recalibrate_batchnorm(learner.model, task.train)
         if hopeless(learner.model):
             return LOOK
-    learner.l_step(learner.descent.steps_left, penalty)
+    left.l_step(learner.descent.steps_left, penalty, plan, facts)
     return None
 
 
