@@ -108,7 +108,7 @@ def cli() -> None:
     default="auto",
     show_default=True,
     help="How a trial compresses and trains: learning-compression (lc), or a plain way; auto is gradual where "
-    "channels are removed, lc elsewhere.",
+    "channels are removed or steps are very few, lc elsewhere.",
 )
 @click.option(
     "--lr",

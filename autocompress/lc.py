@@ -31,12 +31,14 @@ from autocompress.learning.learner import Learner, Penalty, Precision
 from autocompress.learning.polish import Hopeless, free_entries, freeze, polish, score_compressed, settle
 from autocompress.learning.shrunk import Shrunk
 from autocompress.learning.state import AGREED, Recovered, State
-from autocompress.learning.training import Optimizer, n_steps
-from autocompress.scheme import Facts, Scheme, Theta, Weights, as_numbers, is_hard, observe
+from autocompress.learning.training import MAX_GRADIENT, Optimizer, n_steps
+from autocompress.scheme import Facts, Scheme, Theta, Weights, as_numbers, can_be_hard, is_hard, observe
 from autocompress.splits import Split
 from autocompress.task import Task
 
 SOFT = 1.0  # the first penalty where weights are drawn to θ
+ESTIMATED = 2  # gradient steps behind each C step from which on multipliers are worth something
+WIDE = 5.0  # norm at which gradients are clipped: where much is pruned, large steps lead out of a high loss
 PEAK_LR = {"sgd": 0.1, "adamw": 0.001}
 
 
@@ -71,8 +73,10 @@ class LearningCompression:
         alternating: Share of the steps in which L and C alternate; the rest polishes on a frozen support.
         mu: The first penalty, in units of 1 / (learning rate x steps of one L step): at 1 a weight that the
             loss does not care for shrinks to about 1/e of its distance from θ in one L step. Infinity keeps
-            w at θ from the first C step on: gradual pruning with hard masks. None is what suits the scheme:
-            infinity for one that removes whole channels (`autocompress.scheme.Hard`), 1 for others.
+            w at θ from the first C step on: gradual pruning with hard masks. None is what suits the scheme and
+            the budget: infinity for one that removes whole channels (`autocompress.scheme.Hard`), and for one that
+            makes single weights zero (`autocompress.scheme.Masking`) where a single gradient step lies behind
+            each C step, too little to estimate multipliers; 1 otherwise.
         mu_growth: Factor on μ from one C step to the next, as long as w and θ differ. What counts is where μ ends:
             with fewer C steps it must be larger.
         augmented: Whether there are multipliers: the augmented Lagrangian; without them the quadratic penalty.
@@ -80,6 +84,8 @@ class LearningCompression:
         lr: Peak learning rate; it follows one cosine over all the steps. None is 0.1 for SGD, 0.001 for AdamW.
         momentum: Nesterov momentum of SGD; the first moment's decay of AdamW.
         weight_decay: L2 penalty of SGD; decoupled decay of AdamW.
+        max_gradient: Norm at which gradients are clipped. None is what suits the scheme: 1 where whole channels go
+            at once, 5 otherwise. While weights are drawn to θ in L steps of a single gradient step it is 1.
         distill: Weight of distillation from the dense model, against the task's own loss.
         temperature: Softens the classes that are distilled.
         precision: What gradients are computed in: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` under autocast.
@@ -100,6 +106,7 @@ class LearningCompression:
     lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    max_gradient: float | None = None
     distill: float = 0.5
     temperature: float = 2.0
     precision: Precision = "auto"
@@ -107,7 +114,7 @@ class LearningCompression:
     score_steps: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "c_steps", "mu", "mu_growth", "lr", "temperature"):
+        for name in ("epochs", "c_steps", "mu", "mu_growth", "lr", "max_gradient", "temperature"):
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)}; it must be positive")
         for name in ("alternating", "distill", "momentum"):
@@ -129,15 +136,18 @@ class LearningCompression:
             return "auto"
         return "gradual" if math.isinf(self.mu) else "lc"
 
-    def suiting(self, scheme: Scheme) -> "LearningCompression":
-        """The same with the penalty that suits a scheme, where none is given."""
-        return replace(self, mu=self.first_mu(scheme))
+    def suiting(self, scheme: Scheme, train: Split) -> "LearningCompression":
+        """The same with the penalty and the norm that suit a scheme and the budget, where none is given."""
+        _, steps = self.schedule(self.n_steps(train))
+        is_hasty = steps < ESTIMATED and can_be_hard(scheme)
+        mu = self.mu or (math.inf if is_hard(scheme) or is_hasty else SOFT)
+        narrow = is_hard(scheme) and math.isinf(mu)
+        return replace(self, mu=mu, max_gradient=self.max_gradient or (MAX_GRADIENT if narrow else WIDE))
 
-    def first_mu(self, scheme: Scheme) -> float:
-        """The penalty that begins, in the units of ``mu``."""
-        if self.mu is not None:
-            return self.mu
-        return math.inf if is_hard(scheme) else SOFT
+    @property
+    def first_mu(self) -> float:
+        """The penalty that begins, in the units of ``mu``: that where weights are drawn to θ, if none is given."""
+        return self.mu or SOFT
 
     @property
     def peak_lr(self) -> float:
@@ -177,7 +187,8 @@ class LearningCompression:
         Raises:
             FloatingPointError: If the training diverged, see `autocompress.learning.training.Descent`.
         """
-        learner = Learner(self, model, task, seed)
+        suited = self.suiting(scheme, task.train)
+        learner = Learner(suited, model, task, seed)
         state, w = start or State(), learner.weights
         learner.restore(state.learner)
         penalty, state = state.penalty, replace(state, penalty=Penalty.none(), learner=None)
@@ -186,7 +197,7 @@ class LearningCompression:
         hard: Penalty | None = None
         while state.c_steps < c_steps and not state.has_agreed(density):
             target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
-            mu = self.first_mu(scheme) * state.growth / (self.peak_lr * max(1, steps))
+            mu = suited.first_mu * state.growth / (self.peak_lr * max(1, steps))
             facts = observe(scheme, learner.evidence(provisional=steps > 1 and target > density), facts)
             plan, penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
             loss = left.l_step(steps, penalty, plan, facts)

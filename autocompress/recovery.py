@@ -135,7 +135,7 @@ class Layerwise:
         self, model: nn.Module, scheme: Scheme, facts: Facts, density: float, task: Task, seed: int
     ) -> Recovered:
         """Compresses ``model`` in place, see `Recovery.recover`."""
-        learner = Learner(self.training, model, task, seed)
+        learner = Learner(self.training.suiting(scheme, task.train), model, task, seed)
         facts = observe(scheme, learner.evidence(), facts)
         theta = scheme.pi({name: w.detach() for name, w in learner.weights.items()}, density, facts)
         whole = frozen(scheme, theta)
@@ -230,9 +230,9 @@ def with_settings(recovery: Recovery, **settings: Any) -> Recovery:
     return replace(recovery, **settings)  # type: ignore[type-var]  # recoveries are dataclasses
 
 
-def suiting(recovery: Recovery, scheme: Scheme) -> Recovery:
-    """The recovery with what suits a scheme in the place of ``auto``."""
-    return recovery.suiting(scheme) if isinstance(recovery, LearningCompression) else recovery
+def suiting(recovery: Recovery, scheme: Scheme, train: Split) -> Recovery:
+    """The recovery with what suits a scheme and the budget in the place of ``auto``."""
+    return recovery.suiting(scheme, train) if isinstance(recovery, LearningCompression) else recovery
 
 
 def settings_of(recovery: Recovery) -> dict[str, Any]:

@@ -143,9 +143,23 @@ class Hard(Protocol):
         """Whether they are best at θ at once and for good, not drawn to it: those of whole channels are."""
 
 
+@runtime_checkable
+class Masking(Protocol):
+    """A scheme that says whether θ is w with zeros: its weights can be at θ and still be trained."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether entries become zero and nothing else: then they may be so at once where steps are few."""
+
+
 def is_hard(scheme: Scheme) -> bool:
     """Whether a scheme is `Hard`; of a composition, whether all of its parts are."""
     return all(isinstance(part, Hard) and part.hard for part in parts_of(scheme))
+
+
+def can_be_hard(scheme: Scheme) -> bool:
+    """Whether a scheme is `Hard` or `Masking`; of a composition, whether all of its parts are."""
+    return all(is_hard(part) or (isinstance(part, Masking) and part.masks) for part in parts_of(scheme))
 
 
 @runtime_checkable

@@ -275,7 +275,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         start=spec.start.trial if spec.start else None,
         start_density=spec.start.density if spec.start else 1.0,
         given_up_at=recovered.given_up_at,
-        recovery=suiting(spec.recovery, scheme).method,
+        recovery=suiting(spec.recovery, scheme, task.train).method,
         starts=starts,
         params=dict(spec.params),
     )
@@ -288,7 +288,7 @@ def can_be_cheap(recovery: Recovery) -> bool:
 
 def _recover(spec: TrialSpec, task: Task, model: nn.Module) -> tuple[Recovered, dict[float, Weights]]:
     """The recovery, and what it leaves on its way for denser trials to start from."""
-    recovery = spec.recovery
+    recovery = suiting(spec.recovery, spec.scheme, task.train)  # by the whole budget, before it is shortened
     if not spec.cheap or not isinstance(recovery, LearningCompression):
         return recovery.recover(model, spec.scheme, spec.facts, spec.density, task, spec.seed), {}
     path: dict[int, tuple[float, Weights]] = {}

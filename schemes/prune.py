@@ -119,6 +119,7 @@ class Prune:
     min_keep: int | Mapping[str, int] = 1
     skip: Sequence[str] = ()
     takes_density: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
     searched: ClassVar[Mapping[str, Sequence[object]]] = {
         "criterion": ("obd", "l2", "taylor"),

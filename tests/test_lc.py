@@ -658,7 +658,7 @@ def test_recovery_holds_at_most_two_copies_of_the_weights(
 
     wide = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 4000), nn.ReLU(), nn.Linear(4000, 5)).eval()
     task = Task(wide, tiny_task.train, tiny_task.val, tiny_task.test)
-    config = LearningCompression(steps=8, c_steps=3, distill=0.0)
+    config = LearningCompression(steps=8, c_steps=3, mu=1.0, distill=0.0)
     facts = scheme.analyze(wide, task.example_input)
     gc.collect()
     monkeypatch.setattr(Learner, "l_step", counting)

@@ -15,6 +15,7 @@ from autocompress.gauges.macs import count_params
 from autocompress.lc import LearningCompression
 from autocompress.learning.learner import Learner, Penalty
 from autocompress.learning.state import State
+from autocompress.learning.training import Descent
 from autocompress.recovery import (
     RECOVERIES,
     Iterative,
@@ -181,13 +182,74 @@ def test_the_optimizer_settles_the_learning_rate_where_none_is_given() -> None:
         ("Prune+Quantize8", "lc"),
     ],
 )
-def test_auto_is_gradual_where_channels_are_removed_and_lc_elsewhere(scheme: str, method: str) -> None:
-    found = parse_scheme(scheme)
-    assert suiting(make_recovery("auto"), found).method == method
+def test_auto_is_gradual_where_channels_are_removed_and_lc_elsewhere(
+    tiny_task: Task, scheme: str, method: str
+) -> None:
+    found, train = parse_scheme(scheme), tiny_task.train
+    assert suiting(make_recovery("auto", steps=400), found, train).method == method
     for explicit in RECOVERIES:
         if explicit != "auto":
-            assert suiting(make_recovery(explicit), found) == make_recovery(explicit)
-    assert suiting(LearningCompression(mu=3.0), found).method == "lc"
+            assert suiting(make_recovery(explicit), found, train).method == explicit.replace("finetune", "rewind")
+    assert suiting(LearningCompression(mu=3.0), found, train).method == "lc"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [
+        ("Prune", "gradual"),
+        ("Prune+Quantize8", "gradual"),
+        ("Prune+Quantize8(bits=2)", "lc"),  # a rounded weight that is held where it is would not be trained
+        ("Quantize8(bits=2)", "lc"),
+        ("LowRank", "lc"),  # nor would factors be
+    ],
+)
+def test_auto_sets_single_weights_to_zero_at_once_where_a_c_step_has_one_gradient_step(
+    tiny_task: Task, scheme: str, method: str
+) -> None:
+    found, train = parse_scheme(scheme), tiny_task.train
+    assert suiting(make_recovery("auto", steps=40, c_steps=12), found, train).method == "lc"  # 24 steps alternate
+    assert suiting(make_recovery("auto", steps=39, c_steps=12), found, train).method == method  # 23 do
+    assert suiting(make_recovery("lc", steps=39, c_steps=12), found, train).method == "lc"
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "steps", "while_alternating", "in_the_polish"),
+    [
+        ("auto", "Prune", 10, 5.0, 5.0),
+        ("auto", "StructPrune", 10, 1.0, 1.0),
+        ("lc", "StructPrune", 10, 5.0, 5.0),
+        ("gradual", "Prune", 10, 5.0, 5.0),
+        ("lc", "Prune", 9, 1.0, 5.0),  # 5 steps alternate, which is one for each of 3 C steps
+        ("auto", "Prune", 9, 5.0, 5.0),  # where that is gradual
+        ("rewind", "Prune", 9, None, 5.0),
+    ],
+)
+def test_gradients_are_clipped_at_the_norm_that_suits_scheme_and_step(
+    tiny_task: Task,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    scheme: str,
+    steps: int,
+    while_alternating: float | None,
+    in_the_polish: float,
+) -> None:
+    norms: dict[bool, set[float]] = {}
+    step = Descent.step
+
+    def noting(descent: Descent, loss: Tensor, *rest: object) -> float:
+        lr = step(descent, 1e6 * loss, *rest)  # type: ignore[arg-type]
+        gradients = [p.grad.norm() for p in descent._trainable if p.grad is not None]
+        norms.setdefault(descent.remembers, set()).add(round(float(torch.stack(gradients).norm()), 3))
+        return lr
+
+    monkeypatch.setattr(Descent, "step", noting)
+    recovered(make_recovery(method, steps=steps, c_steps=3), parse_scheme(scheme), 0.3, small_batches(tiny_task))
+    assert norms.get(True) == (None if while_alternating is None else {while_alternating})
+    assert norms[False] == {in_the_polish}
+    norms.clear()
+    chosen = make_recovery(method, steps=10, c_steps=3, max_gradient=2.0)
+    recovered(chosen, parse_scheme(scheme), 0.3, small_batches(tiny_task))
+    assert set.union(*norms.values()) == {2.0}
 
 
 def test_auto_asks_a_scheme_of_somebody_elses(tiny_task: Task) -> None:
@@ -197,7 +259,7 @@ def test_auto_asks_a_scheme_of_somebody_elses(tiny_task: Task) -> None:
 
     task, weights = small_batches(tiny_task), {}
     for method, scheme in (("auto", Theirs()), ("gradual", schemes.Prune()), ("auto", schemes.Prune())):
-        model, _ = recovered(make_recovery(method, epochs=3, c_steps=3), scheme, 0.3, task)
+        model, _ = recovered(make_recovery(method, epochs=3, c_steps=3, max_gradient=1.0), scheme, 0.3, task)
         weights[method, type(scheme)] = torch.cat([p.detach().flatten() for p in model.parameters()])
     theirs, gradual, ours = weights.values()
     assert torch.equal(theirs, gradual)

@@ -1,10 +1,12 @@
 import copy
+import math
 import multiprocessing
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from autocompress.certify import drop_standard_error
 from autocompress.gauges.macs import count_macs, count_params
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
+from autocompress.learning.state import Recovered
 from autocompress.scheme import Compose, Facts, Theta, parse_scheme
 from autocompress.schemes import Prune, Quantize16, StructPrune
 from autocompress.task import Task
@@ -59,6 +62,29 @@ def test_a_trial_from_the_dense_model_leaves_starts_for_others(make_spec: MakeSp
     assert list(warm.starts) == [0.15]
     assert same(run_trial(spec), warm)
     assert run_trial(replace(spec, cheap=False, start=None)).starts == {}
+
+
+def test_the_whole_budget_decides_whether_weights_are_drawn_and_the_record_says_so(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mus: list[float | None] = []
+    recover = LearningCompression.recover
+
+    def noting(self: LearningCompression, *args: Any, **settings: Any) -> Recovered:
+        mus.append(self.mu)
+        return recover(self, *args, **settings)
+
+    monkeypatch.setattr(LearningCompression, "recover", noting)
+    enough, hasty = LearningCompression(steps=40, c_steps=8), LearningCompression(steps=12, c_steps=8)
+    cold = make_spec(cheap=True, density=0.3, scheme=parse_scheme("Prune"), recovery=enough, bound=Bound(0.99))
+    first = run_trial(cold)
+    start = Start(1, 0.3, first.starts[0.3])
+    warm = replace(cold, density=0.25, start=start)
+    shortened = enough.shortened(0.3, 0.25, cold.task.train)
+    assert shortened.schedule(shortened.n_steps(cold.task.train))[1] == 1  # and is drawn all the same
+    results = [first, run_trial(warm), run_trial(replace(cold, recovery=hasty))]
+    assert mus == [1.0, 1.0, math.inf]
+    assert [result.recovery for result in results] == ["lc", "lc", "gradual"]
 
 
 def test_a_trial_that_cannot_make_it_is_given_up_and_never_feasible(make_spec: MakeSpec) -> None:

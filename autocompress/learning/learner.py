@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.learning.ranks import team
-from autocompress.learning.training import Descent, Optimizer, TaughtStream, distillation_loss
+from autocompress.learning.training import MAX_GRADIENT, Descent, Optimizer, TaughtStream, distillation_loss
 from autocompress.scheme import Evidence, Weights, as_numbers
 from autocompress.splits import Batch, Split, kept_on
 from autocompress.task import Task, device_of
@@ -36,6 +36,8 @@ class Recipe(Protocol):
     def momentum(self) -> float: ...  # noqa: D102
     @property
     def weight_decay(self) -> float: ...  # noqa: D102
+    @property
+    def max_gradient(self) -> float | None: ...  # noqa: D102
     @property
     def distill(self) -> float: ...  # noqa: D102
     @property
@@ -229,9 +231,14 @@ class Learner:
     def l_step(self, steps: int, penalty: Penalty) -> float:
         """Takes gradient steps under ``penalty``; returns their mean loss (without the penalty).
 
+        Gradients are clipped at the recipe's norm. Where there is a single step to draw weights in, it is a short
+        one: what overshoots zero is not brought back before the next C step.
+
         Raises:
             FloatingPointError: If the training diverged, see `Descent`.
         """
+        is_hasty = steps == 1 and math.isfinite(penalty.mu)
+        self.descent.max_gradient = MAX_GRADIENT if is_hasty else self.recipe.max_gradient or MAX_GRADIENT
         total, seen = torch.zeros((), device=self._device), 0
         with self._team.in_step(self.model):
             self._tell_others(steps, penalty)

@@ -87,6 +87,7 @@ class Descent:
         self.steps = steps
         self.taken = 0
         self.slowed = 1.0
+        self.max_gradient = MAX_GRADIENT
         self._peak = lr
         self._scaler = scaler or torch.amp.GradScaler(enabled=False)
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -135,10 +136,10 @@ class Descent:
         if average is not None:
             average([p.grad for p in self._trainable if p.grad is not None])
         self._scaler.unscale_(self._optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._trainable, MAX_GRADIENT))
+        norm = float(nn.utils.clip_grad_norm_(self._trainable, self.max_gradient))
         is_finite = math.isfinite(norm)
         if is_finite and self.remembers:
-            self._remember_gradients(max(1.0, norm / MAX_GRADIENT))
+            self._remember_gradients(max(1.0, norm / self.max_gradient))
         if is_finite or self._scaler.is_enabled():
             self._scaler.step(self._optimizer)  # which leaves out, by itself, what overflowed in fp16
             self._scaler.update()

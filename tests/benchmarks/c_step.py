@@ -57,10 +57,10 @@ class Seconds:
 
 def rounds(scheme: Scheme, task: Task) -> list[Seconds]:
     """Trains for some rounds; what each took, its L step as long as an epoch."""
-    recipe = LearningCompression(epochs=1, lr=0.01, distill=0.0).suiting(scheme)
+    recipe = LearningCompression(epochs=1, lr=0.01, distill=0.0).suiting(scheme, task.train)
     facts = scheme.analyze(task.model, task.example_input)
     learner = Learner(recipe, copy.deepcopy(task.model), task, seed=0)
-    mu = recipe.first_mu(scheme) / (recipe.peak_lr * learner.descent.steps)
+    mu = recipe.first_mu / (recipe.peak_lr * learner.descent.steps)
     taken = []
     for _ in range(ROUNDS):
         times = [time.process_time()]
