@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 from optuna.storages import RDBStorage
 
-from autocompress.disk.files import read_json, write_json
+from autocompress.disk.files import called, read_json, write_json
 from autocompress.disk.mend import restore, set_aside_if_damaged
 from autocompress.disk.optuna_store import open_shared, open_study
 from autocompress.disk.storage import StudyFolder
@@ -323,7 +323,7 @@ class Study:
         try:
             return self.aside.call(write_report, self.folder.path, ours=True)
         except Exception as error:  # the study is saved, and its report can be written at any time
-            again = f"autocompress report {self.folder.path.name} tries again"
+            again = f"autocompress report {called(self.folder.path)} tries again"
             self.watcher.warned(f"no report: {type(error).__name__}: {error} ({again})")
             return ()
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from autocompress.data import digits
 from autocompress.disk.environment import provenance
-from autocompress.disk.files import read_json, write_json
+from autocompress.disk.files import DEFAULT_OUT, read_json, write_json
 from autocompress.disk.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
 from autocompress.formats.bundle import rebuild
 from autocompress.gauges.devices import usable_device
@@ -57,7 +57,7 @@ def sweep(
     timing: bool = True,
     seed: int = 0,
     device: str = "auto",
-    out: str | Path = "autocompress-runs",
+    out: str | Path = DEFAULT_OUT,
     name: str | None = None,
     resume: str | None = None,
     progress: Callable[[str], None] = lambda said: None,

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import shlex
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from autocompress.certify import CONFIDENCE
 from autocompress.data import digits
 from autocompress.disk.environment import provenance
-from autocompress.disk.files import read_json
+from autocompress.disk.files import DEFAULT_OUT, called, read_json
 from autocompress.disk.storage import (
     StudyFolder,
     check_name,
@@ -75,7 +74,7 @@ def tune(
     storage: str | None = None,
     runtime: str = "eager",
     profile_device: str | None = None,
-    out: str | Path = "autocompress-runs",
+    out: str | Path = DEFAULT_OUT,
     name: str | None = None,
     resume: str | None = None,
     watcher: Watcher | None = None,
@@ -175,7 +174,7 @@ def tune(
     watcher = watcher or Silent()
     if name is not None:
         check_name(name)
-    place = _Place(str(out), prepare_out(Path(out)), name, resume, storage)
+    place = _Place(prepare_out(Path(out)), name, resume, storage)
     if task is None:
         watcher.doing("training the dense model, or taking it from the cache")
         task = digits(cache=place.home / "cache")
@@ -188,8 +187,7 @@ def tune(
 class _Place:
     """Where a study is kept: one that is begun, or one that goes on."""
 
-    out: str
-    home: Path  # the same, absolute
+    home: Path  # of all studies
     name: str | None
     resume: str | None
     storage: str | None
@@ -216,7 +214,7 @@ class _Place:
             yield folder
         except KeyboardInterrupt:
             if self.resume or folder.has_begun:
-                again = f"autocompress tune --resume {self.called(folder)} goes on"
+                again = f"autocompress tune --resume {called(folder.path)} goes on"
                 watcher.warned(f"stopped at once; every finished trial is kept, and {again}")
             raise
         except OSError as error:
@@ -231,10 +229,6 @@ class _Place:
                 folder.close()
             else:  # the name shall be free again
                 folder.discard()
-
-    def called(self, folder: StudyFolder) -> str:
-        """The study as the command line finds it from here."""
-        return folder.path.name + ("" if self.out == "autocompress-runs" else f" --out {shlex.quote(self.out)}")
 
     def _folder(self, settings: Settings, task: Task, command: str | None) -> StudyFolder:
         identity = settings.identity(task)
@@ -271,7 +265,7 @@ def _run(
                 uri=uri,
                 device=settings.device,
                 aside=aside,
-                meanwhile=f"{MEANWHILE}; autocompress replay {place.called(folder)} logs it later",
+                meanwhile=f"{MEANWHILE}; autocompress replay {called(folder.path)} logs it later",
                 on_warning=watcher.warned,
             )
 

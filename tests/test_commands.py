@@ -33,10 +33,13 @@ def test_show_prints_the_result_again(home):
     assert json.loads(call("show", "dig", "--out", home, "--json").output)["answer"] == 2
 
 
-def test_show_of_a_study_without_a_result_says_what_to_do(home):
-    done = call("show", "killed", "--out", home)
+def test_show_of_a_study_without_a_result_says_what_to_do(home, monkeypatch):
+    monkeypatch.chdir(home.parent)
+    home.rename(spaced := home.parent / "my studies")
+    done = call("show", "killed", "--out", spaced)
     assert done.exit_code == 2
-    assert "has no result; autocompress tune --resume killed goes on with it" in " ".join(done.output.split())
+    again = "autocompress tune --resume killed --out 'my studies' goes on with it"
+    assert f"has no result; {again}" in " ".join(done.output.split())
 
 
 def test_a_study_that_is_not_there_is_named_with_those_that_are(home, tmp_path):
@@ -70,7 +73,7 @@ def test_a_study_is_replayed_where_it_was_to_be_logged(recorded, tmp_path):
     trials = recorded.three_trials()
     settings = recorded.asked() | {"tracking_uri": "http://127.0.0.1:9"}
     recorded.write_study(tmp_path, "far", settings=settings, trials=trials, result=recorded.found(trials))
-    done = call("replay", "far", "--out", tmp_path)
+    done = call("replay", tmp_path / "far")  # by its path: it is not in the default folder
     assert str(done.exception) == "MLflow: http://127.0.0.1:9 does not answer"
 
 

@@ -1,8 +1,9 @@
-"""What is written on disk as JSON, and how a study may be named there."""
+"""What is written on disk as JSON, and how a study is named: there, and from the command line."""
 
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,24 @@ from typing import Any
 LONGEST = 150  # characters of a name: file systems take 255 bytes, and others put something after it
 NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST - 1}}}"  # of a study, which is the name of its folder
 LOCK = "lock"  # the file that whoever runs a study holds; in the folder of a trial, whoever runs that
+DEFAULT_OUT = Path("autocompress-runs")  # where studies lie unless told otherwise
 SEAL = "seal"  # the key of a digest of all the rest: a bit that flips on a disk is noticed
+
+
+def short(path: Path) -> Path:
+    """The path as seen from the current folder, if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def out_option(home: Path) -> str:
+    """What makes a command find the studies in ``home`` from here: nothing, or `` --out HOME``."""
+    seen = short(home.absolute())
+    return "" if seen == DEFAULT_OUT else f" --out {shlex.quote(str(seen))}"
+
+
+def called(folder: Path) -> str:
+    """A study as a command finds it from here: its name, and ``--out`` where that is needed."""
+    return folder.name + out_option(folder.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, sealed: bool = False) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from autocompress.disk.files import LOCK, LONGEST, NAME, read_json, write_json
+from autocompress.disk.files import LOCK, LONGEST, NAME, called, read_json, write_json
 from autocompress.formats import weights
 from autocompress.measurement import Measurement
 from autocompress.trial import Start, TrialResult
@@ -295,7 +295,6 @@ def study_settings(home: Path, name: str, kind: str = "study") -> dict[str, Any]
     asked = read_json(file)
     if (found := asked.get("kind", "study")) != kind:
         command = {"study": "tune", "sweep": "sweep"}[found]
-        raise ValueError(
-            f"{name!r} is a {found}, not a {kind}; autocompress {command} --resume {name} goes on with it"
-        )
+        again = f"autocompress {command} --resume {called(home / name)}"
+        raise ValueError(f"{name!r} is a {found}, not a {kind}; {again} goes on with it")
     return asked

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autocompress.disk.files import called
 from autocompress.disk.record import read_record
 from autocompress.disk.storage import StudyFolder
 from autocompress.experiments.mlflow_runs import Status
@@ -53,9 +54,9 @@ def _replay(folder: StudyFolder, uri: str | None) -> str:
     record = read_record(folder.path, ours=True)
     asked, found = record.asked, record.found
     if record.kind == "sweep":
-        raise ValueError(f"{record.name!r} is a sweep; autocompress sweep --resume {record.name} logs it")
+        raise ValueError(f"{record.name!r} is a sweep; autocompress sweep --resume {called(folder.path)} logs it")
     if found is None:
-        remedy = f"finish it with autocompress tune --resume {record.name}"
+        remedy = f"finish it with autocompress tune --resume {called(folder.path)}"
         raise ValueError(f"the study {record.name!r} has no result yet; {remedy}")
     warned: list[str] = []
     tracker = Tracker(folder.path.parent, str(asked["task"]), uri=uri, meanwhile="", on_warning=warned.append)

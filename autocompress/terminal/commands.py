@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from autocompress.disk.files import called, short
 from autocompress.terminal.options import OUT, RUN, TRACKING_URI, checked
 from autocompress.terminal.profile_command import profile
 
@@ -103,7 +104,8 @@ def _without_result(record: "Record") -> str:
     if state == "running":
         return f"the {kind} {name!r} is still running"
     command = "sweep" if kind == "sweep" else "tune"
-    return f"the {kind} {name!r} has no result; autocompress {command} --resume {name} goes on with it"
+    again = f"autocompress {command} --resume {called(record.folder)}"
+    return f"the {kind} {name!r} has no result; {again} goes on with it"
 
 
 @click.command()
@@ -120,7 +122,6 @@ def report(run: str, out: Path) -> None:
     from autocompress.report import write_report
     from autocompress.sweeps.sweep_files import write_sweep
     from autocompress.sweeps.sweep_result import Sweep
-    from autocompress.terminal.show import short
 
     folder = checked("RUN", find_study, out, run).absolute()
     record = read_record(folder, journal=False)
@@ -154,10 +155,10 @@ def replay(run: str, out: Path, tracking_uri: str | None) -> None:
     folder = checked("RUN", find_study, out, run).absolute()
     if tracking_uri is not None:
         checked("--tracking-uri", check_uri, tracking_uri)
-    tracking_uri = tracking_uri or study_settings(out, folder.name).get("tracking_uri")
+    tracking_uri = tracking_uri or study_settings(folder.parent, folder.name).get("tracking_uri")
     with damage_named(folder.name):
         run_id = log_again(folder, tracking_uri)
-    where = without_secrets(tracking_uri) if tracking_uri else f"{out / 'mlflow.db'}"
+    where = without_secrets(tracking_uri) if tracking_uri else f"{short(folder.parent / 'mlflow.db')}"
     click.echo(f"{folder.name} is run {run_id} of {where}")
 
 

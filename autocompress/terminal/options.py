@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from autocompress.disk.files import NAME
+from autocompress.disk.files import DEFAULT_OUT, NAME
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class Run(click.ParamType[str]):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The studies in ``--out`` that begin so."""
-        out = Path(ctx.params.get("out") or "autocompress-runs")
+        out = Path(ctx.params.get("out") or DEFAULT_OUT)
         names = sorted(file.parent.name for file in out.glob("*/study.json"))
         known = [name for name in ["last", *names] if re.fullmatch(NAME, name)]
         return [CompletionItem(name) for name in known if name.startswith(incomplete)]
@@ -139,7 +139,7 @@ class Run(click.ParamType[str]):
 OUT = click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path("autocompress-runs"),
+    default=DEFAULT_OUT,
     show_default=True,
     help="Folder for all studies; nothing is written outside it.",
 )

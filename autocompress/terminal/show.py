@@ -1,6 +1,5 @@
 """What a person sees of studies in the terminal when they are done: one result, or the list of all."""
 
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from autocompress.disk.files import called, out_option, short
 from autocompress.disk.record import Record
 from autocompress.showing.comparison import (
     Found,
@@ -126,19 +126,12 @@ def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
 
 def _next(found: Found, folder: Path) -> list[str]:
     """What to do now, one command or file a line."""
-    home = short(folder.parent)
-    out = "" if home == Path("autocompress-runs") else f" --out {shlex.quote(str(home))}"
     if found["stopped"] == "interrupted":
-        return [f"autocompress tune --resume {folder.name}{out}"]
+        return [f"autocompress tune --resume {called(folder)}"]
     steps = [f"{short(folder / 'report.html')}   (look at it in a browser)"] * (folder / "report.html").is_file()
     if found["verdict"] != "not met":
         steps.append(f"{short(folder / 'best' / 'README.md')}   (how to load it)")
-    return [*steps, f"autocompress ui{out}   (compare the trials in MLflow)"]
-
-
-def short(path: Path) -> Path:
-    """The path as seen from the current folder, if it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return [*steps, f"autocompress ui{out_option(folder.parent)}   (compare the trials in MLflow)"]
 
 
 def show_list(console: Console, records: Iterable[Record]) -> None:
