@@ -395,6 +395,14 @@ def test_a_process_that_waits_is_used_once_and_not_when_it_has_died(tmp_path, mo
     while kept._process.poll() is None:
         time.sleep(0.01)
     assert who_runs().isdigit() and not parity._waiting
+    stuck = tmp_path / "stuck.py"
+    stuck.write_text("import sys\nfor line in sys.stdin:\n    pass\n")
+    with monkeypatch.context() as context:
+        context.setattr(parity, "__file__", str(stuck))
+        parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
+    ((kept, _),) = parity._waiting
+    monkeypatch.setattr(parity, "GETS_READY_S", 0.1)
+    assert who_runs() != str(kept._process.pid) and kept._process.poll() is not None
 
 
 def test_a_file_that_cannot_be_loaded_is_reported(tmp_path):

@@ -25,6 +25,7 @@ Arrays: TypeAlias = list[NDArray[Any]]
 Run: TypeAlias = Callable[[Arrays], Arrays]
 
 TIMEOUT_S = 300.0
+GETS_READY_S = 60.0  # in which a process that waits must have run what it runs first, or another is started
 ENDINGS = ANSWERS, ERROR, UNDELIVERED = ".npz", ".error", ".undelivered"  # of the files that come back
 
 # ONNX Runtime's telemetry would leave files in the home directory; its import reads either name.
@@ -89,7 +90,7 @@ class FreshProcess:
         if not formats:
             return {}
         lost = f"it had not answered after {TIMEOUT_S:.0f} s"
-        if not self._has_answered(formats) and not self._is_alive:
+        if not self._has_answered(formats, TIMEOUT_S) and not self._is_alive:
             self._said.seek(0)
             died = f"the process that ran it died with code {self._process.returncode}"
             lost = f"{died}: {_last_line(self._said.read().decode(errors='replace'))}"
@@ -99,9 +100,9 @@ class FreshProcess:
     def _is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def _has_answered(self, formats: Sequence[str]) -> bool:
-        """Waits for all of these, or for the process's end."""
-        end = time.monotonic() + TIMEOUT_S
+    def _has_answered(self, formats: Sequence[str], timeout_s: float) -> bool:
+        """Waits for all of these, or for the process's end; whether they are there."""
+        end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             ended = not self._is_alive  # asked first: it may answer just before
             if all(any((self._folder / f"{format}{ending}").exists() for ending in ENDINGS) for format in formats):
@@ -143,7 +144,7 @@ def _taken() -> tuple[subprocess.Popen[str], IO[bytes]] | None:
     """One of `_waiting`, once it has run what it runs first, and unless it has died there."""
     while _waiting:
         one, formats = _waiting.pop()
-        if one._has_answered(formats) and one._is_alive:
+        if one._has_answered(formats, GETS_READY_S) and one._is_alive:
             return one._process, one._said
         one.__exit__()
     return None
