@@ -2,9 +2,9 @@
 
     python tests/benchmarks/default_job.py [SEEDS [SCHEME ...]]
 
-Promised on two CPU cores: the search finds density 0.04 or less by StructPrune, in at most 60 s of wall time, and 0.02
-or less by Prune, with at most 1 point lost on val. The answer, beside it with its drops, is a denser trial where that
-one is certified and what the search found is not, which 450 test samples decide.
+Promised on two CPU cores: the search finds density 0.04 or less by StructPrune, in at most 60 s of wall time, and
+0.02 or less by Prune, with at most 1 point lost on val. The answer, beside it with its drops, is a denser trial where
+that one is certified and what the search found is not, which 450 test samples decide.
 """
 
 import json
@@ -42,8 +42,8 @@ def job(scheme: str, seed: int) -> bool:
     is_found = found["density"] <= most and 100 * found["drop_val"] <= MAX_DROP_PP
     held = seconds <= most_seconds and is_found and drop["val"] <= MAX_DROP_PP
     print(
-        f"{scheme:11s}  {seed:4d}  {seconds:7.1f}  {found['density']:7.4f}  {result['density']:7.4f}  {drop['val']:6.2f}  "
-        f"{tested[0]}   {tested[1]}   {result['verdict']}{'' if held else '   MISSED'}",
+        f"{scheme:11s}  {seed:4d}  {seconds:7.1f}  {found['density']:7.4f}  {result['density']:7.4f}  "
+        f"{drop['val']:6.2f}  {tested[0]}   {tested[1]}   {result['verdict']}{'' if held else '   MISSED'}",
         flush=True,
     )
     return held and done.returncode == 0
