@@ -97,14 +97,10 @@ class Penalty:
         )
         return Penalty(self.mu, target, to_zero)
 
-    def within(self, positions: Mapping[str, Tensor]) -> "Penalty":
-        """The penalty on a part of each weight, where anything is bound in it.
-
-        Args:
-            positions: Per weight, where the part's entries are in the flat weight.
-        """
+    def within(self, part_of: Callable[[str, Tensor], Tensor]) -> "Penalty":
+        """The penalty on a part of each weight, by its name and itself, where anything is bound in it."""
         target, to_zero = (
-            {name: whole.flatten()[positions[name]] for name, whole in tensors.items()}
+            {name: part_of(name, whole) for name, whole in tensors.items()}
             for tensors in (self.target, self.to_zero)
         )
         return Penalty(

@@ -19,34 +19,34 @@ from autocompress.learning.training import Descent
 from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, is_hard, parts_of
 from autocompress.task import channels_last
 
+EXACT = 2**24  # whole numbers up to which float32 has them all
+
 
 @dataclass(frozen=True)
 class Slices:
     """Where the tensors of a smaller network are in those of a larger one.
 
     Attributes:
-        positions: By name, of each entry in the flat tensor of the larger network. What is not named is no slice
-            and is the same in both: a count of batches, for instance.
+        kept: By name, the indices along each dimension of the larger tensor. What is not named is no slice and is
+            the same in both: a count of batches, for instance.
     """
 
-    positions: Mapping[str, Tensor]
+    kept: Mapping[str, tuple[Tensor, ...]]
 
     def of(self, name: str, whole: Tensor) -> Tensor:
         """A copy of the slice of a tensor."""
-        if name not in self.positions or not whole.dim():
-            return whole.detach().clone()
-        return whole.detach().flatten()[self.positions[name]]
+        whole = part = whole.detach()
+        for dim, indices in enumerate(self.kept.get(name, ()) if whole.dim() else ()):
+            part = part.index_select(dim, indices) if len(indices) < whole.shape[dim] else part
+        return whole.clone() if part is whole else part
 
     @torch.no_grad()
     def put(self, name: str, part: Tensor, whole: Tensor) -> None:
         """Writes a slice back into its tensor."""
-        if name not in self.positions or not whole.dim():
+        if name in self.kept and whole.dim():
+            whole[torch.meshgrid(*self.kept[name], indexing="ij")] = part
+        else:
             whole.copy_(part)
-            return
-        flat = whole.flatten()  # a view, or a copy where the memory is in another order
-        flat[self.positions[name].flatten()] = part.flatten()
-        if flat.data_ptr() != whole.data_ptr():
-            whole.copy_(flat.view(whole.shape))
 
 
 class Shrunk:
@@ -63,8 +63,7 @@ class Shrunk:
 
     def __init__(self, scheme: Scheme, learner: Learner) -> None:
         self._learner, self._part, self._is_composed = learner, parts_of(scheme)[0], isinstance(scheme, Compose)
-        is_possible = is_hard(self._part) and not learner.recipe.compile and team().size == 1
-        self._numbered = _numbered(learner.model) if is_possible else None
+        self._is_possible = is_hard(self._part) and not learner.recipe.compile and team().size == 1
 
     def l_step(self, steps: int, penalty: Penalty, plan: Mapping[str, Any], facts: Facts) -> float:
         """Takes gradient steps under ``penalty``, see `Learner.l_step`.
@@ -86,7 +85,7 @@ class Shrunk:
             tensor.data = slices.of(name, before[name])
         smaller = learner.of(channels_last(model))
         _hand_over(learner.descent, smaller.descent, slices.of)
-        loss = smaller.l_step(steps, penalty.within(slices.positions))
+        loss = smaller.l_step(steps, penalty.within(slices.of))
         for name, tensor in after.items():
             slices.put(name, tensor, before[name])
 
@@ -100,22 +99,21 @@ class Shrunk:
 
     def _left(self, plan: Mapping[str, Any], facts: Facts) -> tuple[nn.Module, Slices] | None:
         """The network without what is gone; None where it is no smaller, or does not consist of slices."""
-        if self._numbered is None:
+        if not self._is_possible:
             return None
         if self._is_composed:
             plan, facts = plan["parts"][0], facts[0]
-        model = self._part.realize(self._numbered, Theta({}, {}, 0, plan), facts)
-        whole, found = _tensors(self._learner.model), _tensors(model)
-        if not found.keys() <= whole.keys():
-            return None
-        is_number = {name: t.is_floating_point() for name, t in whole.items()}
-        positions = {name: t.detach().long() for name, t in found.items() if is_number[name]}
-        are_slices = all(
-            _is_slice(positions[name], t, whole[name]) if is_number[name] else t.shape == whole[name].shape
-            for name, t in found.items()
-        )
-        is_smaller = any(at.numel() < whole[name].numel() for name, at in positions.items())
-        return (model, Slices(positions)) if are_slices and is_smaller else None
+        model = self._part.realize(_numbered(self._learner.model), Theta({}, {}, 0, plan), facts)
+        whole, kept, is_smaller = _tensors(self._learner.model), {}, False
+        for name, numbers in _tensors(model).items():
+            if name not in whole or numbers.dim() != whole[name].dim():
+                return None
+            if whole[name].is_floating_point():
+                if (found := _slice(numbers.detach(), whole[name].shape)) is None:
+                    return None
+                kept[name] = found
+            is_smaller |= numbers.shape != whole[name].shape
+        return (model, Slices(kept)) if is_smaller else None
 
 
 def _numbered(model: nn.Module) -> nn.Module:
@@ -123,14 +121,22 @@ def _numbered(model: nn.Module) -> nn.Module:
     numbered = copy.deepcopy(model)
     for t in _tensors(numbered).values():
         if t.is_floating_point():
-            t.data = torch.arange(t.numel(), dtype=torch.float64, device=t.device).view(t.shape)
+            dtype = torch.float32 if t.numel() <= EXACT else torch.float64
+            t.data = torch.arange(t.numel(), dtype=dtype, device=t.device).view(t.shape)
     return numbered
 
 
-def _is_slice(positions: Tensor, numbers: Tensor, whole: Tensor) -> bool:
-    """Whether numbers are positions in the whole, in their order."""
-    is_rising = bool((positions.flatten().diff() > 0).all())
-    return is_rising and torch.equal(positions.double(), numbers) and bool((positions < whole.numel()).all())
+def _slice(numbers: Tensor, shape: torch.Size) -> tuple[Tensor, ...] | None:
+    """The indices along each dimension, of positions in a tensor of this shape; None where they are no slice."""
+    positions, kept, expected = numbers.long(), [], torch.zeros((), dtype=torch.long, device=numbers.device)
+    for dim, size in enumerate(shape):
+        stride = math.prod(shape[dim + 1 :])
+        indices = positions.movedim(dim, 0).reshape(positions.shape[dim], -1)[:, 0] // stride % size
+        if (indices.diff() <= 0).any():
+            return None
+        kept.append(indices)
+        expected = expected.unsqueeze(-1) + indices * stride
+    return tuple(kept) if torch.equal(expected.to(numbers.dtype), numbers) else None
 
 
 def _tensors(model: nn.Module) -> Weights:

@@ -3,8 +3,8 @@
     python tests/benchmarks/default_job.py [SEEDS [SCHEME ...]]
 
 Promised on two CPU cores: the search finds density 0.04 or less by StructPrune, in at most 60 s of wall time, and
-0.02 or less by Prune, with at most 1 point lost on val. The answer, beside it with its drops, is a denser trial where
-that one is certified and what the search found is not, which 450 test samples decide.
+0.02 or less by Prune, with at most 1 point lost on val. The answer, beside it with its drops, is a denser trial
+where that one is certified and what the search found is not, which 450 test samples decide.
 """
 
 import json
