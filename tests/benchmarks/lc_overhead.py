@@ -7,8 +7,8 @@ takes the processor time of what plain training does not do: penalty and running
 step, C steps with their multipliers, and what begins and ends a recovery. All the rest of the same minutes is the
 plain training that it is compared with, so that what else the machine does falls on both alike; the pass that
 calibrates BatchNorm is not counted, as whoever trains has it. The polish trains the masked network here: steps on
-the one without what is gone, as they are otherwise, would not be plain training. Prints milliseconds and the overhead
-over the default budget, in which the beginning and the end come once; exits with 1 where it exceeds 10%.
+the one without what is gone, as they are otherwise, would not be plain training. Prints milliseconds and the
+overhead over the default budget, in which the beginning and the end come once; exits with 1 where it exceeds 10%.
 
 With fewer than the 84 steps that are the default, what the first C steps pay for fresh memory counts too much.
 """
