@@ -104,6 +104,7 @@ class Swapped:
     """A scheme whose realized network has a layer's channels in another order: no slice of it."""
 
     hard = True
+    takes_density = True
 
     def __init__(self, inner: Scheme) -> None:
         self.inner = inner
@@ -131,3 +132,4 @@ def test_what_cannot_be_told_to_be_a_part_of_the_network_is_trained_masked(tiny_
     assert not is_shrunk(scheme, LearningCompression(steps=9, mu=math.inf, compile=True))
     assert not is_shrunk(Swapped(scheme))  # type: ignore[arg-type]
     assert not is_shrunk(parse_scheme("Prune"))
+    assert not is_shrunk(parse_scheme("Quantize8"))  # hard, but it removes nothing

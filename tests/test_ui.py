@@ -108,7 +108,9 @@ def test_a_damaged_database_is_refused_at_once(tmp_path):
 
 
 def test_a_taken_port_is_refused(tmp_path):
-    Tracker(tmp_path, "digits").flush()
+    tracker = Tracker(tmp_path, "digits")
+    tracker.start("study", {})
+    tracker.finish()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

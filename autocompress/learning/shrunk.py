@@ -63,7 +63,8 @@ class Shrunk:
 
     def __init__(self, scheme: Scheme, learner: Learner) -> None:
         self._learner, self._part, self._is_composed = learner, parts_of(scheme)[0], isinstance(scheme, Compose)
-        self._is_possible = is_hard(self._part) and not learner.recipe.compile and team().size == 1
+        may_shrink = is_hard(self._part) and self._part.takes_density
+        self._is_possible = may_shrink and not learner.recipe.compile and team().size == 1
 
     def l_step(self, steps: int, penalty: Penalty, plan: Mapping[str, Any], facts: Facts) -> float:
         """Takes gradient steps under ``penalty``, see `Learner.l_step`.
