@@ -73,8 +73,8 @@ def polish(
     penalty, plan, left = frozen(scheme, theta), theta.plan, Shrunk(scheme, learner)
     del theta  # a copy of the weights
     learner.descent.remembers = False  # what is kept does not depend on gradients any more
-    left.l_step(round(LOOK * learner.descent.steps_left), penalty, plan, facts)
     if hopeless is not None:
+        left.l_step(round(LOOK * learner.descent.steps_left), penalty, plan, facts)
         recalibrate_batchnorm(learner.model, task.train)
         if hopeless(learner.model):
             return LOOK

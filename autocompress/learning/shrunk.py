@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autocompress.learning.learner import Learner, Penalty
 from autocompress.learning.ranks import team
 from autocompress.learning.training import Descent
-from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, is_hard, parts_of
+from autocompress.scheme import Facts, Scheme, Theta, Weights, is_hard, parts_of, realize_by_part
 from autocompress.task import channels_last
 
 EXACT = 2**24  # whole numbers up to which float32 has them all
@@ -62,8 +62,9 @@ class Shrunk:
     """
 
     def __init__(self, scheme: Scheme, learner: Learner) -> None:
-        self._learner, self._part, self._is_composed = learner, parts_of(scheme)[0], isinstance(scheme, Compose)
-        may_shrink = is_hard(self._part) and self._part.takes_density
+        self._learner, self._scheme = learner, scheme
+        first = parts_of(scheme)[0]
+        may_shrink = is_hard(first) and first.takes_density
         self._is_possible = may_shrink and not learner.recipe.compile and team().size == 1
 
     def l_step(self, steps: int, penalty: Penalty, plan: Mapping[str, Any], facts: Facts) -> float:
@@ -102,9 +103,8 @@ class Shrunk:
         """The network without what is gone; None where it is no smaller, or does not consist of slices."""
         if not self._is_possible:
             return None
-        if self._is_composed:
-            plan, facts = plan["parts"][0], facts[0]
-        model = self._part.realize(_numbered(self._learner.model), Theta({}, {}, 0, plan), facts)
+        numbered, theta = _numbered(self._learner.model), Theta({}, {}, 0, plan)
+        _, model = next(realize_by_part(self._scheme, numbered, theta, facts))
         whole, kept, is_smaller = _tensors(self._learner.model), {}, False
         for name, numbers in _tensors(model).items():
             if name not in whole or numbers.dim() != whole[name].dim():
