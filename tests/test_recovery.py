@@ -112,6 +112,24 @@ def test_gradual_pruning_never_revives_a_weight(tiny_task: Task) -> None:
         assert not (earlier & ~later).any()
 
 
+@pytest.mark.parametrize("scheme", ["Prune", "StructPrune"])
+def test_gradients_are_those_of_the_pruned_weights(
+    tiny_task: Task, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    kept: list[int] = []
+    loss = Learner._loss
+
+    def counting(learner: Learner, *batch: Tensor) -> Tensor:
+        kept.append(sum(int(w.count_nonzero()) for w in learner.weights.values()))
+        return loss(learner, *batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Learner, "_loss", counting)
+    recovered(make_recovery("gradual", steps=12, c_steps=3), parse_scheme(scheme), 0.3, tiny_task)
+    falling = list(dict.fromkeys(kept))
+    assert kept == [n for n, times in zip(falling, (2, 2, 8), strict=True) for _ in range(times)]
+    assert falling == sorted(falling, reverse=True) and falling[0] < count_params(tiny_task.model)
+
+
 def test_one_shot_prunes_what_was_smallest_in_the_dense_model(tiny_task: Task) -> None:
     weights = {name: p.detach() for name, p in tiny_task.model.named_parameters()}
     facts = Prune().analyze(tiny_task.model, tiny_task.example_input)

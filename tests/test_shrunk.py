@@ -68,7 +68,16 @@ def test_steps_on_what_is_left_are_steps_on_the_masked_network(
     torch.testing.assert_close(smaller.model(x), masked.model(x))
 
 
-@pytest.mark.parametrize("spec", ["StructPrune", "FilterPrune", "StructPrune + Quantize16"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "StructPrune",
+        "FilterPrune",
+        "StructPrune + Quantize16",
+        "StructPrune(criterion=obd)",
+        "StructPrune(criterion=taylor)",
+    ],
+)
 def test_a_recovery_is_quicker_and_comes_to_the_same(
     spec: str, tiny_task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ one does: gradient steps on it are the same but for rounding, and cost what is l
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from autocompress.learning.learner import Learner, Penalty
 from autocompress.learning.ranks import team
-from autocompress.learning.training import Descent
 from autocompress.scheme import Facts, Scheme, Theta, Weights, is_hard, parts_of, realize_by_part
 from autocompress.task import channels_last
 
@@ -77,16 +76,18 @@ class Shrunk:
             facts: What the scheme found out about the network.
         """
         learner = self._learner
-        left = self._left(plan, facts) if math.isinf(penalty.mu) else None
+        is_hard = math.isinf(penalty.mu)
+        if is_hard:
+            penalty.apply(learner.weights, lr=1.0)
+        left = self._left(plan, facts) if is_hard else None
         if left is None:
             return learner.l_step(steps, penalty)
         model, slices = left
-        penalty.apply(learner.weights, lr=1.0)
         before, after = _tensors(learner.model), _tensors(model)
         for name, tensor in after.items():
             tensor.data = slices.of(name, before[name])
         smaller = learner.of(channels_last(model))
-        _hand_over(learner.descent, smaller.descent, slices.of)
+        smaller.descent.take_over(learner.descent, slices.of)
         loss = smaller.l_step(steps, penalty.within(slices.of))
         for name, tensor in after.items():
             slices.put(name, tensor, before[name])
@@ -96,7 +97,7 @@ class Shrunk:
             slices.put(name, part, found)
             return found
 
-        _hand_over(smaller.descent, learner.descent, whole)
+        learner.descent.take_over(smaller.descent, whole)
         return loss
 
     def _left(self, plan: Mapping[str, Any], facts: Facts) -> tuple[nn.Module, Slices] | None:
@@ -143,10 +144,3 @@ def _slice(numbers: Tensor, shape: torch.Size) -> tuple[Tensor, ...] | None:
 def _tensors(model: nn.Module) -> Weights:
     """The parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _hand_over(one: Descent, other: Descent, fitted: Callable[[str, Tensor], Tensor]) -> None:
-    """Has another optimizer go on where one is, with what it keeps of each parameter, by name, made to fit."""
-    state = {entry: fitted(entry.partition("/")[2], t) for entry, t in one.state_dict().items()}
-    other.load_state_dict(state, one.taken, one.slowed)
-    other.remembers = one.remembers

@@ -181,9 +181,9 @@ class Descent:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], taken: int, slowed: float) -> None:
-        """Goes on where another optimizer was when it gave its `state_dict`."""
+        """Goes on where another optimizer was when it gave its `state_dict`; means of gradients stay asked for."""
         self.taken, self.slowed = taken, slowed
-        self._moments = {}
+        self._moments = {power: {} for power in self._moments}
         for entry, value in state.items():
             key, name = entry.split("/", 1)
             p = self._named[name]
@@ -191,6 +191,19 @@ class Descent:
                 self.gradient_moments(int(key[-1]))[name] = value.to(p.device).clone()
             else:
                 self._optimizer.state[p][key] = value.clone() if value.dim() == 0 else value.to(p.device).clone()
+
+    def take_over(self, other: "Descent", fitted: Callable[[str, Tensor], Tensor]) -> None:
+        """Goes on where another optimizer is, with the means of gradients that were asked of it.
+
+        Args:
+            other: The other one.
+            fitted: Makes what it keeps of a parameter, by the parameter's name, fit the one here.
+        """
+        for power in other._moments:
+            self.gradient_moments(power)
+        state = {entry: fitted(entry.partition("/")[2], t) for entry, t in other.state_dict().items()}
+        self.load_state_dict(state, other.taken, other.slowed)
+        self.remembers = other.remembers
 
 
 def fit(model: nn.Module, split: Split, loss: Loss, *, epochs: float, lr: float, seed: int) -> None:
