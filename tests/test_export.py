@@ -362,47 +362,90 @@ def test_a_process_that_dies_is_reported(tmp_path, monkeypatch, from_nothing):
     crash.write_text("raise SystemExit('no memory left')")
     monkeypatch.setattr(parity, "__file__", str(crash))
     with parity.FreshProcess(tmp_path, [np.zeros(1)]) as process:
-        process._process.wait()
+        process._python._process.wait()
         process.start("pt2", tmp_path / "model.pt2")
         answers = process.finish(["pt2"])
     assert answers == {"pt2": "the process that ran it died with code 1: no memory left"}
 
 
-def test_a_process_that_waits_is_used_once_and_not_when_it_has_died(tmp_path, monkeypatch):
+QUICK = """
+import json, os, pathlib, sys
+for line in sys.stdin:
+    match json.loads(line):
+        case str(said):
+            folder = pathlib.Path(said)
+        case [name, _] | {"format": name}:
+            (folder / "said").write_text(str(os.getpid()))
+            (folder / "said").replace(folder / f"{name}.error")
+"""  # answers who it is, without the imports of the real one
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Fresh processes that answer who they are, and none that waits."""
     monkeypatch.setattr(parity, "_waiting", [])
-    script = tmp_path / "quick.py"  # without the imports of the real one; it answers who it is
-    script.write_text(
-        "import json, os, pathlib, sys\nfor line in sys.stdin:\n    what = json.loads(line)\n"
-        "    if isinstance(what, str): folder = pathlib.Path(what)\n"
-        "    else:\n        (folder / 'said').write_text(str(os.getpid()))\n"
-        "        (folder / 'said').replace(folder / f'{what[0]}.error')\n"
-    )
+    script = tmp_path / "quick.py"
+    script.write_text(QUICK)
     monkeypatch.setattr(parity, "__file__", str(script))
+    yield
+    for python in parity._waiting:
+        python.end()
 
-    def who_runs() -> str:
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        with parity.FreshProcess(folder, [np.zeros(1)]) as process:
-            process.start("pt2", tmp_path / "model.pt2")
-            return process.finish(["pt2"])["pt2"]
 
-    for _ in range(2):  # one is enough
-        parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
-    ((kept, _),) = parity._waiting
-    assert who_runs() == str(kept._process.pid) != who_runs()
-    parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
-    ((kept, _),) = parity._waiting
-    kept._process.kill()
-    while kept._process.poll() is None:
+def have_waiting(folder) -> int:
+    """Has a process wait; the number of the one that does."""
+    parity.have_waiting(folder, {"pt2": folder / "model.pt2"}, [np.zeros(1)])
+    (python,) = [one for one in parity._waiting if not one.knows]
+    return python._process.pid
+
+
+def who_runs(folder) -> tuple[int, int]:
+    """The processes that run a file and, after it, a call."""
+    with parity.FreshProcess(Path(tempfile.mkdtemp(dir=folder)), [np.zeros(1)]) as process:
+        process.start("pt2", folder / "model.pt2")
+        process.start_call("safetensors", b"")
+        answers = process.finish(["pt2", "safetensors"])
+    return int(answers["pt2"]), int(answers["safetensors"])
+
+
+def test_processes_wait_for_one_export_after_the_other(tmp_path, quick):
+    first = have_waiting(tmp_path)
+    assert have_waiting(tmp_path) == first  # one is enough
+    assert who_runs(tmp_path) == (first, first)
+    second = have_waiting(tmp_path)  # the first may have imported autocompress
+    assert second != first
+    assert who_runs(tmp_path) == who_runs(tmp_path) == (second, first)
+    assert have_waiting(tmp_path) == second
+
+
+def test_a_process_that_nobody_has_wait_is_ended(tmp_path, quick):
+    (first, _), (second, _) = who_runs(tmp_path), who_runs(tmp_path)
+    assert first != second and not parity._waiting
+
+
+def test_a_process_that_died_or_is_stuck_while_it_waited_is_not_used(tmp_path, quick, monkeypatch):
+    died = have_waiting(tmp_path)
+    (python,) = parity._waiting
+    python._process.kill()
+    while python.is_alive:
         time.sleep(0.01)
-    assert who_runs().isdigit() and not parity._waiting
+    assert died not in who_runs(tmp_path) and not parity._waiting
     stuck = tmp_path / "stuck.py"
     stuck.write_text("import sys\nfor line in sys.stdin:\n    pass\n")
     with monkeypatch.context() as context:
         context.setattr(parity, "__file__", str(stuck))
-        parity.have_waiting(tmp_path, {"pt2": tmp_path / "model.pt2"}, [np.zeros(1)])
-    ((kept, _),) = parity._waiting
+        have_waiting(tmp_path)
+    (python,) = parity._waiting
     monkeypatch.setattr(parity, "GETS_READY_S", 0.1)
-    assert who_runs() != str(kept._process.pid) and kept._process.poll() is not None
+    assert python._process.pid not in who_runs(tmp_path) and not python.is_alive
+
+
+def test_a_process_that_has_not_answered_does_not_wait_again(tmp_path, quick):
+    waiting = have_waiting(tmp_path)
+    with pytest.raises(KeyboardInterrupt), parity.FreshProcess(tmp_path, [np.zeros(1)]) as process:
+        process._python.ask("onnx", 0)  # to which it says nothing
+        raise KeyboardInterrupt
+    assert not parity._waiting and have_waiting(tmp_path) != waiting
 
 
 def test_a_file_that_cannot_be_loaded_is_reported(tmp_path):

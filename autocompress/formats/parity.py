@@ -25,7 +25,7 @@ Arrays: TypeAlias = list[NDArray[Any]]
 Run: TypeAlias = Callable[[Arrays], Arrays]
 
 TIMEOUT_S = 300.0
-GETS_READY_S = 60.0  # in which a process that waits must have run what it runs first, or another is started
+GETS_READY_S = 60.0  # in which a process that waits must have run what it was asked, or another is started
 ENDINGS = ANSWERS, ERROR, UNDELIVERED = ".npz", ".error", ".undelivered"  # of the files that come back
 
 # ONNX Runtime's telemetry would leave files in the home directory; its import reads either name.
@@ -49,25 +49,22 @@ class FreshProcess:
 
     def __init__(self, folder: Path, inputs: Sequence[NDArray[Any]]) -> None:
         self._folder = folder
+        self._runs: dict[str, _Python] = {}  # who runs what, by format
         save_arrays(folder / "inputs.npz", inputs)
 
     def __enter__(self) -> Self:
-        return self.begin()
+        self._python = _taken() or _Python()
+        self._python.serve(self._folder)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._said.close()
-
-    def begin(self) -> Self:
-        """Starts the process, or takes the one that waits."""
-        self._process, self._said = _taken() or _started()
-        self._say(str(self._folder))
-        return self
+        for python in {self._python, *self._runs.values()}:
+            python.wait_again()
 
     def start(self, format: str, file: Path) -> None:
         """Has ``file`` loaded and run on the inputs; returns at once."""
-        self._say([format, str(file)])
+        self._runs[format] = self._python
+        self._python.ask(format, [format, str(file)])
 
     def start_call(self, format: str, call: bytes) -> None:
         """Has a pickled ``(function, arguments)`` called with the inputs, which are its last argument.
@@ -76,77 +73,139 @@ class FreshProcess:
         after it is not known to run without.
         """
         (self._folder / f"{format}.call").write_bytes(call)
-        self._say({"format": format, "path": sys.path})
-
-    def _say(self, what: object) -> None:
-        assert self._process.stdin is not None
-        # A process that has died is reported by `finish`, with what it said last.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(what) + "\n")
-            self._process.stdin.flush()
+        if (python := _taken(knowing=True)) is not None:
+            python.serve(self._folder)
+        else:
+            python = self._python
+        python.knows = True
+        self._runs[format] = python
+        python.ask(format, {"format": format, "path": sys.path})
 
     def finish(self, formats: Sequence[str]) -> dict[str, Arrays | str]:
         """Waits; for each format its outputs, one array per input, or in one line why there are none."""
-        if not formats:
-            return {}
-        lost = f"it had not answered after {TIMEOUT_S:.0f} s"
-        if not self._has_answered(formats, TIMEOUT_S) and not self._is_alive:
-            self._said.seek(0)
-            died = f"the process that ran it died with code {self._process.returncode}"
-            lost = f"{died}: {_last_line(self._said.read().decode(errors='replace'))}"
-        return {format: self._outcome(format, lost) for format in formats}
+        end = time.monotonic() + TIMEOUT_S
+        return {format: self._outcome(format, end) for format in formats}
 
-    @property
-    def _is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def _has_answered(self, formats: Sequence[str], timeout_s: float) -> bool:
-        """Waits for all of these, or for the process's end; whether they are there."""
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            ended = not self._is_alive  # asked first: it may answer just before
-            if all(any((self._folder / f"{format}{ending}").exists() for ending in ENDINGS) for format in formats):
-                return True
-            if ended:
-                break
-            time.sleep(0.01)
-        return False
-
-    def _outcome(self, format: str, lost: str) -> Arrays | str:
+    def _outcome(self, format: str, end: float) -> Arrays | str:
+        python = self._runs[format]
+        python.has_answered([format], end - time.monotonic())
         if (answers := self._folder / f"{format}{ANSWERS}").exists():
             return load_arrays(answers)
         for ending, kind in ((ERROR, str), (UNDELIVERED, Undelivered)):
             if (said := self._folder / f"{format}{ending}").exists():
                 return kind(said.read_text(encoding="utf-8"))
-        return lost
+        return python.last_words or f"it had not answered after {TIMEOUT_S:.0f} s"
 
 
-_waiting: list[tuple[FreshProcess, tuple[str, ...]]] = []  # with what they run first; they end with this process
+class _Python:
+    """A process that runs what it is told to.
+
+    Args:
+        waits: Whether it waits for another export when it is done with one.
+
+    Attributes:
+        knows: Whether it may have imported autocompress: then it tells nothing of what runs without.
+    """
+
+    def __init__(self, *, waits: bool = False) -> None:
+        self.knows, self._waits = False, waits
+        self._process, self._said = _started()
+
+    def serve(self, folder: Path) -> None:
+        """Has what follows exchanged in this folder, where the inputs are."""
+        self._folder: Path = folder
+        self._asked: list[str] = []
+        self._say(str(folder))
+
+    def ask(self, format: str, what: object) -> None:
+        """Has it run something; the answer will be of this name."""
+        self._asked.append(format)
+        self._say(what)
+
+    def _say(self, what: object) -> None:
+        assert self._process.stdin is not None
+        # Of one that has died there are `last_words`.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def last_words(self) -> str:
+        """How it has ended, in one line; empty where it has not."""
+        if self.is_alive:
+            return ""
+        self._said.seek(0)
+        said = _last_line(self._said.read().decode(errors="replace"))
+        return f"the process that ran it died with code {self._process.returncode}: {said}"
+
+    def has_answered(self, formats: Sequence[str], timeout_s: float) -> bool:
+        """Waits for all of these, or for its end; whether they are there."""
+        end = time.monotonic() + timeout_s
+        while True:
+            ended = not self.is_alive  # asked first: it may answer just before
+            if all(any((self._folder / f"{format}{ending}").exists() for ending in ENDINGS) for format in formats):
+                return True
+            if ended or time.monotonic() >= end:
+                return False
+            time.sleep(0.01)
+
+    def is_ready(self, timeout_s: float) -> bool:
+        """Waits for all that it was asked; whether it can be asked for more."""
+        return self.has_answered(self._asked, timeout_s) and self.is_alive
+
+    def wait_again(self) -> None:
+        """Lets it wait for the next export, or ends it."""
+        if self._waits and self.is_ready(0):
+            _waiting.append(self)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """Ends it, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+
+_waiting: list[
+    _Python
+] = []  # one that knows autocompress and one that does not, at most; they end with this process
 
 
 def have_waiting(folder: Path, files: Mapping[str, Path], inputs: Sequence[NDArray[Any]]) -> None:
-    """Sees to it that a process waits for the next `FreshProcess`, and runs something first. Returns at once.
+    """Sees to it that a process waits for the next `FreshProcess`, and has run something first. Returns at once.
+
+    It waits again after each export. What runs without autocompress is never asked of one that has imported it:
+    there are two of them in the end.
 
     Args:
         folder: In which the two exchange what goes again.
         files: What it runs, by format.
         inputs: On what, as for `FreshProcess`.
     """
-    if any(one._is_alive for one, _ in _waiting):
+    if any(one.is_alive and not one.knows for one in _waiting):
         return
-    waiting = FreshProcess(Path(tempfile.mkdtemp(dir=folder)), inputs).begin()
+    exchange = Path(tempfile.mkdtemp(dir=folder))
+    save_arrays(exchange / "inputs.npz", inputs)
+    python = _Python(waits=True)
+    python.serve(exchange)
     for format, file in files.items():
-        waiting.start(format, file)
-    _waiting.append((waiting, tuple(files)))
+        python.ask(format, [format, str(file)])
+    _waiting.append(python)
 
 
-def _taken() -> tuple[subprocess.Popen[str], IO[bytes]] | None:
-    """One of `_waiting`, once it has run what it runs first, and unless it has died there."""
-    while _waiting:
-        one, formats = _waiting.pop()
-        if one._has_answered(formats, GETS_READY_S) and one._is_alive:
-            return one._process, one._said
-        one.__exit__()
+def _taken(*, knowing: bool = False) -> _Python | None:
+    """One of `_waiting`, once it has run what it was asked, and unless it has died there."""
+    for one in [one for one in _waiting if one.knows == knowing]:
+        _waiting.remove(one)
+        if one.is_ready(GETS_READY_S):
+            return one
+        one.end()
     return None
 
 
@@ -225,7 +284,8 @@ RUNNERS: Mapping[str, Callable[[Path, Arrays], Arrays]] = {
 
 def received(call: Path, path: list[str]) -> Run:
     """The call in a file, from here on with autocompress and with this module search path."""
-    sys.modules.pop("autocompress", None)
+    if sys.modules.get("autocompress", main) is None:  # it was blocked
+        del sys.modules["autocompress"]
     sys.path[:] = path
     function, arguments = pickle.loads(call.read_bytes())
     return partial(function, *arguments)
