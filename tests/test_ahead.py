@@ -95,6 +95,22 @@ def test_other_answers_wait_until_the_process_is_idle(tmp_path: Path, make_spec:
     folder.close()
 
 
+def test_the_folder_of_what_is_under_way_stays(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    ahead = Ahead(Aside(), None, folder)  # type: ignore[arg-type]  # no task: nothing is made
+    runs, waits, is_done = Future[Any](), Future[Any](), Future[Any]()
+    runs.set_running_or_notify_cancel()
+    is_done.set_result(None)
+    for number, future in enumerate((runs, waits, is_done)):
+        ahead._staged[number] = Begun(future, lambda: None, lambda: None)
+        ahead._files_of(number).mkdir(parents=True)
+    ahead.keep([])
+    assert waits.cancelled() and [ahead._files_of(number).exists() for number in range(3)] == [True, False, False]
+    ahead.close()
+    assert not folder.ahead.exists()
+    folder.close()
+
+
 def test_those_who_share_a_study_do_not_share_what_they_make_ahead(tmp_path: Path) -> None:
     alone, shared = StudyFolder(tmp_path / "alone"), StudyFolder(tmp_path / "shared", shared=True)
     assert alone.ahead.name == ".ahead"  # so that the next run finds what a killed one has left

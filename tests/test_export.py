@@ -400,8 +400,11 @@ def have_waiting(folder) -> int:
 
 
 def who_runs(folder) -> tuple[int, int]:
-    """The processes that run a file and, after it, a call."""
-    with parity.FreshProcess(Path(tempfile.mkdtemp(dir=folder)), [np.zeros(1)]) as process:
+    """The processes that run a file and, after it, a call; what they have exchanged is removed."""
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as exchange,
+        parity.FreshProcess(Path(exchange), [np.zeros(1)]) as process,
+    ):
         process.start("pt2", folder / "model.pt2")
         process.start_call("safetensors", b"")
         answers = process.finish(["pt2", "safetensors"])

@@ -161,6 +161,7 @@ class _Python:
     def wait_again(self) -> None:
         """Lets it wait for the next export, or ends it."""
         if self._waits and self.is_ready(0):
+            self._asked = []  # what it has answered may be removed
             _waiting.append(self)
         else:
             self.end()

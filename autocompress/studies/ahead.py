@@ -67,8 +67,10 @@ class Ahead:
     def keep(self, numbers: Collection[int]) -> None:
         """Gives up the files of all trials but these."""
         for number in self._staged.keys() - numbers:
-            self._staged.pop(number).cancel()
-            shutil.rmtree(self._files_of(number), ignore_errors=True)
+            begun = self._staged.pop(number)
+            begun.cancel()
+            if begun.is_done:  # one that runs would wait in vain for answers that come in its folder
+                shutil.rmtree(self._files_of(number), ignore_errors=True)
 
     def stage(self, answer: Answer) -> None:
         """Has the files of what may be the answer written and checked, unless that has begun."""
