@@ -192,7 +192,7 @@ class Task:
     def example_input(self) -> Tensor:
         """One validation sample as a batch of shape ``(1, ...)``."""
         x, _ = next(self.val.batches())
-        return x[:1]
+        return x[:1].clone()  # a view would keep the whole batch, and take it along to other processes
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Runs ``model`` in eval mode over ``split``, on the model's device, and scores it."""

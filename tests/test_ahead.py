@@ -106,6 +106,10 @@ def test_the_folder_of_what_is_under_way_stays(tmp_path: Path) -> None:
         ahead._files_of(number).mkdir(parents=True)
     ahead.keep([])
     assert waits.cancelled() and [ahead._files_of(number).exists() for number in range(3)] == [True, False, False]
+    assert ahead.has(0) and not ahead.has(1)  # it is not begun a second time beside itself
+    runs.set_result(None)
+    ahead.keep([])
+    assert not ahead.has(0) and not ahead._files_of(0).exists()
     ahead.close()
     assert not folder.ahead.exists()
     folder.close()

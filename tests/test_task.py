@@ -195,7 +195,9 @@ def test_device_of_a_model_without_parameters() -> None:
 
 def test_example_input_is_one_validation_sample() -> None:
     val = (torch.full((5, 3), 7.0), torch.zeros(5, dtype=torch.long))
-    assert Task(nn.Linear(3, 2), data(), val, data()).example_input.tolist() == [[7.0, 7.0, 7.0]]
+    example = Task(nn.Linear(3, 2), data(), val, data()).example_input
+    assert example.tolist() == [[7.0, 7.0, 7.0]]
+    assert example.untyped_storage().nbytes() == example.nbytes  # the rest of the batch is not kept with it
 
 
 class Pair(nn.Module):

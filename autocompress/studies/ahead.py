@@ -1,8 +1,11 @@
 """What the end of a study needs, made while its trials run, in the process beside it."""
 
+import functools
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from autocompress.disk.storage import StudyFolder
 from autocompress.export import Staged, export_dense, have_checker, stage
@@ -45,15 +48,20 @@ class Ahead:
             answer_of: What such a trial is made of, where its weights are whole.
         """
         self.keep(candidates)
-        example = self.task.example_input.cpu()
         if self._exported is None:
-            self._exported = self.aside.begin(export_dense, self.task.on("cpu").model, example, self._dense)
+            model = self.task.on("cpu").model
+            self._exported = self.aside.begin(export_dense, model, self._example, self._dense)
         for nth, number in enumerate(candidates):
             if not self.has(number) and (nth == 0 or self._is_idle) and (found := answer_of(number)):
                 self.stage(found)
-                self.aside.begin(have_checker, self._dense, example)  # for what is staged next
+                self.aside.begin(have_checker, self._dense, self._example)  # for what is staged next
         if self._rehearsed is None and candidates:  # before, it would draw nothing
             self._rehearsed = self.aside.begin(write_report, self._study, ours=True, into=self._dense)
+
+    @functools.cached_property
+    def _example(self) -> Tensor:
+        """A batch of one sample, which is read from the data once."""
+        return self.task.example_input.cpu()
 
     @property
     def _is_idle(self) -> bool:
@@ -67,16 +75,17 @@ class Ahead:
     def keep(self, numbers: Collection[int]) -> None:
         """Gives up the files of all trials but these."""
         for number in self._staged.keys() - numbers:
-            begun = self._staged.pop(number)
+            begun = self._staged[number]
             begun.cancel()
-            if begun.is_done:  # one that runs would wait in vain for answers that come in its folder
+            if begun.is_done:  # one that runs goes on: without its folder it would wait for answers in vain
+                del self._staged[number]
                 shutil.rmtree(self._files_of(number), ignore_errors=True)
 
     def stage(self, answer: Answer) -> None:
         """Has the files of what may be the answer written and checked, unless that has begun."""
-        task, trial = self.task.on("cpu"), answer.trial
-        if self.has(trial.number):
+        if self.has(answer.trial.number):
             return
+        task, trial = self.task.on("cpu"), answer.trial
         provenance = Provenance(
             scheme=describe(answer.scheme),
             plan=trial.plan,
@@ -90,7 +99,7 @@ class Ahead:
         self._staged[trial.number] = self.aside.begin(
             stage,
             answer.rebuilt(self.task.model).cpu(),
-            task.example_input.cpu(),
+            self._example,
             self._files_of(trial.number),
             provenance,
             dense=task.model,
