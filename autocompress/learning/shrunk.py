@@ -114,6 +114,8 @@ class Shrunk:
                 if (found := _slice(numbers.detach(), whole[name].shape)) is None:
                     return None
                 kept[name] = found
+            elif not torch.equal(numbers, whole[name]):  # of other channels, for instance
+                return None
             is_smaller |= numbers.shape != whole[name].shape
         return (model, Slices(kept)) if is_smaller else None
 
