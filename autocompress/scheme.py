@@ -279,14 +279,20 @@ def parts_of(scheme: Scheme) -> tuple[Scheme, ...]:
     return scheme.parts if isinstance(scheme, Compose) else (scheme,)
 
 
+def by_part(scheme: Scheme, theta: Theta, facts: Facts) -> list[tuple[Scheme, Theta, Facts]]:
+    """Each part of a composition with θ under its plan and with its facts, or the scheme itself with both."""
+    if not isinstance(scheme, Compose):
+        return [(scheme, theta, facts)]
+    thetas = [replace(theta, plan=plan) for plan in theta.plan["parts"]]
+    return list(zip(scheme.parts, thetas, facts, strict=True))
+
+
 def realize_by_part(
     scheme: Scheme, model: nn.Module, theta: Theta, facts: Facts
 ) -> Iterator[tuple[Scheme, nn.Module]]:
     """Realizes like `Scheme.realize`, and yields the model after each part of a composition."""
-    composed = isinstance(scheme, Compose)
-    plans = theta.plan["parts"] if composed else [theta.plan]
-    for part, part_facts, plan in zip(parts_of(scheme), facts if composed else [facts], plans, strict=True):
-        model = part.realize(model, replace(theta, plan=plan), part_facts)
+    for part, planned, part_facts in by_part(scheme, theta, facts):
+        model = part.realize(model, planned, part_facts)
         yield part, model
 
 

@@ -17,7 +17,7 @@ from autocompress import schemes
 from autocompress.gauges.macs import count_params
 from autocompress.lc import LearningCompression, c_step, residual
 from autocompress.learning.learner import IN_CACHE, Learner, Penalty
-from autocompress.learning.polish import free_entries, freeze, frozen
+from autocompress.learning.polish import free_entries, freeze, frozen, polish_stored
 from autocompress.learning.state import Recovered, State
 from autocompress.learning.training import Optimizer, n_steps
 from autocompress.scheme import Compose, Facts, Scheme, Theta
@@ -482,6 +482,20 @@ def test_factors_are_trained_in_the_polish(tiny_task: Task, scheme: Scheme) -> N
     masked = masked_model(scheme, model, found.theta)
     realized = scheme.realize(masked, found.theta, facts)
     torch.testing.assert_close(realized.eval()(x), masked.eval()(x), rtol=0, atol=scheme.tolerance * 10)
+
+
+def test_factors_are_trained_at_the_learning_rate_that_is_left(tiny_task: Task) -> None:
+    """Also where it has fallen for good, after a gradient that was not finite."""
+    learner = Learner(LearningCompression(steps=8), copy.deepcopy(tiny_task.model), tiny_task, 0)
+    scheme = LowRank()
+    facts = scheme.analyze(tiny_task.model, tiny_task.example_input)
+    theta = freeze(scheme, learner.weights, 0.6, facts)
+    for slowed, is_trained in ((0.0, False), (1.0, True)):
+        learner.descent.taken, learner.descent.slowed = 4, slowed
+        polish_stored(scheme, learner, theta, facts, tiny_task, 0)
+        found = scheme.delta(theta)
+        assert learner.descent.taken == 8
+        assert is_trained != all(torch.allclose(w, found[name]) for name, w in learner.weights.items())
 
 
 def test_frozen_parameters_are_not_trained(tiny_task: Task) -> None:

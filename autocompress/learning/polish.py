@@ -12,7 +12,7 @@ from autocompress.learning.learner import Learner, Penalty
 from autocompress.learning.shrunk import Shrunk
 from autocompress.learning.training import recalibrate_batchnorm
 from autocompress.progress import heard_by
-from autocompress.scheme import Compose, Facts, Scheme, Theta, Weights, observe
+from autocompress.scheme import Facts, Scheme, Theta, Weights, by_part, observe
 from autocompress.task import Task
 
 LOOK = 0.5  # share of the polish at which a recovery may be given up
@@ -88,12 +88,10 @@ def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, 
     They are trained as they are, free of any penalty, and become w = Δ(θ) at the end. Of a composition the first
     part is realized; what the others do to its values they do once more when w is frozen.
     """
-    part, plan = scheme, theta.plan
-    if isinstance(scheme, Compose):
-        part, facts, plan = scheme.parts[0], facts[0], theta.plan["parts"][0]
-    theta = replace(theta, plan=plan)
+    part, theta, facts = by_part(scheme, theta, facts)[0]
     stored = Learner(learner.recipe, part.realize(learner.model, theta, facts), task, seed + 1)
-    stored.descent.taken = learner.descent.taken  # the learning rate goes on from where it is
+    # The optimizer begins anew; the learning rate goes on from where it is.
+    stored.descent.load_state_dict({}, learner.descent.taken, learner.descent.slowed)
     stored.l_step(stored.descent.steps_left, Penalty.none())
     learner.descent.taken = stored.descent.taken
     with torch.no_grad():
