@@ -260,21 +260,19 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
     from autocompress.gauges.devices import usable_device
     from autocompress.gauges.runtimes import check_runtime
     from autocompress.goal import as_objective
-    from autocompress.recovery import with_settings
     from autocompress.scheme import parse_schemes
     from autocompress.searching.dimensions import parse_dimensions
 
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_study(ctx, options)
-    check_shared(options)
+    check_shared(ctx, options)
     if options["storage"]:
         checked("--storage", check_database, options["storage"])
     schemes = checked("--scheme", parse_schemes, options["scheme"])
     options["objective"] = [checked("--objective", as_objective, one) for one in options["objective"]]
     options["formats"] = checked("--export", check_formats, options["formats"])
-    trained = with_settings(options["recovery"], epochs=options["epochs"])
-    checked("--search", parse_dimensions, options["search"], schemes, trained)
+    checked("--search", parse_dimensions, options["search"], schemes, options["recovery"])
     if options["profile_device"]:
         options["profile_device"] = checked("--profile-device", usable_device, options["profile_device"])
     checked("--runtime", check_runtime, options["runtime"], options["profile_device"] or options["device"])
@@ -290,7 +288,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     restore(options, given, asked)
     recovery = asked["recovery"]
-    asked |= {name: recovery.get(name) for name in ("epochs", *OF_RECOVERY)} | {"recovery": recovery["method"]}
+    asked |= {name: recovery.get(name) for name in OF_RECOVERY} | {"recovery": recovery["method"]}
     named = asked["objective"]
     asked["objective"] = (named,) if isinstance(named, str) else tuple(named)
     asked = {"search": "", "epochs_total": None} | asked  # of studies that knew neither
@@ -300,7 +298,6 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         "drop",
         "objective",
         "recovery",
-        "epochs",
         *OF_RECOVERY,
         "runtime",
         "search",

@@ -159,8 +159,6 @@ def _by_layer(names: Iterable[str]) -> list[list[str]]:
 class Untrained:
     """Compression alone: BatchNorm's statistics are computed anew, no weight is trained."""
 
-    epochs: float = 0.0
-
     @property
     def method(self) -> str:
         """Its name."""
@@ -190,7 +188,13 @@ def layerwise(**settings: Any) -> Layerwise:
 
 
 def untrained(**settings: Any) -> Untrained:
-    """No training at all, see `Untrained`."""
+    """No training at all, see `Untrained`: there is nothing to set.
+
+    Raises:
+        ValueError: If a setting is given.
+    """
+    for name, value in settings.items():
+        raise ValueError(f"{name}={value} is of training, and recovery 'none' trains nothing; leave it out")
     return Untrained()
 
 
@@ -225,6 +229,8 @@ def with_settings(recovery: Recovery, **settings: Any) -> Recovery:
     Raises:
         ValueError: If a value is refused.
     """
+    if isinstance(recovery, Untrained):
+        return untrained(**settings)
     if isinstance(recovery, Iterative | Layerwise):
         return replace(recovery, training=replace(recovery.training, **settings))
     return replace(recovery, **settings)  # type: ignore[type-var]  # recoveries are dataclasses

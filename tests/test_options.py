@@ -14,7 +14,7 @@ from autocompress.cli import cli
 from autocompress.learning.training import Optimizer
 from autocompress.recovery import RECOVERIES
 from autocompress.searching.samplers import SAMPLERS
-from autocompress.terminal.options import options_of, write_config
+from autocompress.terminal.options import check_shared, options_of, write_config
 
 TUNE = cli.commands["tune"]
 
@@ -105,6 +105,17 @@ def test_what_is_saved_gives_the_same_options_again(tmp_path):
     assert again.params == once.params | {"name": None}
     write_config(again, tmp_path / "again.toml")
     assert (tmp_path / "again.toml").read_bytes() == (tmp_path / "saved.toml").read_bytes()
+
+
+def test_what_trains_nothing_is_saved_without_settings_of_training(tmp_path):
+    once = parse("--recovery", "none")
+    check_shared(once, dict(once.params))
+    write_config(once, tmp_path / "saved.toml")
+    saved = tomllib.loads((tmp_path / "saved.toml").read_text())
+    assert saved["recovery"] == "none" and not {"epochs", "optimizer", "distill"} & saved.keys()
+    again = parse("--config", str(tmp_path / "saved.toml"), "--lr", "0.1")
+    with pytest.raises(click.BadParameter, match="'none' trains nothing"):
+        check_shared(again, dict(again.params))
 
 
 def test_a_password_is_not_saved(tmp_path):

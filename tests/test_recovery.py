@@ -75,7 +75,7 @@ def test_every_recovery_meets_the_density_in_its_budget(
     tiny_task: Task, method: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, steps = small_batches(tiny_task), Steps(monkeypatch)
-    recovery = make_recovery(method, epochs=3.5, lr=0.02)
+    recovery = make_recovery(method, **({} if method == "none" else {"epochs": 3.5, "lr": 0.02}))
     model, density = recovered(recovery, scheme, 0.4, task)
     assert 0.2 < density <= 0.4
     assert steps.taken == recovery.n_steps(task.train) == (0 if method == "none" else round(3.5 * 5))
@@ -167,9 +167,9 @@ def test_layerwise_pruning_goes_from_the_first_layer_to_the_last(
         assert min(map(order.index, added)) > max(map(order.index, fewer))
 
 
-@pytest.mark.parametrize("method", RECOVERIES)
+@pytest.mark.parametrize("method", TRAINED)
 def test_settings_are_plain_and_make_the_same_recovery_again(method: str) -> None:
-    given = {} if method == "none" else {"lr": 0.03, "distill": 0.25, "optimizer": "adamw"}
+    given = {"lr": 0.03, "distill": 0.25, "optimizer": "adamw"}
     given |= {"rounds": 6} if method == "iterative" else {}
     recovery = with_settings(make_recovery(method, **given), epochs=7.0)
     settings = json.loads(json.dumps(settings_of(recovery), allow_nan=False))
@@ -293,6 +293,11 @@ def test_unknown_methods_and_settings_out_of_range_are_refused() -> None:
         make_recovery("iterative", rounds=0)
     with pytest.raises(ValueError, match="rounds=3 goes with recovery 'iterative', not with 'lc'"):
         make_recovery("lc", rounds=3)
+    with pytest.raises(ValueError, match="recovery 'none' trains nothing; leave it out"):
+        make_recovery("none", lr=0.1)
+    with pytest.raises(ValueError, match="epochs=3 is of training"):
+        with_settings(make_recovery("none"), epochs=3)
+    assert settings_of(make_recovery("none")) == {"method": "none"}
 
 
 def test_a_recovery_says_what_it_is() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 from autocompress.certify import CONFIDENCE, check_confidence
 from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
-from autocompress.recovery import Recovery, settings_of
+from autocompress.recovery import Recovery, Untrained, settings_of, untrained
 from autocompress.scheme import AUTO, Scheme, describe
 from autocompress.search import TOLERANCE
 from autocompress.searching.dimensions import Dimension
 from autocompress.task import Task
-from autocompress.trial import Bound
+from autocompress.trial import Bound, can_be_cheap
 from autocompress.verdict.limit import Requirement
 
 DEFAULT_TRIALS = 8
@@ -103,6 +103,13 @@ class Settings:
             raise ValueError(f"epochs_total={self.epochs_total}; it must be positive")
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance={self.tolerance}; it must be positive (0.1 is a tenth of the density)")
+        if self.epochs_total is not None and isinstance(self.recovery, Untrained):
+            untrained(epochs_total=self.epochs_total)
+        if self.cheap_trials and not can_be_cheap(self.recovery):
+            raise ValueError(
+                "cheap_trials goes with a recovery in which the density falls step by step (auto, lc or gradual), "
+                f"not with {self.recovery.method!r}"
+            )
         check_confidence(self.confidence)
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}; it must be at least 1")

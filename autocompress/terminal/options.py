@@ -20,8 +20,8 @@ from autocompress.disk.files import DEFAULT_OUT, NAME
 T = TypeVar("T")
 
 # Options that `tune` and `sweep` have in common.
-OF_RECOVERY = ("lr", "optimizer", "distill", "rounds")  # of a trial, besides its epochs
-OF_A_TRIAL = ("epochs", "recovery", *OF_RECOVERY, "seed", "device")
+OF_RECOVERY = ("epochs", "lr", "optimizer", "distill", "rounds")  # what a trial's recovery is made with
+OF_A_TRIAL = ("recovery", *OF_RECOVERY, "seed", "device")
 
 _NOT_KEPT = ("config", "save_config", "help")  # of the options, by their names in Python
 _OF_ONE_STUDY = ("name", "resume")  # not written by --save-config: the next study has another name
@@ -159,10 +159,11 @@ def checked(option: str, check: Callable[..., T], *values: Any) -> T:
         raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
 
 
-def check_shared(options: dict[str, Any], **settings: Any) -> None:
+def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -> None:
     """Makes of the options that `tune` and `sweep` have in common what both take in Python.
 
     Args:
+        ctx: Of the command.
         options: Of the command; changed in place. What a recovery is made with becomes the recovery.
         settings: More that it is made with.
     """
@@ -175,6 +176,10 @@ def check_shared(options: dict[str, Any], **settings: Any) -> None:
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])
+    if options["recovery"] == "none":  # which trains nothing: of training there is only what was given, to refuse
+        for name in OF_RECOVERY:
+            if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+                options[name] = ctx.params[name] = None
     settings |= {name: options.pop(name) for name in OF_RECOVERY}
     given = {name: value for name, value in settings.items() if value is not None}
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])

@@ -65,7 +65,7 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     if options["resume"]:
         _take_from_sweep(ctx, options)
     checked("--scheme", distinct_schemes, options["schemes"])
-    check_shared(options, score_steps=options.pop("score_steps") or None)
+    check_shared(ctx, options, score_steps=options.pop("score_steps") or None)
     asked = take_options(options)
 
     def say(line: str) -> None:
@@ -95,6 +95,6 @@ def _take_from_sweep(ctx: click.Context, options: dict[str, Any]) -> None:
     was = {name: asked[name] for name in SAME} | {"schemes": tuple(asked["schemes"]), "also": tuple(asked["also"])}
     was["densities"] = tuple(asked["densities"])
     recovery = asked["recovery"]
-    was |= {name: recovery.get(name) for name in ("epochs", *OF_RECOVERY)}
+    was |= {name: recovery.get(name) for name in OF_RECOVERY}
     was |= {"recovery": recovery["method"], "score_steps": bool(recovery.get("score_steps"))}
     options |= {name: value for name, value in was.items() if name not in given}
