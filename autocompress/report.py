@@ -17,7 +17,7 @@ from autocompress.showing.comparison import (
     timed_together,
 )
 from autocompress.showing.figures import Figure, draw
-from autocompress.showing.words import at_most, headline, sentence, words
+from autocompress.showing.words import at_most, headline, sentence, trials_in_time, words
 
 FIGURES = "figures"
 NOT_MEASURED = ("n/a", "n/a")
@@ -229,7 +229,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         if asked.get(what) is not None:
             yield what, str(asked[what])
     if record.found:
-        yield "search", f"{record.found['stopped']}, after {record.found['seconds']:.0f} s"
+        yield "search", f"{trials_in_time(record.found)}; {record.found['stopped']}"
     for name, data in made.get("data", {}).items():
         digest = f"SHA-256 {data['sha256']}" if data.get("sha256") else "not hashed: not held in memory"
         yield f"{name} data", f"{data['n']:,} samples, {digest}"

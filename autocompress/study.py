@@ -230,6 +230,7 @@ class Study:
     def _go_on(self) -> None:
         """Passes on the trials of an earlier run of the study, or of others who share it."""
         self.records.load()
+        self.resumed_with = len(self.records)
         if self.folder.shared:  # the others log to the same run
             self.tracker.flush()
         self._remember_run()
@@ -338,6 +339,7 @@ class Study:
             failures=tuple(failures(self.study)),
             stopped=stopped,
             seconds=time.perf_counter() - self.began,
+            resumed_with=self.resumed_with,
             folder=self.folder.path,
             objectives=self.settings.objectives if several else (),
             front=tuple(t.number for t in front(self.study)) if several else (),

@@ -485,6 +485,7 @@ def test_a_study_survives_a_kill_and_an_interrupt(place, running, fork):
     assert resumed.status in (MET, NOT_MET), resumed.stderr
     after = resumed.json["trials"]
     assert after[: len(before)] == before
+    assert resumed.json["resumed_with"] == len(before) and found["resumed_with"] == len(survived)
     assert resumed.json["stopped"] != "interrupted"
     assert saved_trials(study).items() >= survived.items()
 

@@ -38,6 +38,12 @@ def test_a_result_is_a_table_the_verdict_and_what_is_next(recorded, tmp_path):
     assert f"Next: {folder}/best/README.md   (how to load it)\nNext: autocompress ui --out {tmp_path}  " in text
 
 
+@pytest.mark.parametrize(("before", "new"), [(2, "1"), (3, "none")])
+def test_of_a_resumed_study_the_time_is_said_to_be_since_then(recorded, before, new):
+    text = shown(recorded.found(recorded.three_trials(), resumed_with=before))
+    assert f"3 trials, {new} of them in the 23 s since the study was resumed; the budget of" in text
+
+
 def test_a_file_that_is_gone_is_said_to_be_missing(recorded):
     assert f"missing  {FOLDER}/best/model.onnx" in shown(recorded.found(recorded.three_trials()))
 

@@ -48,6 +48,15 @@ def words(record: Record) -> list[str]:
     return [*lost, *_by_class(found), *_search(found), *_smaller(found), *_faster(record, found)]
 
 
+def trials_in_time(found: Mapping[str, Any]) -> str:
+    """How many trials there were and how long they took; of a resumed study, what was done since then."""
+    n, before, took = len(found["trials"]), found.get("resumed_with", 0), f"{found['seconds']:.0f} s"
+    trials = "1 trial" if n == 1 else f"{n} trials"
+    if not before:
+        return f"{trials} in {took}"
+    return f"{trials}, {n - before or 'none'} of them in the {took} since the study was resumed"
+
+
 def _lost(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
     certificate = found.get("certificate")
     if not certificate:

@@ -65,7 +65,7 @@ class Result:
         records: All trials, in the order in which they finished.
         threshold: The 80% interval of the lowest feasible density, where the scheme has one.
         stopped: Why the search ended, in words.
-        seconds: Wall time of the study.
+        seconds: Wall time of the study; of one that was resumed, since then.
         exported: The files of the answer and what could not be exported.
         folder: Where everything lies.
         per_class: Recall, precision and confusion on test, before and after; None without an answer.
@@ -76,6 +76,7 @@ class Result:
         failures: The trials that ended without a result: number and reason.
         shortlist: What was judged on test, in that order: up to two denser trials, and the search's answer.
         objectives: What was optimized, where there were several.
+        resumed_with: How many of the trials were there when the study was resumed.
         front: With several objectives the trials that were feasible on val and that no other such beats in one
             without being beaten in another, by the first objective.
     """
@@ -103,6 +104,7 @@ class Result:
     failures: tuple[tuple[int, str], ...] = ()
     shortlist: tuple[Tested, ...] = ()
     objectives: tuple[Objective, ...] = ()
+    resumed_with: int = 0
     front: tuple[int, ...] = ()
 
     @property
@@ -157,6 +159,7 @@ class Result:
             "posterior": self._posterior(),
             "stopped": self.stopped,
             "seconds": self.seconds,
+            "resumed_with": self.resumed_with,
             "answer": self.answer,
             "chosen": next((dict(record.params) for record in self.records if record.number == self.answer), {}),
             "trials": [trial_row(record) for record in self.records],

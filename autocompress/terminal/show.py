@@ -18,6 +18,7 @@ from autocompress.showing.comparison import (
     in_unit,
     in_words,
 )
+from autocompress.showing.words import trials_in_time
 from autocompress.sweeps.sweep_result import Sweep
 
 LIST_WIDTH = 400  # of the list of studies where there is no terminal
@@ -64,8 +65,7 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     say(found["sentence"], colours.get(found["verdict"], "bold yellow"))
     if chosen := found.get("chosen"):
         say(f"Chosen: {in_words(chosen)}.")
-    n = len(found["trials"])
-    say(f"{n} trial{'' if n == 1 else 's'} in {found['seconds']:.0f} s; {found['stopped']}.")
+    say(f"{trials_in_time(found)}; {found['stopped']}.")
     for name, file in found["artifacts"].items():
         path = folder / "best" / Path(file).name
         size = as_bytes(path.stat().st_size) if path.is_file() else "missing"
