@@ -97,10 +97,10 @@ class LearningCompression:
 
     epochs: float = 30
     steps: int | None = None
-    c_steps: int = 32
+    c_steps: int = 24
     alternating: float = 0.6
     mu: float | None = None
-    mu_growth: float = 1.07
+    mu_growth: float = 1.095
     augmented: bool = True
     optimizer: Optimizer = "sgd"
     lr: float | None = None

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.schemes,
         args.densities,
         repeats=args.repeats,
-        recovery=make_recovery("lc", c_steps=45, score_steps=True, epochs=args.epochs),
+        recovery=make_recovery("lc", c_steps=45, mu_growth=1.07, score_steps=True, epochs=args.epochs),
         device=args.device,
         out=args.out,
         progress=common.SAY,
