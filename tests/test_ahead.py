@@ -92,6 +92,11 @@ def test_other_answers_wait_until_the_process_is_idle(tmp_path: Path, make_spec:
     done()
     assert prepared(4, 3) == ["stage", "have_checker"] and ahead.has(4) and not ahead.has(3)
     ahead.close()
+    ahead = Ahead(Slow(), spec.task, folder)  # of a study in which nothing can be the answer yet
+    assert prepared() == ["export_dense"] and prepared() == []
+    done()
+    assert prepared() == ["write_report"] and prepared() == []
+    ahead.close()
     folder.close()
 
 

@@ -40,8 +40,8 @@ class Ahead:
         """Has the process make what it can of the end while a trial runs.
 
         Once the dense model's files, which makes the next export quick; then the files of the likeliest answer;
-        once a report that nobody reads, which makes the next one quick; and when nothing else is under way, the
-        files of other answers.
+        once a report that nobody reads, which makes the next one quick, and that without an answer if there is
+        none by then; and when nothing else is under way, the files of other answers.
 
         Args:
             candidates: Trials that may be the answer, by their numbers, the likeliest first.
@@ -55,7 +55,7 @@ class Ahead:
             if not self.has(number) and (nth == 0 or self._is_idle) and (found := answer_of(number)):
                 self.stage(found)
                 self.aside.begin(have_checker, self._dense, self._example)  # for what is staged next
-        if self._rehearsed is None and candidates:  # before, it would draw nothing
+        if self._rehearsed is None and (candidates or self._is_idle):
             self._rehearsed = self.aside.begin(write_report, self._study, ours=True, into=self._dense)
 
     @functools.cached_property
