@@ -81,8 +81,8 @@ class Scheme(Protocol):
     def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
         """The C step: the compressed weights nearest to ``weights`` (all the model's parameters by name).
 
-        Idempotent. The density reached, ``theta.kept`` over the dense model's parameters, is at most
-        ``density``.
+        Idempotent, and the same whatever was compressed before; it draws from no global generator. The density
+        reached, ``theta.kept`` over the dense model's parameters, is at most ``density``.
 
         Raises:
             ValueError: If ``density`` is below `lowest_density`.
@@ -131,7 +131,10 @@ class Observer(Protocol):
     """A scheme that also looks at data: at gradients, or at what the layers put out."""
 
     def observe(self, evidence: Evidence, facts: Facts) -> Facts:
-        """The facts, with what `Scheme.pi` needs to know of the data in them. Called before every C step."""
+        """The facts, with what `Scheme.pi` needs to know of the data in them. Called before every C step.
+
+        What it has seen before must not matter: a recovery that is resumed begins to look anew.
+        """
 
 
 @runtime_checkable

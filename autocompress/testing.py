@@ -42,6 +42,7 @@ from autocompress.conformance.testing_tools import (
     as_users_leave_it,
     assert_equivalent_theta,
     assert_no_empty_layer,
+    assert_no_trace,
     assert_same_tensors,
     assert_same_theta,
     count_left_behind,
@@ -55,8 +56,9 @@ from autocompress.conformance.testing_tools import (
     relative_error,
     run,
     theta_digest,
+    written_and_read,
 )
-from autocompress.scheme import Compose, Scheme, Theta
+from autocompress.scheme import Compose, Masking, Scheme, Theta
 
 __all__ = [
     "CLASSES",
@@ -160,9 +162,13 @@ class SchemeConformance:
     # The C step.
 
     def test_is_a_scheme(self) -> None:
-        """It has all of the protocol, and finds something to compress in one of the models at least."""
+        """It has all of the protocol, and finds something to compress in one of the models at least.
+
+        Its parameters are numbers and words: what is written of it, in records and beside models, makes it again.
+        """
         assert isinstance(self.make_scheme(), Scheme)
         assert self.make_scheme().tolerance > 0
+        assert written_and_read(self.make_scheme()) == self.make_scheme()
         self.first_case()
 
     def test_meets_the_density_from_below(self, model_name: str, density: float) -> None:
@@ -179,8 +185,9 @@ class SchemeConformance:
             assert kept > density * case.params - self.unit_size(case)
 
     def test_reaches_its_lowest_density_and_no_lower(self, model_name: str) -> None:
-        """`lowest_density` is a density, can be asked for, and is the lowest."""
+        """`lowest_density` is a density, can be asked for, and is the lowest. The whole model can be, too."""
         case = self.case(model_name)
+        assert case.pi(1.0).kept <= case.params
         assert 0 < case.lowest <= 1
         assert case.pi(case.lowest).kept == round(case.lowest * case.params)
         if case.scheme.takes_density:
@@ -211,7 +218,8 @@ class SchemeConformance:
         """The same weights give the same result, also with facts that were found anew.
 
         From a larger batch, under ``no_grad``, in a model of which every parameter is frozen. The weights are left
-        as they were.
+        as they were, and so is the generator that all draw from. What was compressed or seen before does not
+        matter: a recovery that is resumed, and the next trial, know nothing of it.
         """
         case, weights = self.case(model_name), self.case(model_name).weights
         frozen = copy.deepcopy(case.model).requires_grad_(False)
@@ -220,6 +228,7 @@ class SchemeConformance:
         with torch.inference_mode():
             theta = self.make_scheme().pi(weights, case.middle, facts)
         assert_same_theta(theta, case.pi(case.middle))
+        assert_no_trace(self.make_scheme(), case, facts)
         assert_same_tensors(weights, case.weights)
 
     def test_another_process_finds_the_same(self, model_name: str) -> None:
@@ -231,9 +240,11 @@ class SchemeConformance:
     def test_delta_is_w_on_the_support_and_zero_off_it(self, model_name: str) -> None:
         """The decompressed weights have the dense names, shapes and type.
 
-        A matrix of which no entry is free is compressed as a whole: it must be nearer to w than zero is.
+        A matrix of which no entry is free is compressed as a whole: it must be nearer to w than zero is. A scheme
+        that says it only masks does.
         """
         case = self.case(model_name)
+        masks = isinstance(case.scheme, Masking) and case.scheme.masks
         theta = case.pi(case.middle)
         decompressed = case.scheme.delta(theta)
         assert decompressed.keys() == case.weights.keys()
@@ -241,6 +252,7 @@ class SchemeConformance:
             value = decompressed[name]
             assert (value.shape, value.dtype) == (w.shape, w.dtype), name
             support = theta.support.get(name, torch.ones_like(w, dtype=torch.bool))
+            assert not masks or torch.equal(value, w * support), f"{name} is not w with zeros"
             if support.any() or w.dim() < 2:
                 torch.testing.assert_close(value[support], w[support], rtol=case.scheme.tolerance, atol=1e-6)
                 assert not value[~support].any(), f"{name} is not zero off its support"
@@ -248,9 +260,11 @@ class SchemeConformance:
                 assert (value - w).norm() < w.norm(), f"{name} is bound to what is no nearer than zero"
 
     def test_support_is_masks_of_the_weights(self, model_name: str) -> None:
-        """The support names parameters and has their shapes."""
+        """The support names parameters and has their shapes; what is drawn are parameters, too."""
         case = self.case(model_name)
-        support = case.pi(case.middle).support
+        theta = case.pi(case.middle)
+        support = theta.support
+        assert theta.drawn <= case.weights.keys()
         assert support.keys() <= case.weights.keys()
         for name, mask in support.items():
             assert (mask.dtype, mask.shape) == (torch.bool, case.weights[name].shape), name
@@ -275,8 +289,10 @@ class SchemeConformance:
     def test_kept_counts_the_realized_model(self, model_name: str) -> None:
         """``theta.kept`` is the parameters that the realized model has and that are not zero; ties count once."""
         case = self.case(model_name)
-        _, realized = case.realized(case.middle)
-        assert case.pi(case.middle).kept == sum(int(p.count_nonzero()) for p in realized.parameters())
+        for density in (self.densities[0], case.middle, case.lowest):
+            kept, (_, realized) = case.pi(density).kept, case.realized(density)
+            assert type(kept) is int
+            assert kept == sum(int(p.count_nonzero()) for p in realized.parameters())
 
     def test_realized_computes_what_the_masked_model_computes(self, model_name: str, density: float) -> None:
         """In eval mode, with BatchNorm statistics that are not trivial, within the scheme's tolerance.
@@ -313,7 +329,10 @@ class SchemeConformance:
         assert fingerprint(model) == before, "realize changed the model, or shares memory with it"
 
     def test_realized_takes_over_mode_and_what_is_trainable(self, model_name: str) -> None:
-        """Each module's mode where it is still there; a frozen parameter stays frozen; no gradient is left."""
+        """Each module's mode where it is still there; a frozen parameter stays frozen; no gradient is left.
+
+        In what it computes nothing of that shows.
+        """
         case = self.case(model_name)
         masked = as_users_leave_it(copy.deepcopy(case.realized(case.middle)[0]))
         realized = case.scheme.realize(masked, case.pi(case.middle), case.facts)
@@ -332,12 +351,14 @@ class SchemeConformance:
         again = case.scheme.realize(masked.eval(), case.pi(case.middle), case.facts)
         assert not any(module.training for module in again.modules())
         assert all(p.requires_grad for p in again.parameters())
+        assert relative_error(run(still.eval(), case.x), run(again, case.x)) <= case.scheme.tolerance
 
     def test_plan_and_state_dict_rebuild_the_model(self, model_name: str) -> None:
         """From the plan as JSON, a dense model with any weights and the state dict alone."""
         case = self.case(model_name)
         _, realized = case.realized(case.middle)
-        plan = json.loads(json.dumps(dict(case.pi(case.middle).plan)))
+        for density in (1.0, case.lowest, case.middle):
+            plan = json.loads(json.dumps(dict(case.pi(density).plan), allow_nan=False))
         other = self.fresh_model(model_name, seed=3)
         rebuilt = case.scheme.realize(other, Theta({}, {}, 0, plan), case.facts)
         rebuilt.load_state_dict(realized.state_dict())

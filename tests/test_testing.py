@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress.scheme import Facts, Scheme, Theta, Weights
+from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights
 from autocompress.schemes import LowRank, Prune, StructPrune
 from autocompress.testing import CLASSES, SchemeConformance, lived_in, refused
 
@@ -271,6 +271,94 @@ class NoNearer(LowRank):
         return replace(theta, values={n: w + 10 * (n in factors) for n, w in theta.values.items()})
 
 
+class MiscountedWhereDense(Prune):
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        theta = super().pi(weights, density, facts)
+        return replace(theta, kept=theta.kept - (density == 0.5))
+
+
+class InexactCount(Prune):
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        theta = super().pi(weights, density, facts)
+        return replace(theta, kept=float(theta.kept))
+
+
+class NeverWhole(Prune):
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        if density == 1:
+            raise IndexError("there is no entry behind the last")
+        return super().pi(weights, density, facts)
+
+
+class SetPlanWhereSparse(StructPrune):
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        theta = super().pi(weights, density, facts)
+        is_lowest = density == self.lowest_density(facts)
+        return replace(theta, plan={**theta.plan, "seen": {density}}) if is_lowest else theta
+
+
+class DrawsTheUnknown(Prune):
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        return replace(super().pi(weights, density, facts), drawn=frozenset({"no.weight"}))
+
+
+class SeedsAll(Prune):
+    """Seeds the generator that dropout and the order of the data draw from, too."""
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        torch.manual_seed(0)
+        return super().pi(weights, density, facts)
+
+
+class OneRoom(Prune):
+    """Writes each result into the memory of the one before."""
+
+    room: ClassVar[dict[str, Weights]] = {}
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        theta = super().pi(weights, density, facts)
+        room = self.room.setdefault(str(facts), {name: torch.empty_like(w) for name, w in theta.values.items()})
+        return replace(theta, values={name: room[name].copy_(w) for name, w in theta.values.items()})
+
+
+class NeverBack(Prune):
+    """Does not bring back what a sparser C step has taken out."""
+
+    gone: ClassVar[dict[str, Weights]] = {}
+
+    def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
+        gone = self.gone.setdefault(str(facts), {})
+        theta = super().pi({n: w * gone.get(n, 1) for n, w in weights.items()}, density, facts)
+        gone.update(theta.support)
+        return theta
+
+
+class LooksOnce(Prune):
+    def observe(self, evidence: Evidence, facts: Facts) -> Facts:
+        assert evidence.last
+        return facts
+
+
+class OnlyWhileEvaluating(StructPrune):
+    def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
+        realized = super().realize(model, theta, facts)
+        if model.training:
+            with torch.no_grad():
+                list(realized.parameters())[-1].add_(0.01)
+        return realized
+
+
+class NoMask(LowRank):
+    masks = True
+
+
+@dataclass(frozen=True)
+class Typed(Prune):
+    """What is written of it cannot be read."""
+
+    dtype: torch.dtype = torch.float32
+
+
 class Nothing(Prune):
     def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
         raise ValueError("nothing here")
@@ -346,6 +434,18 @@ def fails(check: Callable[[], None]) -> bool:
         (KeepsGradients(), "test_realized_takes_over_mode_and_what_is_trainable"),
         (Remembers(), "test_composes"),
         (NoNearer(), "test_delta_is_w_on_the_support_and_zero_off_it"),
+        (MiscountedWhereDense(), "test_kept_counts_the_realized_model"),
+        (InexactCount(), "test_kept_counts_the_realized_model"),
+        (NeverWhole(), "test_reaches_its_lowest_density_and_no_lower"),
+        (SetPlanWhereSparse(), "test_plan_and_state_dict_rebuild_the_model"),
+        (DrawsTheUnknown(), "test_support_is_masks_of_the_weights"),
+        (SeedsAll(), "test_pi_is_deterministic"),
+        (OneRoom(criterion="l2"), "test_pi_is_deterministic"),
+        (NeverBack(criterion="l2"), "test_pi_is_deterministic"),
+        (LooksOnce(criterion="l2"), "test_pi_is_deterministic"),
+        (OnlyWhileEvaluating(), "test_realized_takes_over_mode_and_what_is_trainable"),
+        (NoMask(), "test_delta_is_w_on_the_support_and_zero_off_it"),
+        (Typed(dtype=torch.float16), "test_is_a_scheme"),
         (Nothing(), "test_is_a_scheme"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

@@ -1,5 +1,6 @@
 """What the conformance suite works with: cases, fingerprints, a second process, assertions."""
 
+import ast
 import copy
 import gc
 import hashlib
@@ -24,7 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.conformance.testing_models import CLASSES
-from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights, observe, parts_of
+from autocompress.scheme import (
+    Compose,
+    Evidence,
+    Facts,
+    Scheme,
+    Theta,
+    Weights,
+    describe,
+    literal,
+    observe,
+    parts_of,
+)
 
 
 def find_facts(scheme: Scheme, model: nn.Module, x: Tensor, example: int = 1) -> Facts:
@@ -36,9 +48,14 @@ def find_facts(scheme: Scheme, model: nn.Module, x: Tensor, example: int = 1) ->
         x: The batch that it may look at.
         example: How many samples of it are the example input.
     """
-    facts = scheme.analyze(model, x[:example])
+    return look(scheme, model, x, scheme.analyze(model, x[:example]))
+
+
+def look(scheme: Scheme, model: nn.Module, x: Tensor, facts: Facts, *, briefly: bool = False) -> Facts:
+    """The facts after a look at a batch: the last one, or one on the way there."""
     batch = x, torch.arange(len(x)) % CLASSES
-    return observe(scheme, Evidence(model, lambda: [batch], nn.functional.cross_entropy), facts)
+    evidence = Evidence(model, lambda: [batch], nn.functional.cross_entropy, last=not briefly, provisional=briefly)
+    return observe(scheme, evidence, facts)
 
 
 @contextmanager
@@ -47,6 +64,19 @@ def leaving_layers_whole() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
+
+
+def written_and_read(scheme: Scheme) -> Scheme:
+    """The scheme made again from what `describe` writes of it, as `parse_scheme` makes those it knows by name."""
+
+    def again(part: Scheme, written: str) -> Scheme:
+        term = ast.parse(written, mode="eval").body
+        given = term.keywords if isinstance(term, ast.Call) else []
+        made: Scheme = type(part)(**{str(one.arg): literal(one.value, written) for one in given})
+        return made
+
+    parts = [again(part, describe(part)) for part in parts_of(scheme)]
+    return Compose(*parts) if isinstance(scheme, Compose) else parts[0]
 
 
 def middle_density(scheme: Scheme, facts: Facts) -> float:
@@ -316,6 +346,21 @@ def assert_equivalent_theta(scheme: Scheme, actual: Theta, expected: Theta) -> N
     found = scheme.delta(actual)
     for name, value in scheme.delta(expected).items():
         assert relative_error(found[name], value) <= scheme.tolerance, name
+
+
+def assert_no_trace(scheme: Scheme, case: Case, facts: Facts) -> None:
+    """Fails if a C step or a look at data matters to those after it, or to who draws random numbers."""
+    torch.rand(1)  # so that a generator that is seeded anew is in another state
+    state, weights = torch.get_rng_state(), case.weights
+    theta = scheme.pi(weights, case.middle, facts)
+    found = theta_digest(theta)
+    scheme.pi(weights, case.lowest, facts)
+    facts = look(scheme, case.model, 2 * case.x, facts, briefly=True)
+    scheme.pi(weights, case.middle, facts)
+    assert theta_digest(theta) == found, "a C step changes the result of one before it"
+    facts = look(scheme, case.model, case.x, facts)
+    assert theta_digest(scheme.pi(weights, case.middle, facts)) == found, "a C step depends on those before it"
+    assert torch.equal(torch.get_rng_state(), state), "torch's global generator is drawn from, or seeded"
 
 
 def count_left_behind(work: Callable[[], None]) -> int:
