@@ -3,8 +3,9 @@
     python tests/benchmarks/default_job.py [SEEDS [SCHEME ...]]
 
 Promised on two CPU cores: the search finds density 0.04 or less by StructPrune, in at most 60 s of wall time, and
-0.02 or less by Prune, with at most 1 point lost on val. The answer, beside it with its drops, is a denser trial
-where that one is certified and what the search found is not, which 450 test samples decide.
+0.02 or less by Prune, with at most 1 point lost on val. What it finds is within the bound with a probability of
+90%; beside it stands the sparsest trial that was within the bound on val, by luck or not. The answer is a denser
+trial where that one is certified and what the search found is not, which 450 test samples decide.
 """
 
 import json
@@ -22,7 +23,7 @@ PROMISED = {"StructPrune": (60.0, 0.04), "Prune": (math.inf, 0.02)}  # seconds a
 
 def main() -> int:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    print("scheme       seed  seconds    found   answer  val pp  test pp  upper pp  verdict")
+    print("scheme       seed  seconds   on val    found   answer  val pp  test pp  upper pp  verdict")
     held = [job(scheme, seed) for scheme in sys.argv[2:] or PROMISED for seed in range(seeds)]
     return 0 if all(held) else 1
 
@@ -39,13 +40,13 @@ def job(scheme: str, seed: int) -> bool:
     drop, (most_seconds, most) = result["drop_pp"], PROMISED[scheme]
     tested = [f"{drop[key]:7.2f}" if drop[key] is not None else "    n/a" for key in ("test", "upper")]
     found = result["shortlist"][-1]
+    on_val = min(trial["density"] for trial in result["trials"] if trial["drop_pp"] <= MAX_DROP_PP)
     is_found = found["density"] <= most and 100 * found["drop_val"] <= MAX_DROP_PP
     held = seconds <= most_seconds and is_found and drop["val"] <= MAX_DROP_PP
-    print(
-        f"{scheme:11s}  {seed:4d}  {seconds:7.1f}  {found['density']:7.4f}  {result['density']:7.4f}  "
-        f"{drop['val']:6.2f}  {tested[0]}   {tested[1]}   {result['verdict']}{'' if held else '   MISSED'}",
-        flush=True,
-    )
+    densities = f"{on_val:7.4f}  {found['density']:7.4f}  {result['density']:7.4f}"
+    drops = f"{drop['val']:6.2f}  {tested[0]}   {tested[1]}"
+    verdict = f"{result['verdict']}{'' if held else '   MISSED'}"
+    print(f"{scheme:11s}  {seed:4d}  {seconds:7.1f}  {densities}  {drops}   {verdict}", flush=True)
     return held and done.returncode == 0
 
 
