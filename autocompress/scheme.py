@@ -5,7 +5,6 @@ Compression Algorithms for Neural Net Pruning" (CVPR 2018): `pi` is the C step Î
 and `realize` turns the result into the model that ships.
 """
 
-import ast
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from autocompress.notation import Term, listed, terms
 from autocompress.plugins import Registry
 from autocompress.splits import Batch
 from autocompress.task import Loss
@@ -335,12 +335,7 @@ def parse_schemes(spec: str) -> tuple[Scheme, ...]:
     if spec.strip() == AUTO:
         list(SCHEMES)  # loads the plugins
         return as_schemes([make() for _, make in sorted(AUTOMATIC.items())])
-    try:
-        listed = ast.parse(f"[{spec.strip()}]", mode="eval").body
-    except SyntaxError:
-        return (parse_scheme(spec),)
-    assert isinstance(listed, ast.List)
-    return as_schemes([ast.unparse(one) for one in listed.elts] or [spec])
+    return as_schemes(listed(spec))
 
 
 def as_schemes(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
@@ -368,52 +363,20 @@ def parse_scheme(spec: str) -> Scheme:
     Raises:
         ValueError: If a name is unknown, a parameter does not exist or its value is refused.
     """
-    try:
-        terms = _terms(ast.parse(spec.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # all of which the parser raises
-        raise ValueError(
-            f"{spec[:100]!r} is not a scheme; write a name, Name(parameter=value) or a sum of them such as "
-            "StructPrune+Quantize16"
-        ) from None
-    parts = [_make(term, spec) for term in terms]
+    parts = [_make(term, spec) for term in terms(spec)]
     return parts[0] if len(parts) == 1 else Compose(*parts)
 
 
-def _terms(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _terms(node.left) + _terms(node.right)
-    return [node]
-
-
-def _make(term: ast.expr, spec: str) -> Scheme:
-    name, keywords = (term.func, term.keywords) if isinstance(term, ast.Call) else (term, [])
-    if not isinstance(name, ast.Name) or (isinstance(term, ast.Call) and term.args):
-        raise ValueError(f"{spec[:100]!r} is not a scheme; write names, parameters as Name(parameter=value)")
-    make = SCHEMES.get(name.id)
+def _make(term: Term, spec: str) -> Scheme:
+    make = SCHEMES.get(term.name)
     allowed = list(inspect.signature(make).parameters)
-    arguments = {}
-    for keyword in keywords:
-        if keyword.arg not in allowed:
-            takes = ", ".join(allowed) or "none"
-            raise ValueError(f"{name.id} has no parameter {keyword.arg!r} (it has: {takes})")
-        if keyword.arg in arguments:
-            raise ValueError(f"{name.id} is given the parameter {keyword.arg!r} twice")
-        arguments[keyword.arg] = literal(keyword.value, spec.strip())
+    if unknown := [name for name in term.parameters if name not in allowed]:
+        takes = ", ".join(allowed) or "none"
+        raise ValueError(f"{term.name} has no parameter {unknown[0]!r} (it has: {takes})")
     try:
-        return make(**arguments)
+        return make(**term.parameters)
     except TypeError as error:
         raise ValueError(f"{spec!r}: {error}") from error
-
-
-def literal(node: ast.expr, source: str) -> Any:
-    """The value of a Python literal, or a bare word taken as a string: ``dtype=bf16``."""
-    if isinstance(node, ast.Name):
-        return node.id
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, RecursionError):  # the latter two where a list is a key, or it is endless
-        written = (ast.get_source_segment(source, node) or "")[:100]
-        raise ValueError(f"{written!r} is not a plain value; write a number or a word") from None
 
 
 def describe(scheme: Scheme) -> str:

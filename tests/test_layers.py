@@ -24,6 +24,7 @@ ENGINE = (
         "onnx_integers",
         "task_options",
         "model_check",
+        "notation",
     ),
     ("testing_models", "files", "comparison", "layers", "interrupt", "metrics", "drawing", "latency", "splits"),
     ("task", "onnx_export", "executorch_export"),

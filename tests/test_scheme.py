@@ -65,7 +65,7 @@ def test_describe_leaves_out_defaults() -> None:
         ("a.Prune", r"is not a scheme"),
         ("Prune(keep=3)", r"Prune has no parameter 'keep' \(it has: criterion, spread, min_keep, skip\)"),
         ("PruneQuantize16(min_keep=3)", r"PruneQuantize16 has no parameter 'min_keep' \(it has: none\)"),
-        ("Prune(**x)", r"has no parameter None"),
+        ("Prune(**x)", r"write names, parameters as Name\(parameter=value\)"),
         ("Prune(min_keep=0)", r"min_keep=0; every layer must keep at least 1 weight"),
         ("Prune(min_keep=many)", r"min_keep='many'; every layer must keep at least 1 weight: give a whole number"),
         ("Prune(min_keep={'fc': 0})", r"min_keep=\{'fc': 0\}; every layer must keep at least 1"),

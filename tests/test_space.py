@@ -118,6 +118,9 @@ def test_schemes_are_listed_with_commas() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             as_schemes(given)
+    for endless in ("-" * 100_000 + "1", "1+" * 900 + "1", "Prune\0"):
+        with pytest.raises(ValueError, match=r"is not a scheme; write a name|write names, parameters as"):
+            parse_schemes(endless)
 
 
 def test_auto_is_what_registers_for_it() -> None:

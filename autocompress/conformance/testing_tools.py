@@ -1,6 +1,5 @@
 """What the conformance suite works with: cases, fingerprints, a second process, assertions."""
 
-import ast
 import copy
 import gc
 import hashlib
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.conformance.testing_models import CLASSES
+from autocompress.notation import terms
 from autocompress.scheme import (
     Compose,
     Evidence,
@@ -33,7 +33,6 @@ from autocompress.scheme import (
     Theta,
     Weights,
     describe,
-    literal,
     observe,
     parts_of,
 )
@@ -68,14 +67,8 @@ def leaving_layers_whole() -> Iterator[None]:
 
 def written_and_read(scheme: Scheme) -> Scheme:
     """The scheme made again from what `describe` writes of it, as `parse_scheme` makes those it knows by name."""
-
-    def again(part: Scheme, written: str) -> Scheme:
-        term = ast.parse(written, mode="eval").body
-        given = term.keywords if isinstance(term, ast.Call) else []
-        made: Scheme = type(part)(**{str(one.arg): literal(one.value, written) for one in given})
-        return made
-
-    parts = [again(part, describe(part)) for part in parts_of(scheme)]
+    given = [term.parameters for term in terms(describe(scheme))]
+    parts = [type(part)(**one) for part, one in zip(parts_of(scheme), given, strict=True)]
     return Compose(*parts) if isinstance(scheme, Compose) else parts[0]
 
 

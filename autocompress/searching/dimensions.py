@@ -16,8 +16,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from torch import nn
 
 from autocompress.lc import SOFT
+from autocompress.notation import literal
 from autocompress.recovery import Recovery, settings_of, with_settings
-from autocompress.scheme import Compose, Scheme, Staged, describe, literal, parts_of
+from autocompress.scheme import Compose, Scheme, Staged, describe, parts_of
 
 STAGES = "stage-density"
 FEW_STAGES, MANY_STAGES = 4, 6  # fewer are taken apart, more are put together: each is a dimension
