@@ -51,7 +51,7 @@ def cli() -> None:
     "--scheme",
     default="StructPrune",
     show_default=True,
-    help="How to compress: NAME, NAME(key=value), A+B; A,B or auto for the best of several.",
+    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; A,B or auto for the best of several.",
 )
 @click.option(
     "--max-drop",
@@ -260,7 +260,7 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
     from autocompress.gauges.devices import usable_device
     from autocompress.gauges.runtimes import check_runtime
     from autocompress.goal import as_objective
-    from autocompress.scheme import parse_schemes
+    from autocompress.scheme import AUTO, parse_schemes
     from autocompress.searching.dimensions import parse_dimensions
 
     options["out"] = checked("--out", prepare_out, options["out"])
@@ -270,6 +270,7 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
     if options["storage"]:
         checked("--storage", check_database, options["storage"])
     schemes = checked("--scheme", parse_schemes, options["scheme"])
+    options["scheme"] = AUTO if options["scheme"] == AUTO else schemes
     options["objective"] = [checked("--objective", as_objective, one) for one in options["objective"]]
     options["formats"] = checked("--export", check_formats, options["formats"])
     checked("--search", parse_dimensions, options["search"], schemes, options["recovery"])

@@ -310,7 +310,7 @@ def _rebuilt(
             return answer, ""
         why_here = str(answer)
     try:
-        return bundle.answers_of(folder, dense, (), inputs), why_here
+        return bundle.answers_of(folder, dense, provenance.kinds, inputs), why_here
     except Exception as error:
         return reason(error), why_here
 

@@ -7,6 +7,7 @@ registers what it defines when it is imported.
 
 import difflib
 import importlib.util
+import os
 import re
 import sys
 import warnings
@@ -23,6 +24,7 @@ ENTRY_POINT_GROUP = "autocompress.plugins"
 T = TypeVar("T")
 
 _FROM_FILES: dict[str, ModuleType] = {}
+_FILES: dict[str, str] = {}  # of each of these modules, as they were given
 
 
 @cache
@@ -111,6 +113,7 @@ def load_from_file(spec: str) -> Any:
     load_plugins()  # first, so that a name the file registers cannot push out an installed plugin's
     try:
         module = _run(path)
+        _FILES[module.__name__] = os.path.normpath(file)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{spec!r}: running {file!r} raised {type(error).__name__}: {reason}") from error
@@ -120,6 +123,12 @@ def load_from_file(spec: str) -> Any:
         public = (n for n, v in vars(module).items() if not n.startswith("_") and not isinstance(v, ModuleType))
         has = ", ".join(sorted(public)) or "no public names"
         raise ValueError(f"{spec!r}: {file!r} has no {name!r}; it has {has}") from None
+
+
+def spec_of(definition: type) -> str:
+    """What names a class: ``path/to/file.py:Name`` of one that `load_from_file` has made, else its own name."""
+    file = _FILES.get(definition.__module__)
+    return f"{file}:{definition.__name__}" if file else definition.__name__
 
 
 def modules_from_files() -> list[ModuleType]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.notation import Term, listed, terms
-from autocompress.plugins import Registry
+from autocompress.plugins import Registry, load_from_file, spec_of
 from autocompress.splits import Batch
 from autocompress.task import Loss
 
@@ -357,33 +357,68 @@ def as_schemes(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ..
     return schemes
 
 
-def parse_scheme(spec: str) -> Scheme:
+def parse_scheme(spec: str, *, run_files: bool = True) -> Scheme:
     """The scheme that ``spec`` names: ``Prune``, ``StructPrune(min_keep=4)``, ``StructPrune+Quantize16``.
 
+    In the place of a name there may be ``path/to/file.py:Name``, a class or a function that returns a scheme. The
+    file is run; what it holds need not be registered, and is from then on.
+
+    Args:
+        spec: What was written.
+        run_files: Whether files may be run. Where they may not, what is in one must be registered already.
+
     Raises:
-        ValueError: If a name is unknown, a parameter does not exist or its value is refused.
+        ValueError: If a name is unknown, a parameter does not exist or its value is refused; or if a file does not
+            exist, fails when it is run or holds no such scheme.
     """
-    parts = [_make(term, spec) for term in terms(spec)]
+    parts = [_make(term, run_files) for term in terms(spec)]
     return parts[0] if len(parts) == 1 else Compose(*parts)
 
 
-def _make(term: Term, spec: str) -> Scheme:
-    make = SCHEMES.get(term.name)
+def _make(term: Term, run_files: bool) -> Scheme:
+    make = _from_file(term.name, run_files) if term.is_in_file else SCHEMES.get(term.name)
     allowed = list(inspect.signature(make).parameters)
     if unknown := [name for name in term.parameters if name not in allowed]:
         takes = ", ".join(allowed) or "none"
         raise ValueError(f"{term.name} has no parameter {unknown[0]!r} (it has: {takes})")
     try:
-        return make(**term.parameters)
+        return _checked(make(**term.parameters), term.name)
     except TypeError as error:
-        raise ValueError(f"{spec!r}: {error}") from error
+        raise ValueError(f"{term.name}: {error}") from error
+
+
+def _from_file(spec: str, run: bool) -> Callable[..., Scheme]:
+    """What makes the scheme that ``file.py:Name`` names."""
+    if not run:
+        known = SCHEMES.find(spec.rpartition(":")[2])
+        if known is None:
+            raise ValueError(f"the scheme {spec} is in a file, which is not run for this; import it first")
+        return known
+    found = load_from_file(spec)
+    if not callable(found):
+        raise ValueError(
+            f"{spec!r} is a {type(found).__name__}; name a scheme's class or a function that makes one"
+        )
+    make: Callable[..., Scheme] = found
+    return make
+
+
+def _checked(made: Any, name: str) -> Scheme:
+    """A scheme that has all that one must have; from here on the classes of a file are known by their names."""
+    if lacking := [member for member in vars(Scheme) if member[0] != "_" and not hasattr(made, member)]:
+        raise ValueError(f"{name} gives a {type(made).__name__}, which is no scheme: without {', '.join(lacking)}")
+    for kind in map(type, parts_of(made)):
+        if spec_of(kind) != kind.__name__:
+            register_scheme(kind)
+    scheme: Scheme = made
+    return scheme
 
 
 def describe(scheme: Scheme) -> str:
     """The spec that `parse_scheme` turns into an equal scheme; parameters at their defaults are left out."""
     if isinstance(scheme, Compose):
         return "+".join(describe(part) for part in scheme.parts)
-    name = type(scheme).__name__
+    name = spec_of(type(scheme))
     if not is_dataclass(scheme):
         return name
     changed = [

@@ -375,6 +375,7 @@ def load_model(found: Sweep, number: int, task: Task) -> nn.Module:
         trial, state = folder.load_trial(number), folder.load_weights(number)
     finally:
         folder.close()
-    scheme = parse_scheme(next(cell["row"]["scheme"] for cell in found.cells if cell["row"]["number"] == number))
+    written = next(cell["row"]["scheme"] for cell in found.cells if cell["row"]["number"] == number)
+    scheme = parse_scheme(written, run_files=False)
     facts, _ = analyze(scheme, on_cpu)
     return rebuild(scheme, on_cpu.model, facts, trial.plan, trial.density, state)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import autocompress as ac
 from autocompress.gauges.latency import Latency
 from autocompress.goal import OBJECTIVES
 from autocompress.measurement import Measurement
@@ -99,6 +100,25 @@ def test_the_scheme_is_searched_with_as_the_page_does(folder: Path, tiny_task: T
     assert kept <= result.measurements["compressed"].params  # type: ignore[attr-defined]
     asked = [json.loads(file.read_text())["scheme"] for file in folder.glob("autocompress-runs/*/study.json")]
     assert asked == ["RandomPrune(seed=3)+Quantize16"]
+
+
+def test_the_scheme_is_taken_from_its_file(folder: Path, tiny_task: Task) -> None:
+    """As the settings remember it, checked in a fresh process, and loaded where it was imported."""
+    asked = command('autocompress tune --scheme "random')[3]
+    result = ac.tune(tiny_task, asked, max_drop=0.9, trials=1, epochs=1)
+    assert json.loads((result.folder / "study.json").read_text())["scheme"] == asked
+    (bundle,) = (one for one in result.exported.artifacts if one.format == "safetensors")
+    assert bundle.not_fresh == "" and not result.exported.refused
+    best = result.folder / "best"
+    assert "is in a file of yours" in (best / "README.md").read_text()
+    code = "import sys, torch, autocompress as ac; model = torch.load('dense.pt', weights_only=False)\n"
+    code += f"try: ac.load({str(best)!r}, model)\nexcept ValueError as error: print(error)\n"
+    code += f"import random_prune; print(type(ac.load({str(best)!r}, model)).__name__)"
+    torch.save(tiny_task.model, folder / "dense.pt")
+    done = run([sys.executable, "-c", code], folder)
+    said, loaded = done.stdout.splitlines()
+    assert "random_prune.py:RandomPrune is in a file, which is not run for this; import it first" in said
+    assert loaded == type(ac.load(best, tiny_task.model)).__name__
 
 
 def test_the_scheme_comes_through_the_entry_point(folder: Path) -> None:

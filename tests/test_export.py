@@ -94,7 +94,7 @@ class HalvesHidden:
 
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as a script's; pytest alone can import it
-PROVENANCE = Provenance("HalvesHidden", {"kept": [0, 2, 5]}, 0.5, "toy")
+PROVENANCE = Provenance("HalvesHidden", {"kept": [0, 2, 5]}, 0.5, "toy", kinds=(HalvesHidden,))
 IMAGE = torch.linspace(-1, 2, 64).reshape(1, 1, 8, 8)
 FRESH = "import sys; sys.modules['autocompress'] = None; exec(sys.stdin.read())"
 

@@ -1,14 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import (
+    SCHEMES,
     Compose,
     Scheme,
     Theta,
     density_error,
     describe,
     parse_scheme,
+    parse_schemes,
     parts_of,
     realize_by_part,
 )
@@ -189,3 +193,80 @@ def test_only_one_part_of_a_composition_removes_weights() -> None:
     facts = scheme.analyze(model, torch.zeros(1, 5))
     with pytest.raises(ValueError, match=r"Careless takes entries out of 0\.weight, as a part before it does"):
         scheme.pi(weights, 0.7, facts)
+
+
+OF_MY_OWN = """
+from dataclasses import dataclass
+from autocompress.schemes import Prune, Quantize16
+from autocompress.scheme import Compose
+
+@dataclass(frozen=True)
+class Mine(Prune):
+    level: int = 1
+
+def halves():
+    return Compose(Mine(level=2), Quantize16())
+
+def nothing():
+    return 3
+
+number = 3
+"""
+
+
+@pytest.fixture
+def my_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file as a user may call it, in the folder where they are; what it registers is forgotten afterwards."""
+    list(SCHEMES)  # the plugins first
+    monkeypatch.setattr(SCHEMES, "_items", dict(SCHEMES._items))
+    monkeypatch.setattr(SCHEMES, "_modules", dict(SCHEMES._modules))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my work").mkdir()
+    (tmp_path / "my work" / "pruning-2.py").write_text(OF_MY_OWN)
+    return "my work/pruning-2.py"
+
+
+def test_a_scheme_in_a_file_is_written_as_any_other(my_file: str) -> None:
+    for spec, described in (
+        (f"{my_file}:Mine", f"{my_file}:Mine"),
+        (f"./{my_file}:Mine(level=3)", f"{my_file}:Mine(level=3)"),
+        (f"{my_file}:Mine + Quantize16(dtype=bf16)", f"{my_file}:Mine+Quantize16(dtype='bf16')"),
+        (f"{my_file}:halves", f"{my_file}:Mine(level=2)+Quantize16"),
+    ):
+        assert describe(parse_scheme(spec)) == described == describe(parse_scheme(described))
+    listed = parse_schemes(f"Prune, {my_file}:Mine(level=3, skip=['a', 'b.py:c']), {my_file}:Mine+Quantize16")
+    assert [describe(one) for one in listed] == [
+        "Prune",
+        f"{my_file}:Mine(skip=('a', 'b.py:c'), level=3)",
+        f"{my_file}:Mine+Quantize16",
+    ]
+
+
+def test_a_file_is_not_run_where_it_may_not_be(my_file: str) -> None:
+    """But a scheme that was taken from it before, or imported, is found by its name."""
+    Path(my_file).write_text(OF_MY_OWN + "\nopen('run', 'w').close()\n")
+    with pytest.raises(ValueError, match=r"pruning-2\.py:Mine is in a file, which is not run for this; import it"):
+        parse_scheme(f"{my_file}:Mine(level=3)", run_files=False)
+    assert not Path("run").exists()
+    parse_scheme(f"{my_file}:Mine")
+    Path("run").unlink()
+    assert parse_scheme(f"elsewhere/{my_file}:Mine(level=3)", run_files=False).level == 3  # type: ignore[attr-defined]
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (":Yours", r"has no 'Yours'; it has .*Mine"),
+        (":number", r"pruning-2\.py:number' is a int; name a scheme's class or a function that"),
+        (":nothing", r"pruning-2\.py:nothing gives a int, which is no scheme: without takes_density, tolerance, "),
+        (":Mine(levl=1)", r"pruning-2\.py:Mine has no parameter 'levl' \(it has: .*level\)"),
+        ("", r"is not a scheme; .*path/to/file\.py:Name"),
+        ("x:Mine", r"is not a scheme"),
+    ],
+)
+def test_what_is_wrong_with_a_scheme_in_a_file_is_said(my_file: str, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_schemes(my_file + name)
+    with pytest.raises(ValueError, match=r"there is no file 'none\.py'"):
+        parse_schemes("none.py:Mine")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autocompress.formats import weights
 from autocompress.formats.parity import Arrays, reason
 from autocompress.processes.parcel import pack
-from autocompress.scheme import Facts, Scheme, Theta, Weights, parse_scheme, parts_of, register_scheme
+from autocompress.scheme import Facts, Scheme, Theta, Weights, parse_scheme, register_scheme
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 PLAN_FORMAT = 1
@@ -46,6 +46,7 @@ class Provenance:
         classes: Names of the logits, in order.
         preprocessing: What was done to a sample before the model saw it, in words.
         input: The same for programs: JSON types only.
+        kinds: The classes that the scheme is made of: those of a script or a file are known to no other process.
     """
 
     scheme: str
@@ -56,6 +57,7 @@ class Provenance:
     classes: Sequence[str] = ()
     preprocessing: str = ""
     input: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Sequence[type[Scheme]] = ()
 
 
 def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenance) -> None:
@@ -137,7 +139,7 @@ def load(directory: str | Path, model: nn.Module | None = None, example_input: T
     plan = read_plan(directory)
     if model is None:
         model = _known_architecture(plan["architecture"], directory)
-    scheme = parse_scheme(plan["scheme"])
+    scheme = parse_scheme(plan["scheme"], run_files=False)  # it may come from elsewhere
     if example_input is None:
         example_input = _zeros(plan["input"], directory / PLAN)
     dense = copy.deepcopy(model).cpu().eval()
@@ -177,28 +179,25 @@ def checking_call(directory: Path, provenance: Provenance, dense: nn.Module) -> 
     Raises:
         Exception: Whatever an object of the user's raises that cannot be pickled.
     """
-    schemes = [type(part) for part in parts_of(parse_scheme(provenance.scheme))]
     # What can be made by its name must be: whoever loads it later has no other.
     model = dense if provenance.architecture is None else None
-    return pack((answers_of, (directory, model, schemes)))
+    return pack((answers_of, (directory, model, provenance.kinds)))
 
 
-def answers_of(
-    directory: Path, model: nn.Module | None, schemes: Sequence[type[Scheme]], inputs: Arrays
-) -> Arrays:
+def answers_of(directory: Path, model: nn.Module | None, kinds: Sequence[type[Scheme]], inputs: Arrays) -> Arrays:
     """What the module of `load` gives for the inputs, an array for each.
 
     Args:
         directory: As for `load`.
         model: As for `load`.
-        schemes: What the scheme is made of: those of a script are registered nowhere else.
+        kinds: See `Provenance`.
         inputs: Batches.
 
     Raises:
         ValueError: As `load`.
     """
-    for scheme in schemes:
-        register_scheme(scheme)
+    for kind in kinds:
+        register_scheme(kind)
     try:
         loaded = load(directory, model)
     except ValueError as error:

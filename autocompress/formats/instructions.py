@@ -44,6 +44,8 @@ method = Runtime.get().load_program("model.pte").load_method("forward")
 REBUILD = """With autocompress, as a module to train or measure further, from `model.safetensors` and `plan.json`:
 {load}.
 """
+IN_FILE = """`{scheme}` is in a file of yours, which `autocompress.load` does not run: import it first.
+"""
 LOAD_NAMED = '`autocompress.load(".")`'
 LOAD_OWN = '`autocompress.load(".", model)`, where `model` is any instance of the dense architecture'
 NOT_FRESH = """`{file}` was checked in the process that wrote it, not in a fresh one: {reason}
@@ -90,6 +92,8 @@ def instructions(
             parts.append(f"`{FILES[name]}` is not offered: {refused[name]}\n")
         elif name in formats:
             parts.append(text.format(shape=shape, dtype=dtype, max_batch=MAX_BATCH, load=load))
+            if name == "safetensors" and ".py:" in provenance.scheme:
+                parts.append(IN_FILE.format(scheme=provenance.scheme))
             if name in not_fresh:
                 parts.append(NOT_FRESH.format(file=FILES[name], reason=not_fresh[name]))
     if integers and "onnx" not in refused:

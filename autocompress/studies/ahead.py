@@ -13,7 +13,7 @@ from autocompress.formats.bundle import Provenance
 from autocompress.formats.instructions import FILES
 from autocompress.processes.aside import Aside, Begun
 from autocompress.report import write_report
-from autocompress.scheme import describe
+from autocompress.scheme import describe, parts_of
 from autocompress.studies.records import Answer
 from autocompress.task import Task
 
@@ -88,6 +88,7 @@ class Ahead:
         task, trial = self.task.on("cpu"), answer.trial
         provenance = Provenance(
             scheme=describe(answer.scheme),
+            kinds=tuple(map(type, parts_of(answer.scheme))),
             plan=trial.plan,
             density=trial.density,
             task=task.name,

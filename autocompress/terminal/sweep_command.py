@@ -20,7 +20,7 @@ SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed,
     multiple=True,
     default=("StructPrune",),
     show_default=True,
-    help="How to compress: NAME, NAME(key=value), A+B; repeatable.",
+    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; repeatable.",
 )
 @click.option(
     "--densities",
@@ -64,7 +64,7 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_sweep(ctx, options)
-    checked("--scheme", distinct_schemes, options["schemes"])
+    options["schemes"] = list(checked("--scheme", distinct_schemes, options["schemes"]).values())
     check_shared(ctx, options, score_steps=options.pop("score_steps") or None)
     asked = take_options(options)
 
