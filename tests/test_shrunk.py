@@ -138,6 +138,11 @@ def renumber(model: nn.Module) -> None:
             buffer.add_(1)
 
 
+def leave_out(model: nn.Module) -> None:
+    """Has no tensor any more where the larger network has one."""
+    next(m for m in model.modules() if isinstance(m, nn.Linear)).bias = None
+
+
 def test_what_cannot_be_told_to_be_a_part_of_the_network_is_trained_masked(tiny_task: Task) -> None:
     scheme = parse_scheme("StructPrune")
     facts = scheme.analyze(tiny_task.model, tiny_task.example_input)
@@ -151,7 +156,7 @@ def test_what_cannot_be_told_to_be_a_part_of_the_network_is_trained_masked(tiny_
     assert is_shrunk(scheme)
     assert not is_shrunk(scheme, density=1.0)  # nothing is gone
     assert not is_shrunk(scheme, LearningCompression(steps=9, mu=math.inf, compile=True))
-    for change in (swap, renumber):
+    for change in (swap, renumber, leave_out):
         assert not is_shrunk(Changed(scheme, change))  # type: ignore[arg-type]
     assert not is_shrunk(parse_scheme("Prune"))
     assert not is_shrunk(parse_scheme("Quantize8"))  # hard, but it removes nothing

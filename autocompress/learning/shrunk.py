@@ -106,9 +106,12 @@ class Shrunk:
             return None
         numbered, theta = _numbered(self._learner.model), Theta({}, {}, 0, plan)
         _, model = next(realize_by_part(self._scheme, numbered, theta, facts))
-        whole, kept, is_smaller = _tensors(self._learner.model), {}, False
-        for name, numbers in _tensors(model).items():
-            if name not in whole or numbers.dim() != whole[name].dim():
+        whole, left = _tensors(self._learner.model), _tensors(model)
+        if left.keys() != whole.keys():
+            return None
+        kept, is_smaller = {}, False
+        for name, numbers in left.items():
+            if numbers.dim() != whole[name].dim():
                 return None
             if whole[name].is_floating_point():
                 if (found := _slice(numbers.detach(), whole[name].shape)) is None:
