@@ -27,13 +27,14 @@ from autocompress.measurement import Measurement, measure
 from autocompress.metrics import Metric, as_metric
 from autocompress.processes.interrupt import gentle_interrupt
 from autocompress.progress import Listener, heard_by
-from autocompress.recovery import Recovery, make_recovery, settings_of, with_settings
+from autocompress.recovery import Recovery, make_recovery, with_settings
 from autocompress.scheme import Facts, Scheme, parse_scheme
 from autocompress.search import INTERRUPTED
 from autocompress.studies.analysis import analyze
 from autocompress.sweeps.sweep_files import write_sweep
-from autocompress.sweeps.sweep_grid import Cell, distinct_densities, distinct_schemes, grid
+from autocompress.sweeps.sweep_grid import Cell, distinct_densities, distinct_schemes
 from autocompress.sweeps.sweep_result import DENSE, Sweep
+from autocompress.sweeps.sweep_settings import SweepSettings
 from autocompress.task import Evaluation, Task
 from autocompress.terminal.display import SECONDS_BETWEEN_LINES, Footer
 from autocompress.tracking import COSTS, Tracker
@@ -92,15 +93,10 @@ def sweep(
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
     """
-    parsed = distinct_schemes(schemes)
-    densities = distinct_densities(densities)
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}; it must be at least 1")
-    if seed < 0:
-        raise ValueError(f"seed={seed}; it must be at least 0")
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
-    device = usable_device(device)
+    listed, levels = distinct_schemes(schemes), distinct_densities(densities)
+    settings = SweepSettings(listed, levels, repeats, recovery, timing, seed, usable_device(device))
     if name is not None:
         check_name(name)
     home = prepare_out(Path(out))
@@ -108,28 +104,16 @@ def sweep(
         progress("training the dense model, or taking it from the cache")
         task = digits(cache=home / "cache")
     task.check()
-    metrics = tuple(as_metric(one, task.classes) for one in also)
-    asked = {
-        "kind": "sweep",
-        "task": task.name,
-        "scheme": "sweep",
-        "fingerprint": task.fingerprint(),
-        "metric": task.metric.source or task.metric.name,
-        "schemes": list(parsed),
-        "densities": list(densities),
-        "repeats": repeats,
-        "also": [metric.source or metric.name for metric in metrics],
-        "timing": timing,
-        "seed": seed,
-        "recovery": settings_of(recovery),
-    }
-    folder = resume_folder(home, resume, asked) if resume else new_folder(home, name, asked)
+    settings = replace(settings, metrics=tuple(as_metric(one, task.classes) for one in also))
+    identity = settings.identity(task)
+    folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
     if not resume:
         folder.update_settings({"provenance": provenance(task, command), "task_options": task.options})
-    tracker = functools.partial(Tracker, home, task.name, uri=tracking_uri, device=device, on_warning=progress)
-    running = Sweeping(task.on(device), parsed, metrics, recovery, timing, seed, device, folder, progress)
+    tracker = functools.partial(
+        Tracker, home, task.name, uri=tracking_uri, device=settings.device, on_warning=progress
+    )
     try:
-        return running.run(list(grid(parsed, densities, repeats)), tracker)
+        return Sweeping(task.on(settings.device), settings, folder, progress).run(tracker)
     finally:
         if resume or folder.has_begun:
             folder.close()
@@ -140,46 +124,40 @@ def sweep(
 class Sweeping:
     """A sweep in its folder: each trial is on disk before the next begins.
 
-    Args: see `sweep`; ``task`` has its model on the device.
+    Args:
+        task: What is compressed, its model on the device.
+        settings: What is asked.
+        folder: Where the sweep lives.
+        progress: Is told how it goes, a line at a time.
     """
 
     def __init__(
-        self,
-        task: Task,
-        schemes: Mapping[str, Scheme],
-        metrics: Sequence[Metric],
-        recovery: Recovery,
-        timing: bool,
-        seed: int,
-        device: str,
-        folder: StudyFolder,
-        progress: Callable[[str], None],
+        self, task: Task, settings: SweepSettings, folder: StudyFolder, progress: Callable[[str], None]
     ) -> None:
-        self.task, self.schemes, self.metrics, self.recovery = task, schemes, metrics, recovery
-        self.timing, self.seed, self.device, self.folder, self.progress = timing, seed, device, folder, progress
+        self.task, self.settings, self.folder, self.progress = task, settings, folder, progress
         self.run_id: str | None = None  # in MLflow, as the folder has it
 
-    def run(self, cells: Sequence[Cell], make_tracker: Callable[[], Tracker]) -> Sweep:
+    def run(self, make_tracker: Callable[[], Tracker]) -> Sweep:
         """Runs what is not on disk yet, and writes the table and the figure of what there is."""
         macs = count_macs(self.task.model, self.task.example_input) * self.task.train.batch_size
-        with threads_for(macs, self.device):
+        with threads_for(macs, self.settings.device):
             facts = {}
-            for name, scheme in self.schemes.items():
+            for name, scheme in self.settings.schemes.items():
                 facts[name], notes = analyze(scheme, self.task)
                 for note in (*self.task.notes, *notes):
                     self.progress(f"note: {note}")
             self.tracker = make_tracker()
             try:
-                return self._run(cells, facts)
+                return self._run(facts)
             except BaseException as error:
                 self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 with contextlib.suppress(OSError):  # the disk may be what failed
                     self._remember_run()
                 raise
 
-    def _run(self, cells: Sequence[Cell], facts: Mapping[str, Facts]) -> Sweep:
+    def _run(self, facts: Mapping[str, Facts]) -> Sweep:
         self._start_tracking()
-        found, (cells, failed) = [self._dense()], self._reachable(cells, facts)
+        found, (cells, failed) = [self._dense()], self._reachable(facts)
         stopped = COMPLETE
         with gentle_interrupt(self.progress) as asked_to_stop:
             try:
@@ -198,12 +176,11 @@ class Sweeping:
                 stopped = INTERRUPTED
         return self._conclude(found, failed, stopped)
 
-    def _reachable(
-        self, cells: Sequence[Cell], facts: Mapping[str, Facts]
-    ) -> tuple[list[Cell], list[dict[str, Any]]]:
+    def _reachable(self, facts: Mapping[str, Facts]) -> tuple[list[Cell], list[dict[str, Any]]]:
         """The cells whose scheme can be so sparse, and of the others the first run as failed."""
-        lowest = {name: scheme.lowest_density(facts[name]) for name, scheme in self.schemes.items()}
-        can = [c for c in cells if not self.schemes[c.scheme].takes_density or c.density >= lowest[c.scheme]]
+        cells, schemes = self.settings.cells, self.settings.schemes
+        lowest = {name: scheme.lowest_density(facts[name]) for name, scheme in schemes.items()}
+        can = [c for c in cells if not schemes[c.scheme].takes_density or c.density >= lowest[c.scheme]]
         cannot = [cell for cell in cells if cell not in can and cell.repeat == 1]
         return can, [
             self._failed(cell, f"it cannot be reached; the lowest possible here is {lowest[cell.scheme]:.4g}")
@@ -242,7 +219,7 @@ class Sweeping:
         task = self.task
         self.dense = task.evaluate(task.model, task.val)
         test = task.evaluate(task.model, task.test)
-        cost = measure(task.model, task.example_input, self.device, timing=self.timing)
+        cost = measure(task.model, task.example_input, self.settings.device, timing=self.settings.timing)
         self.tracker.dense(self.dense.score, cost, cost.density)
         row = self._row(Cell(0, DENSE, 1.0, 1), cost, self.dense, test, seconds=0.0)
         return self._load(0) or self._save(0, {"row": row, "curves": {}, "timeline": []})
@@ -252,12 +229,12 @@ class Sweeping:
         if kept := self._load(cell.number):
             self._log(cell, self.folder.load_trial(cell.number), kept["row"])
             return kept
-        gpu = GpuWindow(torch.device(self.device), every_s=GPU_EVERY_S)
+        gpu = GpuWindow(torch.device(self.settings.device), every_s=GPU_EVERY_S)
         with gpu as window, heard_by(self._now_and_then(f"trial {cell.number:>3}  {cell.scheme}")):
             result = run_trial(self._spec(cell, facts))
         model = result.model
         assert model is not None, "a trial that has just run has its model"
-        on_device = model.to(self.device)
+        on_device = model.to(self.settings.device)
         val, test = (self.task.evaluate(on_device, split) for split in (self.task.val, self.task.test))
         row = self._row(cell, result.measurement, val, test, result.seconds)
         self.folder.save_trial(replace(result, model=on_device.cpu()))
@@ -284,22 +261,22 @@ class Sweeping:
             number=cell.number,
             density=cell.density,
             task=self.task,
-            scheme=self.schemes[cell.scheme],
+            scheme=self.settings.schemes[cell.scheme],
             facts=facts,
-            recovery=self.recovery,
+            recovery=self.settings.recovery,
             objectives=(as_objective("density"),),
             bound=ANY_DROP,
             dense=self.dense,
-            seed=int(np.random.SeedSequence([self.seed, cell.repeat]).generate_state(1)[0]),
-            device=self.device,
-            timing=self.timing,
+            seed=int(np.random.SeedSequence([self.settings.seed, cell.repeat]).generate_state(1)[0]),
+            device=self.settings.device,
+            timing=self.settings.timing,
         )
 
     def _row(
         self, cell: Cell, cost: Measurement, val: Evaluation, test: Evaluation, seconds: float
     ) -> dict[str, Any]:
         scores = {}
-        for metric in (self.task.metric, *self.metrics):
+        for metric in (self.task.metric, *self.settings.metrics):
             for split, seen in (("val", val), ("test", test)):
                 scores[f"{metric.name}_{split}"] = _finite(metric.score(seen.targets, seen.outputs))
         costs = {name: getattr(cost, name) for name in COSTS}
@@ -332,7 +309,7 @@ class Sweeping:
             task=task.name,
             metric=task.metric.name,
             higher_is_better=task.metric.higher_is_better,
-            also=tuple(metric.name for metric in self.metrics),
+            also=tuple(metric.name for metric in self.settings.metrics),
             n_test=task.test.n_samples,
             cells=tuple(found),
             failed=tuple(failed),

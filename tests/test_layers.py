@@ -46,7 +46,7 @@ ENGINE = (
     ("mlflow_runs", "workers", "cluster", "arms", "optuna_store", "database"),
     ("selection", "samplers", "aside"),
     ("search", "tracking", "ui"),
-    ("settings", "result", "record", "sweep_result", "mend"),
+    ("settings", "sweep_settings", "result", "record", "sweep_result", "mend"),
     ("watcher",),
     ("figures", "words", "analysis", "prospect", "workplace"),
     ("report", "doctor", "show"),

@@ -1,0 +1,64 @@
+"""What a sweep is asked for, checked, and the trials that this makes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autocompress.metrics import Metric
+from autocompress.recovery import Recovery, settings_of
+from autocompress.scheme import Scheme
+from autocompress.sweeps.sweep_grid import Cell, grid
+from autocompress.task import Task
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is asked.
+
+    Attributes:
+        schemes: How to compress, by what describes it.
+        densities: What each scheme that takes a density is to come to.
+        repeats: Runs of each scheme and density.
+        recovery: How a trial compresses and trains.
+        timing: Whether latency, memory and energy are measured, too.
+        seed: Seeds the trials.
+        device: Where they run.
+        metrics: What is scored beside the task's own metric.
+    """
+
+    schemes: Mapping[str, Scheme]
+    densities: tuple[float, ...]
+    repeats: int
+    recovery: Recovery
+    timing: bool
+    seed: int
+    device: str
+    metrics: tuple[Metric, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}; it must be at least 0")
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All trials, in order."""
+        return list(grid(self.schemes, self.densities, self.repeats))
+
+    def identity(self, task: Task) -> dict[str, Any]:
+        """What makes it the same sweep when it is resumed: JSON types only."""
+        return {
+            "kind": "sweep",
+            "task": task.name,
+            "scheme": "sweep",
+            "fingerprint": task.fingerprint(),
+            "metric": task.metric.source or task.metric.name,
+            "schemes": list(self.schemes),
+            "densities": list(self.densities),
+            "repeats": self.repeats,
+            "also": [metric.source or metric.name for metric in self.metrics],
+            "timing": self.timing,
+            "seed": self.seed,
+            "recovery": settings_of(self.recovery),
+        }
