@@ -68,8 +68,8 @@ class Scheme(Protocol):
         """What the scheme must know of the architecture, found once per study. The model is not changed.
 
         Args:
-            model: The dense model, on the CPU.
-            example_input: A batch of one sample.
+            model: The dense model, on the device that it is compressed on.
+            example_input: A batch of one sample, on the same.
 
         Raises:
             ValueError: If there is nothing in the model that the scheme could compress.

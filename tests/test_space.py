@@ -8,7 +8,7 @@ import optuna
 import pytest
 import torchvision
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from torch import nn
+from torch import Tensor, nn
 
 from autocompress.lc import LearningCompression
 from autocompress.models import SmallResNet
@@ -17,6 +17,8 @@ from autocompress.scheme import Compose, as_schemes, describe, parse_schemes
 from autocompress.schemes import LowRank, Prune, Quantize16, StructPrune
 from autocompress.searching.dimensions import on_model, parse_dimensions, stages
 from autocompress.searching.space import DENSITY, Arm, Space
+from autocompress.studies.analysis import analyze
+from autocompress.task import Task
 
 LC = LearningCompression()
 
@@ -130,6 +132,16 @@ def test_auto_is_what_registers_for_it() -> None:
 
 
 # Stages
+
+
+def test_a_model_is_analyzed_where_it_is_compressed(tiny_task: Task) -> None:
+    """A device without numbers stands in for a GPU: a model there takes no batch of the CPU's."""
+
+    class Looks(Prune):
+        def analyze(self, model: nn.Module, example_input: Tensor) -> str:
+            return str(model(example_input).device)
+
+    assert analyze(Looks(), tiny_task.on("meta")) == ("meta", ())
 
 
 def test_stages_are_the_children_with_weights() -> None:

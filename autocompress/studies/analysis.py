@@ -7,7 +7,7 @@ from autocompress.searching.dimensions import on_model
 from autocompress.searching.samplers import check_sampler
 from autocompress.searching.space import Space
 from autocompress.studies.settings import Settings
-from autocompress.task import Task
+from autocompress.task import Task, device_of
 
 LOWEST_DENSITY = 0.002  # of the search, where the scheme itself could go lower
 
@@ -16,7 +16,7 @@ def analyze(scheme: Scheme, task: Task) -> tuple[Facts, tuple[str, ...]]:
     """The scheme's facts of the dense model, and what it warned of: layers that it cannot compress."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        facts = scheme.analyze(task.model, task.example_input)
+        facts = scheme.analyze(task.model, task.example_input.to(device_of(task.model)))
     return facts, tuple(str(warning.message) for warning in caught)
 
 
