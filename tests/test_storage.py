@@ -73,6 +73,9 @@ def test_a_trial_starts_from_the_sparsest_model_that_is_denser(folder: StudyFold
     assert folder.start(0.31, range(100)) is None
     (folder.trial(4) / "trial.json").unlink()  # a trial without its record was cut short
     assert folder.start(0.15, range(100)).density == 0.3  # type: ignore[union-attr]
+    (damaged,) = folder.path.glob("trials/*/start-0.3.*")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert folder.start(0.15, range(100)) is None
     assert folder.load_trial(3) == replace(result, model=None)
 
 

@@ -205,10 +205,10 @@ class StudyFolder:
         files = [file for file in self.path.glob("trials/*/start-*") if (file.parent / "trial.json").is_file()]
         denser = [(float(file.stem.removeprefix("start-")), file) for file in files]
         denser = [(found, file) for found, file in denser if found >= density and int(file.parent.name) in among]
-        if not denser:
-            return None
-        found, file = min(denser)
-        return Start(int(file.parent.name), found, weights.load(file))
+        for found, file in sorted(denser):
+            with contextlib.suppress(OSError, ValueError):  # damaged: it is a head start, and the next one is, too
+                return Start(int(file.parent.name), found, weights.load(file))
+        return None
 
     def load_weights(self, number: int) -> dict[str, Any]:
         """The state dict of a trial's realized model."""
