@@ -58,7 +58,7 @@ from autocompress.conformance.testing_tools import (
     theta_digest,
     written_and_read,
 )
-from autocompress.scheme import Compose, Masking, Scheme, Theta
+from autocompress.scheme import Compose, Masking, Scheme, Staged, Theta
 
 __all__ = [
     "CLASSES",
@@ -193,6 +193,19 @@ class SchemeConformance:
         if case.scheme.takes_density:
             with refused(naming=case.lowest):
                 case.scheme.pi(case.weights, 0.99 * case.lowest, case.facts)
+
+    def test_density_can_differ_by_module(self) -> None:
+        """Where it can: a scheme with less in one module can be written down, too, and meets the density."""
+        case = self.first_case()
+        if not isinstance(case.scheme, Staged):
+            raise SkipTest("it has one density for all modules")
+        name = next(name.rpartition(".")[0] for name, w in case.weights.items() if w.dim() > 1)
+        staged = case.scheme.staged({name: 0.5})
+        assert written_and_read(staged) == staged != case.scheme
+        with leaving_layers_whole():
+            facts = find_facts(staged, case.model, case.x)
+        density = middle_density(staged, facts)
+        assert staged.pi(case.weights, density, facts).kept / case.params <= density
 
     def test_pi_is_idempotent(self, model_name: str, density: float) -> None:
         """Compressing what is compressed changes nothing: plan, support, weights."""

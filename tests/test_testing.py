@@ -1,7 +1,7 @@
 """The conformance suite finds what it is for: each broken scheme here fails the check that is named with it."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -348,6 +348,11 @@ class OnlyWhileEvaluating(StructPrune):
         return realized
 
 
+class OneDensity(Prune):
+    def staged(self, relative: Mapping[str, float]) -> Prune:
+        return self
+
+
 class NoMask(LowRank):
     masks = True
 
@@ -444,6 +449,7 @@ def fails(check: Callable[[], None]) -> bool:
         (NeverBack(criterion="l2"), "test_pi_is_deterministic"),
         (LooksOnce(criterion="l2"), "test_pi_is_deterministic"),
         (OnlyWhileEvaluating(), "test_realized_takes_over_mode_and_what_is_trainable"),
+        (OneDensity(), "test_density_can_differ_by_module"),
         (NoMask(), "test_delta_is_w_on_the_support_and_zero_off_it"),
         (Typed(dtype=torch.float16), "test_is_a_scheme"),
         (Nothing(), "test_is_a_scheme"),
