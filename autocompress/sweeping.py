@@ -72,7 +72,8 @@ def sweep(
 
     Args:
         task: What to compress; by default the digits, see `autocompress.digits`.
-        schemes: How to compress: names, sums of names, or schemes. One that takes no density is run once a repeat.
+        schemes: How to compress: names, sums of names, lists of these with commas, or schemes. One that takes no
+            density is run once a repeat.
         densities: Parameters to keep over those of the dense model, each above 0 and at most 1.
         repeats: Runs of each scheme and density, that differ in the seed. Run 1 of all of them shares one seed, so
             do all run 2: what is compared had the same luck with the order of the data.

@@ -13,9 +13,10 @@ import autocompress as ac
 from autocompress.cli import cli
 from autocompress.lc import LearningCompression
 from autocompress.metrics import as_metric
-from autocompress.schemes import StructPrune
+from autocompress.schemes import Quantize16, StructPrune
 from autocompress.sweeping import load_model
 from autocompress.sweeps.sweep_files import write_sweep
+from autocompress.sweeps.sweep_grid import distinct_schemes
 from autocompress.sweeps.sweep_result import Sweep
 from autocompress.task import Task
 
@@ -155,9 +156,15 @@ def test_a_gpu_is_drawn_over_time(found: Sweep, tmp_path: Path) -> None:
     assert "free GPU memory" in svg and "n/a" not in svg
 
 
+def test_schemes_are_given_one_by_one_or_listed() -> None:
+    listed = distinct_schemes(["Prune(skip=['a', 'b']), StructPrune+Quantize16", Quantize16()])
+    assert list(listed) == ["Prune(skip=('a', 'b'))", "StructPrune+Quantize16", "Quantize16"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"schemes": "Prune, Prune"}, "given twice"),
         ({"schemes": ["Prune", "Prune()"]}, "given twice"),
         ({"schemes": []}, "no scheme"),
         ({"densities": (0.5, 2)}, "above 0 and at most 1"),

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from autocompress.notation import listed
 from autocompress.scheme import Scheme, describe, parse_scheme
 
 
 def distinct_schemes(given: str | Scheme | Sequence[str | Scheme]) -> dict[str, Scheme]:
-    """Schemes by what describes them."""
+    """Schemes by what describes them; a text may list several."""
     several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
     if not several:
         raise ValueError("there is no scheme to sweep over; give one or more, such as StructPrune")
-    schemes = [parse_scheme(one) if isinstance(one, str) else one for one in several]
+    apart = [part for one in several for part in (listed(one) if isinstance(one, str) else [one])]
+    schemes = [parse_scheme(one) if isinstance(one, str) else one for one in apart]
     by_name = {describe(scheme): scheme for scheme in schemes}
     if len(by_name) < len(schemes):
         raise ValueError(f"a scheme is given twice: {', '.join(describe(scheme) for scheme in schemes)}")

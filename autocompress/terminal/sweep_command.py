@@ -20,7 +20,7 @@ SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed,
     multiple=True,
     default=("StructPrune",),
     show_default=True,
-    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; repeatable.",
+    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; several with commas, or repeated.",
 )
 @click.option(
     "--densities",
