@@ -484,6 +484,18 @@ def test_factors_are_trained_in_the_polish(tiny_task: Task, scheme: Scheme) -> N
     torch.testing.assert_close(realized.eval()(x), masked.eval()(x), rtol=0, atol=scheme.tolerance * 10)
 
 
+def test_a_loss_that_is_scaled_goes_on_so(tiny_task: Task) -> None:
+    recipe = LearningCompression(steps=4, precision="fp16")
+    begun, resumed = (Learner(recipe, copy.deepcopy(tiny_task.model), tiny_task, 0) for _ in range(2))
+    begun.l_step(1, Penalty.none())
+    assert begun._scaler is not None and resumed._scaler is not None
+    begun._scaler.update(2.0**10)  # as where gradients have overflowed
+    resumed.restore(begun.snapshot())
+    assert begun.l_step(3, Penalty.none()) == resumed.l_step(3, Penalty.none())
+    assert resumed._scaler.state_dict() == begun._scaler.state_dict()
+    assert all(torch.equal(w, begun.weights[name]) for name, w in resumed.weights.items())
+
+
 def test_factors_are_trained_at_the_learning_rate_that_is_left(tiny_task: Task) -> None:
     """Also where it has fallen for good, after a gradient that was not finite."""
     learner = Learner(LearningCompression(steps=8), copy.deepcopy(tiny_task.model), tiny_task, 0)

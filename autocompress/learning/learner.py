@@ -165,7 +165,7 @@ class Snapshot:
         tensors: The model's (``model/…``), the optimizer's (``optimizer/…``), and the states of the random
             number generators (``rng/…``).
         numbers: Gradient steps taken, the factor on the learning rate, passes over the training data, and
-            batches of the pass after them.
+            batches of the pass after them; in fp16 what the loss is scaled by (``scaler/…``).
     """
 
     tensors: Mapping[str, Tensor]
@@ -298,6 +298,8 @@ class Learner:
             "epoch": batches.epoch,
             "position": batches.position,
         }
+        if self._scaler is not None:
+            numbers |= {f"scaler/{name}": value for name, value in self._scaler.state_dict().items()}
         return Snapshot(tensors, numbers)
 
     def restore(self, snapshot: Snapshot | None) -> None:
@@ -312,6 +314,9 @@ class Learner:
         epoch, position = int(numbers["epoch"]), int(numbers["position"])
         if (epoch, position) != (self._stream.batches.epoch, self._stream.batches.position):
             self._stream = self._serve(epoch, position)
+        if self._scaler is not None:
+            scaler = {name: numbers.get(f"scaler/{name}", at) for name, at in self._scaler.state_dict().items()}
+            self._scaler.load_state_dict(scaler)
         rng = snapshot.under("rng")
         if "cpu" in rng:
             torch.set_rng_state(rng["cpu"].cpu())
