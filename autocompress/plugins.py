@@ -99,6 +99,8 @@ class Registry(Generic[T]):
 def load_from_file(spec: str) -> Any:
     """The object that ``path/to/file.py:name`` names. The file is run, each time it is asked for.
 
+    It may import the modules that lie beside it, as a script may.
+
     Raises:
         ValueError: If the file does not exist, fails when it is run, or has no such name.
     """
@@ -132,7 +134,7 @@ def spec_of(definition: type) -> str:
 
 
 def modules_from_files() -> list[ModuleType]:
-    """The modules that `load_from_file` has made: other processes cannot import them by their names."""
+    """The modules that `load_from_file` has made, and those beside them: other processes may not have them."""
     return list(_FROM_FILES.values())
 
 
@@ -144,10 +146,23 @@ def _run(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    folder = path.resolve().parent
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # behind all that is installed, which it shall not hide
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    _FROM_FILES[name] = module
+    _FROM_FILES.update(_beside(folder) | {name: module})
     return module
+
+
+def _beside(folder: Path) -> dict[str, ModuleType]:
+    """The modules that have been imported from a folder itself: its files, and packages in it."""
+    modules, here = list(sys.modules.items()), f"{folder}{os.sep}"
+    files = {name: getattr(module, "__file__", None) for name, module in modules}
+    tops = {
+        name for name, file in files.items() if file in (f"{here}{name}.py", f"{here}{name}{os.sep}__init__.py")
+    }
+    return {name: module for name, module in modules if name.partition(".")[0] in tops}

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 
 from autocompress import plugins
 from autocompress.plugins import Registry, load_from_file, load_plugins
+from autocompress.processes.parcel import pack
 
 
 def one_line(caught: pytest.ExceptionInfo[ValueError]) -> str:
@@ -158,6 +160,23 @@ class TestLoadFromFile:
             "    x: int\n"
         )
         assert load_from_file(f"{tmp_path}/my-file.v2.py:Point")(3).x == 3
+
+    def test_a_file_imports_what_lies_beside_it_and_takes_it_along(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(plugins, "_FROM_FILES", {})
+        (tmp_path / "own_layers").mkdir()
+        (tmp_path / "own_layers" / "__init__.py").touch()
+        (tmp_path / "own_layers" / "blocks.py").write_text("def double(x):\n    return 2 * x\n")
+        (tmp_path / "json.py").write_text("1 / 0\n")  # never in the place of what is installed
+        file = tmp_path / "own_model.py"
+        file.write_text("import json\nfrom own_layers.blocks import double\n\ndef four():\n    return double(2)\n")
+        four = load_from_file(f"{file}:four")
+        elsewhere = "import pickle, sys; print(pickle.load(sys.stdin.buffer)())"
+        done = subprocess.run([sys.executable, "-c", elsewhere], input=pack(four), capture_output=True, check=True)
+        assert done.stdout.split() == [b"4"]
+        assert {one.__name__ for one in plugins.modules_from_files()} >= {"own_layers", "own_layers.blocks"}
+        for module in ("own_layers", "own_layers.blocks"):
+            del sys.modules[module]
 
     def test_files_of_one_name_are_two_modules_and_hide_no_package(self, tmp_path: Path) -> None:
         for folder in ("a", "b"):
