@@ -79,6 +79,12 @@ def make_task(
             seed=options.task_seed,
         )
         train_dense(task, training, device, cache, progress)
+    else:
+        _refuse_others(
+            options,
+            [name for name in vars(options) if name not in _OF_TRAINING],
+            "the model is taken as it is; --train-epochs trains it",
+        )
     task.model.eval()
     return task
 
@@ -128,6 +134,8 @@ def _is_factory(data: str | None) -> bool:
 
 def _of_images(options: TaskOptions, progress: Progress) -> _Parts:
     """Images that a reader finds."""
+    if options.data_args:
+        raise ValueError(f"--data-args go to a factory, and {options.data or 'digits'!r} is none; leave them out")
     augmentations = parse_augmentations(options.augment)
     reading = Reading(
         size=options.size,
@@ -286,6 +294,7 @@ def _refuse_others(options: TaskOptions, used: Sequence[str], because: str) -> N
         raise ValueError(f"--{', --'.join(unused).replace('_', '-')} cannot be used, for {because}")
 
 
+_OF_TRAINING = ("train_optimizer", "train_lr", "patience", "freeze")
 _FOR_IMAGES = ("label", "group", "split", "image_size", "channels", "normalize", "augment", "strict")
 
 

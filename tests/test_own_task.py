@@ -239,6 +239,11 @@ def test_timm_that_is_not_installed(npz: str, monkeypatch: pytest.MonkeyPatch) -
         ({"augment": ("spin",)}, "unknown augmentation 'spin' .available: none, skin"),
         ({"normalize": "imagenet"}, "--normalize imagenet is for 3 channels"),
         ({"metric": "acc"}, "unknown metric 'acc'"),
+        (
+            {"train_lr": 0.1, "patience": 3, "train_epochs": 0},
+            "--train-lr, --patience cannot be used, for the model is",
+        ),
+        ({"data_args": ("a=1",)}, "--data-args go to a factory"),
         ({"freeze": ("head",), "train_epochs": 1}, "the model has no such module; at the top it has stem"),
         ({"constraints": ("sensitivity>0",)}, "is not a constraint"),
     ],
@@ -393,7 +398,7 @@ def test_the_loss_of_labels_is_smoothed_towards_a_half() -> None:
 
 def test_what_is_frozen_does_not_move(npz: str) -> None:
     options = {"data": npz, "train_lr": 0.01, "batch_size": 16}
-    before = ac.make_task(**options, train_epochs=0).model.state_dict()
+    before = ac.make_task(data=npz, train_epochs=0).model.state_dict()
     task = ac.make_task(**options, train_epochs=2, freeze=("stem", "stages.0"))
     for name, tensor in task.model.state_dict().items():
         is_frozen = name.startswith(("stem.", "stages.0."))

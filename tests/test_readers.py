@@ -120,7 +120,10 @@ BAD_NAN[4, 2, 2] = np.nan
         ({"train_labels": np.arange(12) + 0.5}, "train_labels are of type float64; they must be whole numbers"),
         ({"train_labels": np.zeros(11, int)}, r"train_labels are of shape \(11,\) for 12 images"),
         ({"train_images": np.zeros((12, 6, 6, 6), np.uint8)}, r"train_images are of shape \(12, 6, 6, 6\)"),
-        ({"train_images": np.zeros((12, 4, 4), np.uint8)}, "the parts hold images of different kinds"),
+        (
+            {"train_images": np.zeros((12, 4, 4), np.uint8)},
+            r"different kinds: train uint8 of shape \(1, 4, 4\), val ",
+        ),
         ({"train_images": np.array(["a"] * 12)}, "train_images are of type <U1; they must be numbers"),
         ({"train_images": np.zeros((12, 0, 5), np.uint8)}, "there is nothing in them"),
         ({"train_labels": np.tile([0, 2], (12, 1))}, "have several columns, so each must be 0 or 1"),
@@ -265,6 +268,24 @@ def no_train(root: Path) -> None:
 def test_bad_folders_are_refused(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
     make(tmp_path)
     check_refused(str(tmp_path), message)
+
+
+def test_options_that_the_data_has_no_use_for_are_refused(tmp_path: Path) -> None:
+    spec = npz(tmp_path, **arrays())
+    check_refused(
+        spec, "--group patient looks at paths of images or a column of a table", Reading(group="patient")
+    )
+    check_refused(spec, "--label grade is a column of a .csv table", Reading(labels=("grade",)))
+    check_refused(spec, "--split is of no use here", Reading(shares=(0.6, 0.2, 0.2)))
+
+
+@pytest.mark.parametrize("parts", [("train", "val", "test"), ("train", "test")])
+def test_a_patient_in_two_parts_that_were_given_is_refused(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        class_folders(tmp_path / part, 8)
+    check_refused(
+        str(tmp_path), r"groups in train are in (val|test) as well, such as 'patient", Reading(group=r"patient\d")
+    )
 
 
 def test_a_group_that_finds_nothing_or_is_no_pattern(tmp_path: Path) -> None:

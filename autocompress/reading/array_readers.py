@@ -51,10 +51,15 @@ def read_npz(path: Path, reading: Reading) -> Found:
         where = f"{path}: {part}"
         pixels = _pixels_of(images, where)
         parts[part] = Samples(_labels_of(labels, len(pixels), where), pixels)
-    kinds = {(str(part.pixels.dtype), part.pixels.shape[1:]) for part in parts.values() if part.pixels is not None}
-    if len(kinds) > 1:
+    kinds = {
+        name: f"{str(part.pixels.dtype).removeprefix('torch.')} of shape {tuple(part.pixels.shape[1:])}"
+        for name, part in parts.items()
+        if part.pixels is not None
+    }
+    if len(set(kinds.values())) > 1:
+        said = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         raise ValueError(
-            f"{path}: the parts hold images of different kinds: {' and '.join(map(str, sorted(kinds)))}"
+            f"{path}: the parts hold images of different kinds: {said} (channels, height, width); make them alike"
         )
     scale = SCALES.get(str(arrays["train_images"].dtype), 1.0)
     return _of_pixels(path.stem, parts, scale, reading.size)

@@ -19,6 +19,15 @@ def read(spec: str, reading: Reading) -> Found:
         ValueError: If it is not there, or cannot be used as it is; the message says why.
     """
     path = Path(spec).expanduser()
+    if path.suffix.lower() != ".csv" and reading.labels:
+        raise ValueError(
+            f"--label {reading.labels[0]} is a column of a .csv table, which {spec!r} is not; leave it out"
+        )
+    if reading.group and path.suffix.lower() != ".csv" and not path.is_dir():
+        raise ValueError(
+            f"--group {reading.group} looks at paths of images or a column of a table, and {spec!r} has neither: "
+            "leave it out, and see to it yourself that nobody is in two parts"
+        )
     if spec == "digits":
         return read_digits(reading)
     if path.is_dir():

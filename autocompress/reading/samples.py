@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,9 @@ def divide(found: Found, reading: Reading) -> Found:
     parts = dict(found.parts)
     missing = [part for part in ("val", "test") if part not in parts]
     if not missing:
+        if reading.shares != Reading.shares:
+            raise ValueError("--split is of no use here: the data says itself what is train, val and test")
+        _refuse_shared_groups(parts)
         return found
     share = dict(zip(PARTS, reading.shares, strict=True))
     whole, needed = parts["train"], 1 + len(missing)
@@ -128,7 +132,18 @@ def divide(found: Found, reading: Reading) -> Found:
     sizes = ", ".join(f"{part} {len(parts[part]):,}" for part in PARTS)
     by = " by group" if whole.groups else ""
     note = f"the data does not say what is {' and '.join(missing)}: divided{by} with seed {reading.seed}: {sizes}"
+    _refuse_shared_groups(parts)  # a part that was given may share some
     return replace(found, parts={part: parts[part] for part in PARTS}, notes=(*found.notes, note))
+
+
+def _refuse_shared_groups(parts: Mapping[str, Samples]) -> None:
+    of = {part: set(parts[part].groups) for part in PARTS}
+    for one, other in combinations(PARTS, 2):
+        if shared := of[one] & of[other]:
+            raise ValueError(
+                f"{len(shared)} of the {len(of[one])} groups in {one} are in {other} as well, such as "
+                f"{min(shared)!r}; divide the data anew so that none is, or leave --group out"
+            )
 
 
 def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[list[int], list[int]]:
