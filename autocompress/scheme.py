@@ -72,7 +72,7 @@ class Scheme(Protocol):
             example_input: A batch of one sample, on the same.
 
         Raises:
-            ValueError: If there is nothing in the model that the scheme could compress.
+            ValueError: If there is nothing in the model that the scheme could compress; it names the scheme.
         """
 
     def lowest_density(self, facts: Facts) -> float:

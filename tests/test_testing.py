@@ -4,13 +4,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+from unittest import SkipTest
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autocompress.scheme import Evidence, Facts, Scheme, Theta, Weights
-from autocompress.schemes import LowRank, Prune, StructPrune
+from autocompress.schemes import LowRank, NeuronPrune, Prune, StructPrune
 from autocompress.testing import CLASSES, SchemeConformance, lived_in, refused
 
 
@@ -398,7 +399,9 @@ def checks(suite: SchemeConformance) -> Iterator[tuple[str, Callable[[], None]]]
 def fails(check: Callable[[], None]) -> bool:
     try:
         check()
-    except Exception:  # an assertion, or whatever the broken scheme runs into; SkipTest is the suite's own
+    except SkipTest:
+        return False
+    except Exception:  # an assertion, or whatever the broken scheme runs into
         return True
     return False
 
@@ -458,6 +461,20 @@ def fails(check: Callable[[], None]) -> bool:
 )
 def test_a_broken_scheme_fails(scheme: Scheme, check: str) -> None:
     assert any(fails(run) for name, run in checks(suite_of(scheme)) if name == check)
+
+
+def test_a_model_is_skipped_where_the_scheme_refuses_it_and_not_where_it_slips() -> None:
+    class Slips(Prune):
+        def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
+            _, _ = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+            return super().analyze(model, example_input)
+
+    suite = suite_of(Slips())
+    suite.case("plain")
+    with pytest.raises(AssertionError, match=r"must name the scheme, as 'Slips finds no .* too many values"):
+        suite.case("residual")
+    with pytest.raises(SkipTest, match="NeuronPrune finds no"):
+        suite_of(NeuronPrune()).case("plain")
 
 
 def test_a_sound_scheme_passes() -> None:

@@ -310,6 +310,16 @@ def refused(naming: float) -> Iterator[None]:
         raise AssertionError("a density below the lowest was not refused")
 
 
+def assert_names(scheme: Scheme, refusal: ValueError) -> None:
+    """Fails if a refusal names neither the scheme nor what it inherits: it may be a mistake."""
+    names = {base.__name__ for part in parts_of(scheme) for base in type(part).__mro__[:-1]}
+    if not any(name in str(refusal) for name in names):
+        own = type(parts_of(scheme)[0]).__name__
+        raise AssertionError(
+            f"a refusal must name the scheme, as '{own} finds no ...' does; this one says: {refusal}"
+        ) from refusal
+
+
 def assert_no_empty_layer(model: nn.Module) -> None:
     """Fails if a parameter has a dimension of size 0 or a weight matrix nothing but zeros."""
     for name, p in model.named_parameters():
