@@ -66,7 +66,7 @@ class Quantize16:
             with torch.inference_mode():
                 trial(example_input.to(device_of(model)))
         except Exception as error:  # an operation without a kernel, or code that counts on float32
-            first = str(error).partition("\n")[0]
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"Quantize16 cannot run this model in {dtype}: {first}") from error
         return dtype
 

@@ -57,7 +57,7 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
         if "specialized it to be a constant" in str(error):
             first = "its code makes a constant of the batch size, as len(x) does where x.shape[0] does not"
         raise ValueError(
-            f"torch.export cannot trace this model for any batch size, so it has no int8 form: {first}"
+            f"Quantize8 finds no int8 form of this model: torch.export cannot trace it for any batch size: {first}"
         ) from error
     graph = exported.graph
     for node in graph.nodes:
