@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,7 @@ def tune(
 
     def run(watcher: "Watcher") -> "Result":
         where = {name: options[name] for name in ("out", "device", "constraints")}
-        task = None if asked.is_default else make_task(asked, **where, progress=watcher.doing)
+        task = None if asked.is_default else partial(make_task, asked, **where, progress=watcher.doing)
         return tuning.tune(task, **options, watcher=watcher)
 
     try:

@@ -16,7 +16,7 @@ from torch import nn
 from autocompress.data import digits
 from autocompress.disk.environment import provenance
 from autocompress.disk.files import DEFAULT_OUT, read_json, write_json
-from autocompress.disk.storage import StudyFolder, check_name, new_folder, prepare_out, resume_folder
+from autocompress.disk.storage import StudyFolder, check_free, new_folder, prepare_out, resume_folder
 from autocompress.formats.bundle import rebuild
 from autocompress.gauges.devices import usable_device
 from autocompress.gauges.gpu import GpuWindow
@@ -47,7 +47,7 @@ ANY_DROP = Bound(0.999)  # a sweep refuses no model
 
 
 def sweep(
-    task: Task | None = None,
+    task: Task | Callable[[], Task] | None = None,
     schemes: str | Scheme | Sequence[str | Scheme] = "StructPrune",
     densities: Sequence[float] = DENSITIES,
     *,
@@ -71,7 +71,7 @@ def sweep(
         ``ac.sweep(task, ["Prune", "StructPrune"], [0.5, 0.1], repeats=3).table``
 
     Args:
-        task: What to compress; by default the digits, see `autocompress.digits`.
+        task: What to compress, or what makes it, see `autocompress.tune`; by default the digits.
         schemes: How to compress: names, sums of names, lists of these with commas, or schemes. One that takes no
             density is run once a repeat.
         densities: Parameters to keep over those of the dense model, each above 0 and at most 1.
@@ -98,12 +98,13 @@ def sweep(
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
     listed, levels = distinct_schemes(schemes), distinct_densities(densities)
     settings = SweepSettings(listed, levels, repeats, recovery, timing, seed, usable_device(device))
-    if name is not None:
-        check_name(name)
     home = prepare_out(Path(out))
+    if name is not None and not resume:
+        check_free(home, name)
     if task is None:
         progress("training the dense model, or taking it from the cache")
         task = digits(cache=home / "cache")
+    task = task if isinstance(task, Task) else task()
     task.check()
     settings = replace(settings, metrics=tuple(as_metric(one, task.classes) for one in also))
     identity = settings.identity(task)

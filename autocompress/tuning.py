@@ -14,7 +14,7 @@ from autocompress.disk.environment import provenance
 from autocompress.disk.files import DEFAULT_OUT, called, read_json
 from autocompress.disk.storage import (
     StudyFolder,
-    check_name,
+    check_free,
     new_folder,
     prepare_out,
     resume_folder,
@@ -50,7 +50,7 @@ Asked: TypeAlias = str | Objective | Callable[[Measurement], float]
 
 
 def tune(
-    task: Task | None = None,
+    task: Task | Callable[[], Task] | None = None,
     scheme: str | Scheme | Sequence[str | Scheme] = "StructPrune",
     max_drop: float = 0.01,
     *,
@@ -86,7 +86,8 @@ def tune(
     """Finds the best compressed model that loses at most ``max_drop``, proves it on test, and saves it.
 
     Args:
-        task: What to compress; by default the digits, see `autocompress.digits`.
+        task: What to compress, or what makes it once all else is known to be usable; by default the digits, see
+            `autocompress.digits`.
         scheme: How to compress: a name, a sum of names, or a `Scheme`; of several the search chooses one,
             and ``"auto"`` is a choice of those that suit the model.
         max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
@@ -172,12 +173,13 @@ def tune(
     if team().size > 1 and (workers > 1 or cluster):
         raise ValueError("workers= and cluster= run several trials at a time, torchrun one: give up either")
     watcher = watcher or Silent()
-    if name is not None:
-        check_name(name)
     place = _Place(prepare_out(Path(out)), name, resume, storage)
+    if name is not None and not resume:
+        check_free(place.home, name)
     if task is None:
         watcher.doing("training the dense model, or taking it from the cache")
         task = digits(cache=place.home / "cache")
+    task = task if isinstance(task, Task) else task()
     task.check()
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
     return _run(settings, task, place, watcher, tracking_uri=tracking_uri, register=register, command=command)

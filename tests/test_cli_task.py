@@ -77,6 +77,22 @@ def test_resume_alone_takes_the_model_and_the_data_of_the_study(
     assert len(json.loads(again.stdout)["trials"]) >= 2
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--name", "mine"), "a study named 'mine' is in"),
+        (("--workers", "2", "--cluster", "tcp://localhost:1"), "workers=2 are of this machine"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_dense_model_is_trained(
+    job: tuple[Path, Any], run: Callable[..., Any], args: tuple[str, ...], message: str
+) -> None:
+    cwd, _ = job
+    ended = run(cwd, "tune", "--data", "bands.npz", "--task-seed", "7", *FAST, *args)
+    assert ended.status == USAGE
+    assert message in ended.stderr and ended.stdout == ""
+
+
 @pytest.mark.slow
 def test_resume_refuses_other_options_and_other_data(job: tuple[Path, Any], run: Callable[..., Any]) -> None:
     cwd, _ = job

@@ -234,14 +234,24 @@ def new_folder(home: Path, name: str | None, asked: Mapping[str, Any]) -> StudyF
     Raises:
         ValueError: If the name cannot be used or is taken.
     """
-    path = home / (_default_name(home, asked) if name is None else check_name(name))
+    path = check_free(home, _default_name(home, asked) if name is None else name)
+    folder = StudyFolder(path, shared="storage" in asked)
+    write_json(folder.settings_file, {**asked, "autocompress": version("autocompress")})
+    return folder
+
+
+def check_free(home: Path, name: str) -> Path:
+    """The folder of a new study of this name.
+
+    Raises:
+        ValueError: If the name cannot be used or is taken.
+    """
+    path = home / check_name(name)
     if (path / "study.json").exists():
         raise ValueError(f"a study named {name!r} is in {home} already; choose another name, or resume it")
     if path.exists() and any(file.name not in _LEFT_BEHIND for file in path.iterdir()):
         raise ValueError(f"{path} holds something other than a study; choose another name")
-    folder = StudyFolder(path, shared="storage" in asked)
-    write_json(folder.settings_file, {**asked, "autocompress": version("autocompress")})
-    return folder
+    return path
 
 
 def _default_name(home: Path, asked: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
             click.echo(line, err=as_json)
 
     where = {name: options[name] for name in ("out", "device")}
-    task = None if asked.is_default else make_task(asked, **where, progress=say)
+    task = None if asked.is_default else partial(make_task, asked, **where, progress=say)
     found = sweeping.sweep(task, **options, progress=say)
     if as_json:
         click.echo(json.dumps(found.to_json(), allow_nan=False))
