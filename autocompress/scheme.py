@@ -346,9 +346,9 @@ def as_schemes(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ..
     """
     if isinstance(given, str):
         return parse_schemes(given)
-    if isinstance(given, Scheme):
-        return (given,)
-    schemes = tuple(parse_scheme(one) if isinstance(one, str) else one for one in given)
+    if not isinstance(given, Sequence):
+        return (_checked(given),)
+    schemes = tuple(parse_scheme(one) if isinstance(one, str) else _checked(one) for one in given)
     names = list(map(describe, schemes))
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"the scheme {twice} is listed twice; list each once")
@@ -382,9 +382,13 @@ def _make(term: Term, run_files: bool) -> Scheme:
         takes = ", ".join(allowed) or "none"
         raise ValueError(f"{term.name} has no parameter {unknown[0]!r} (it has: {takes})")
     try:
-        return _checked(make(**term.parameters), term.name)
+        made = _checked(make(**term.parameters), f"{term.name} gives")
     except TypeError as error:
         raise ValueError(f"{term.name}: {error}") from error
+    for kind in map(type, parts_of(made)):
+        if spec_of(kind) != kind.__name__:  # of a file: from here on known by its name
+            register_scheme(kind)
+    return made
 
 
 def _from_file(spec: str, run: bool) -> Callable[..., Scheme]:
@@ -403,13 +407,12 @@ def _from_file(spec: str, run: bool) -> Callable[..., Scheme]:
     return make
 
 
-def _checked(made: Any, name: str) -> Scheme:
-    """A scheme that has all that one must have; from here on the classes of a file are known by their names."""
+def _checked(made: Any, who: str = "scheme= is") -> Scheme:
+    """A scheme that has all that one must have."""
+    if isinstance(made, type):
+        raise ValueError(f"{who} the class {made.__name__}, not a scheme; write {made.__name__}()")
     if lacking := [member for member in vars(Scheme) if member[0] != "_" and not hasattr(made, member)]:
-        raise ValueError(f"{name} gives a {type(made).__name__}, which is no scheme: without {', '.join(lacking)}")
-    for kind in map(type, parts_of(made)):
-        if spec_of(kind) != kind.__name__:
-            register_scheme(kind)
+        raise ValueError(f"{who} a {type(made).__name__}, which is no scheme: without {', '.join(lacking)}")
     scheme: Scheme = made
     return scheme
 

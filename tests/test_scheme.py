@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from autocompress.scheme import (
     Compose,
     Scheme,
     Theta,
+    as_schemes,
     density_error,
     describe,
     parse_scheme,
@@ -193,6 +195,13 @@ def test_only_one_part_of_a_composition_removes_weights() -> None:
     facts = scheme.analyze(model, torch.zeros(1, 5))
     with pytest.raises(ValueError, match=r"Careless takes entries out of 0\.weight, as a part before it does"):
         scheme.pi(weights, 0.7, facts)
+
+
+@pytest.mark.parametrize("given", [StructPrune, [Prune(), StructPrune], 3, [3]])
+def test_what_is_no_scheme_is_refused_at_once(given: Any) -> None:
+    message = "scheme= is (the class StructPrune, not a scheme; write StructPrune\\(\\)|a int, which is no scheme)"
+    with pytest.raises(ValueError, match=message):
+        as_schemes(given)
 
 
 OF_MY_OWN = """

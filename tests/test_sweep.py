@@ -164,8 +164,8 @@ def test_schemes_are_given_one_by_one_or_listed() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schemes": "Prune, Prune"}, "given twice"),
-        ({"schemes": ["Prune", "Prune()"]}, "given twice"),
+        ({"schemes": "Prune, Prune"}, "listed twice"),
+        ({"schemes": ["Prune", "Prune()"]}, "listed twice"),
         ({"schemes": []}, "no scheme"),
         ({"densities": (0.5, 2)}, "above 0 and at most 1"),
         ({"densities": ()}, "one or more"),

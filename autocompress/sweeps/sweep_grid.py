@@ -6,20 +6,14 @@ from itertools import product
 from typing import Any
 
 from autocompress.notation import listed
-from autocompress.scheme import Scheme, describe, parse_scheme
+from autocompress.scheme import Scheme, as_schemes, describe
 
 
 def distinct_schemes(given: str | Scheme | Sequence[str | Scheme]) -> dict[str, Scheme]:
     """Schemes by what describes them; a text may list several."""
     several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
-    if not several:
-        raise ValueError("there is no scheme to sweep over; give one or more, such as StructPrune")
     apart = [part for one in several for part in (listed(one) if isinstance(one, str) else [one])]
-    schemes = [parse_scheme(one) if isinstance(one, str) else one for one in apart]
-    by_name = {describe(scheme): scheme for scheme in schemes}
-    if len(by_name) < len(schemes):
-        raise ValueError(f"a scheme is given twice: {', '.join(describe(scheme) for scheme in schemes)}")
-    return by_name
+    return {describe(scheme): scheme for scheme in as_schemes(apart)}
 
 
 def distinct_densities(given: Sequence[float]) -> tuple[float, ...]:
