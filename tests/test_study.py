@@ -24,6 +24,7 @@ from autocompress.scheme import SCHEMES, describe
 from autocompress.studies.settings import Settings
 from autocompress.terminal.show import show_result
 from autocompress.trial import Bound
+from autocompress.verdict.prospect import prospect
 
 DENSE_PARAMS = 859
 SHORT = {"trials": 2, "epochs": 3.0, "max_drop": 0.2}
@@ -519,3 +520,10 @@ def test_auto_compares_schemes_by_size(strict, out):
     assert (asked["scheme"], asked["objective"]) == ("auto", "size")
     assert list(result.trials["scheme"]) == [result.trials["scheme"][0]]
     assert result.trials["value"][0] == result.trials["size_bytes"][0]
+
+
+@pytest.mark.parametrize(("max_drop", "said"), [(0.02, 1), (0.5, 0)])
+def test_what_the_test_data_can_certify_is_said_where_it_is_a_limit(task, max_drop, said):
+    """A bound of 50 pp is kept by whatever models do that disagree on a sample in fifty."""
+    settings = Settings((ac.parse_scheme("StructPrune"),), Bound(max_drop), (as_objective("density"),))
+    assert len(prospect(settings, task)) == said

@@ -21,6 +21,8 @@ def prospect(settings: Settings, task: Task) -> tuple[str, ...]:
     where = f"with {n} test samples, and models that disagree on {DISAGREEMENT:.0%} of them"
     if observed is None:
         return (f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp",)
+    if observed >= round(DISAGREEMENT * n) / n:  # whatever it is that they disagree on, the bound is wide enough
+        return ()
     amount = f"{100 * abs(observed):.2f} pp"
     must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
     within = f"to be certified within {100 * bound.max_drop:g} pp with {100 * confidence:g}% confidence"
