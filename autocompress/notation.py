@@ -86,7 +86,8 @@ def _term(node: ast.expr, spec: str, in_files: Mapping[str, str]) -> Term:
     positional = node.args if isinstance(node, ast.Call) else []
     if not isinstance(function, ast.Name) or positional or any(keyword.arg is None for keyword in keywords):
         raise ValueError(
-            f"{spec[:100]!r} is not a scheme; write names, parameters as Name(parameter=value), files as path/to/file.py:Name"
+            f"{spec[:100]!r} is not a scheme; write names, parameters as Name(parameter=value), what is in "
+            "files as path/to/file.py:Name"
         )
     name = in_files.get(function.id, function.id)
     parameters: dict[str, Any] = {}
