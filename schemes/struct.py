@@ -93,7 +93,7 @@ class StructPrune:
             makes the smallest files at very low densities, but leaves most of the arithmetic); or ``none``.
     """
 
-    criterion: ChannelCriterion = "l2"
+    criterion: ChannelCriterion = "obd"
     spread: Spread = "global"
     align: int | Literal["auto"] = "auto"
     min_keep: int | Mapping[str, int] = MIN_KEEP
@@ -103,7 +103,7 @@ class StructPrune:
     hard: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
     searched: ClassVar[Mapping[str, Sequence[object]]] = {
-        "criterion": ("l2", "taylor", "obd", "fpgm"),
+        "criterion": ("obd", "l2", "taylor", "fpgm"),
         "spread": ("global", "uniform", "lamp"),
         "normalize": ("mean", "parameters"),
         "align": (1, 8),

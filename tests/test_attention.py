@@ -116,7 +116,7 @@ class Encoder(nn.Module):
 
 def lowest(model: nn.Module, x: Tensor) -> nn.Module:
     """The model with as little as possible left; it computes what the masked one does."""
-    scheme = StructPrune()
+    scheme = StructPrune(criterion="l2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         facts = scheme.analyze(model, x[:1])
@@ -152,7 +152,7 @@ def test_encoders_lose_heads_neurons_and_channels_of_the_stream(norm_first: bool
 def test_what_was_pruned_can_be_pruned_once_more() -> None:
     x = torch.randn(3, 3, 8, 8)
     model = stirred(Encoder())
-    scheme = StructPrune()
+    scheme = StructPrune(criterion="l2")
     facts = scheme.analyze(model, x[:1])
     weights = {name: p.detach() for name, p in model.named_parameters()}
     theta = scheme.pi(weights, 0.6, facts)

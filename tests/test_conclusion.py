@@ -9,6 +9,7 @@ from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
 from autocompress.measurement import measure
 from autocompress.processes.aside import Aside
+from autocompress.schemes import StructPrune
 from autocompress.studies.ahead import Ahead
 from autocompress.studies.conclusion import Conclusion
 from autocompress.studies.records import Answer
@@ -30,6 +31,7 @@ def conclude(tmp_path: Path, make_spec: MakeSpec):
             spec = make_spec(
                 number,
                 0.9 if number % 2 else 0.15,
+                scheme=StructPrune(criterion="l2"),
                 recovery=LearningCompression(epochs=8, lr=0.05 if number % 2 else 1e-9),
                 bound=BOUND,
             )

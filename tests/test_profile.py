@@ -39,7 +39,7 @@ def test_what_a_scheme_would_make_of_a_model() -> None:
 
 
 def test_a_studys_answer_beside_its_dense_model(tmp_path: Path) -> None:
-    dense, scheme, x = small_resnet(), parse_scheme("StructPrune"), torch.zeros(1, 1, 8, 8)
+    dense, scheme, x = small_resnet(), parse_scheme("StructPrune(criterion=l2)"), torch.zeros(1, 1, 8, 8)
     facts = scheme.analyze(dense, x)
     theta = scheme.pi({name: p.detach() for name, p in dense.named_parameters()}, 0.3, facts)
     model = scheme.realize(dense, theta, facts)

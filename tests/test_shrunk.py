@@ -41,7 +41,7 @@ def test_steps_on_what_is_left_are_steps_on_the_masked_network(
     make: Callable[[], nn.Module], optimizer: str, in_double: None
 ) -> None:
     task = task_of(lived_in(make()))
-    scheme = parse_scheme("StructPrune(align=1)")
+    scheme = parse_scheme("StructPrune(criterion=l2, align=1)")
     facts = scheme.analyze(task.model, task.example_input)
     recipe = LearningCompression(steps=20, lr=0.01, mu=math.inf, optimizer=optimizer, distill=0.0)  # type: ignore[arg-type]
     masked, smaller = (Learner(recipe, copy.deepcopy(task.model).double(), task, 0) for _ in range(2))
@@ -74,7 +74,7 @@ def test_steps_on_what_is_left_are_steps_on_the_masked_network(
         "StructPrune",
         "FilterPrune",
         "StructPrune + Quantize16",
-        "StructPrune(criterion=obd)",
+        "StructPrune(criterion=l2)",
         "StructPrune(criterion=taylor)",
     ],
 )
@@ -150,7 +150,7 @@ def test_what_cannot_be_told_to_be_a_part_of_the_network_is_trained_masked(tiny_
 
     def is_shrunk(scheme: Scheme, recipe: LearningCompression = gradual, density: float = 0.4) -> bool:
         learner = Learner(recipe, copy.deepcopy(tiny_task.model), tiny_task, 0)
-        plan = freeze(parse_scheme("StructPrune"), learner.weights, density, facts).plan
+        plan = freeze(parse_scheme("StructPrune(criterion=l2)"), learner.weights, density, facts).plan
         return Shrunk(scheme, learner)._left(plan, facts) is not None
 
     assert is_shrunk(scheme)

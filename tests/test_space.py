@@ -57,7 +57,7 @@ def test_what_is_written_out_means_the_same_again() -> None:
         "criterion; lr; stage-density; skip=[],['conv1']; align=1,8", (StructPrune(),), LC
     )
     text = "; ".join(one.text for one in dimensions)
-    assert text.startswith("criterion=l2,taylor,obd,fpgm; lr=0.01..0.3; stage-density=0.25..4; skip=[],['conv1']")
+    assert text.startswith("criterion=obd,l2,taylor,fpgm; lr=0.01..0.3; stage-density=0.25..4; skip=[],['conv1']")
     assert parse_dimensions(text, (StructPrune(),), LC) == dimensions
 
 

@@ -34,7 +34,7 @@ from autocompress.splits import TensorSplit
 from autocompress.task import Task
 
 EPOCHS, IMAGES, BATCH = 30, 1000, 64
-SCHEMES = ("Prune", "StructPrune", "StructPrune(criterion=obd, normalize=parameters)", "FilterPrune")
+SCHEMES = ("Prune", "StructPrune", "StructPrune(criterion=l2)", "FilterPrune")
 MOST = 0.10
 
 TAKEN: dict[str, list[float]] = defaultdict(list)
