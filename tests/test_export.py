@@ -375,8 +375,8 @@ for line in sys.stdin:
         case str(said):
             folder = pathlib.Path(said)
         case [name, _] | {"format": name}:
-            (folder / "said").write_text(str(os.getpid()))
-            (folder / "said").replace(folder / f"{name}.error")
+            (folder / f"{name}.said").write_text(str(os.getpid()))
+            (folder / f"{name}.said").replace(folder / f"{name}.error")
 """  # answers who it is, without the imports of the real one
 
 
