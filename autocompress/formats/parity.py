@@ -173,9 +173,8 @@ class _Python:
         self._said.close()
 
 
-_waiting: list[
-    _Python
-] = []  # one that knows autocompress and one that does not, at most; they end with this process
+# At most one that knows autocompress and one that does not; they end with this process.
+_waiting: list[_Python] = []
 
 
 def have_waiting(folder: Path, files: Mapping[str, Path], inputs: Sequence[NDArray[Any]]) -> None:

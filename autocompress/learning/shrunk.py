@@ -76,10 +76,10 @@ class Shrunk:
             facts: What the scheme found out about the network.
         """
         learner = self._learner
-        is_hard = math.isinf(penalty.mu)
-        if is_hard:
-            penalty.apply(learner.weights, lr=1.0)
-        left = self._left(plan, facts) if is_hard else None
+        if not math.isinf(penalty.mu):
+            return learner.l_step(steps, penalty)
+        penalty.apply(learner.weights, lr=1.0)
+        left = self._left(plan, facts)
         if left is None:
             return learner.l_step(steps, penalty)
         model, slices = left
