@@ -17,7 +17,7 @@ ChannelCriterion: TypeAlias = Literal[
     "l1", "l2", "lamp", "taylor", "obd", "bn_scale", "fpgm", "activation", "hrank", "beta_rank", "random"
 ]
 CHANNEL_CRITERIA: tuple[str, ...] = get_args(ChannelCriterion)
-Normalization: TypeAlias = Literal["parameters", "mean", "none"]
+Normalization: TypeAlias = Literal["sqrt", "mean", "parameters", "none"]
 BLOCK = 64  # filters whose distances from others are computed at a time
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
@@ -102,18 +102,20 @@ def normalized(
     """Scores that one threshold can compare across layers, shape ``(channels,)``.
 
     Args:
-        by: ``parameters`` divides by how many parameters go with a channel: of channels that cost the loss as
-            much, the one that saves more is less important. ``mean`` divides by the mean of the group.
+        by: ``mean`` divides by the mean of the group, ``sqrt`` by its square root: half as much, as it were.
+            ``parameters`` divides by how many parameters go with a channel: of channels that cost the loss as
+            much, the one that saves more is less important. ``none`` leaves scores as they are.
         scores: One group after the other, shape ``(channels,)``.
         groups: The groups.
         shapes: Shape of every parameter of the model.
     """
     if by == "parameters":
         return scores / _parameters(groups, shapes)
-    if by == "mean":
-        parts = torch.split(scores, [group.width for group in groups])
-        return torch.cat([part / part.mean().clamp_min(torch.finfo(part.dtype).tiny) for part in parts])
-    return scores
+    if by == "none":
+        return scores
+    parts = torch.split(scores, [group.width for group in groups])
+    means = [part.mean().clamp_min(torch.finfo(part.dtype).tiny) for part in parts]
+    return torch.cat([part / (m.sqrt() if by == "sqrt" else m) for part, m in zip(parts, means, strict=True)])
 
 
 def _parameters(groups: Sequence[Group], shapes: Mapping[str, torch.Size]) -> Tensor:

@@ -87,10 +87,11 @@ class StructPrune:
             elsewhere.
         skip: Layers whose channels are all kept, and with them those coupled to them: names of modules, globs
             or types, as ``["conv1", "Linear"]``.
-        normalize: What scores are divided by before ``global`` and ``lamp`` compare layers: ``mean``, that of
-            their layer, so that one threshold suits layers of all scales; ``parameters``, those that go with a
-            channel in the dense model, so that the least loss per parameter saved goes first (with ``obd`` that
-            makes the smallest files at very low densities, but leaves most of the arithmetic); or ``none``.
+        normalize: What scores are divided by before ``global`` and ``lamp`` compare layers. ``mean``: that of
+            their layer, so that one threshold suits layers of all scales, which leaves least of the arithmetic
+            at a density. ``none``: nothing, so that what a layer matters as a whole counts. ``sqrt``: the
+            square root of the mean, halfway between, which is the most accurate at a density. ``parameters``: how
+            many go with a channel in the dense model, so that the least loss per parameter saved goes first.
     """
 
     criterion: ChannelCriterion = "obd"
@@ -98,14 +99,14 @@ class StructPrune:
     align: int | Literal["auto"] = "auto"
     min_keep: int | Mapping[str, int] = MIN_KEEP
     skip: Sequence[str] = ()
-    normalize: Normalization = "mean"
+    normalize: Normalization = "sqrt"
     takes_density: ClassVar[bool] = True
     hard: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-5
     searched: ClassVar[Mapping[str, Sequence[object]]] = {
         "criterion": ("obd", "l2", "taylor", "fpgm"),
         "spread": ("global", "uniform", "lamp"),
-        "normalize": ("mean", "parameters"),
+        "normalize": ("sqrt", "mean"),
         "align": (1, 8),
     }
 

@@ -12,7 +12,7 @@ from autocompress.schemes import StructPrune
 from autocompress.schemes.criteria import ENTRY_CRITERIA, SHORT_LOOK, entry_scores, lamp, observe_entries
 from autocompress.schemes.feature_maps import watched
 from autocompress.schemes.groups import Slices
-from autocompress.schemes.importance import CHANNEL_CRITERIA, can_rate, channel_scores
+from autocompress.schemes.importance import CHANNEL_CRITERIA, Normalization, can_rate, channel_scores, normalized
 from autocompress.schemes.roles import Roles
 from autocompress.schemes.struct import Structure
 from autocompress.testing import fingerprint, lived_in
@@ -299,6 +299,21 @@ def test_random_scores_of_channels_are_fixed_and_differ_between_groups() -> None
     first, second = channels("random", residual()), channels("random", residual())
     assert all(torch.equal(first[root], scores) for root, scores in second.items())
     assert not torch.equal(first["stem.0"], first["stages.0.conv1"])
+
+
+@pytest.mark.parametrize(
+    ("by", "divided_by"),
+    [("none", (1, 1)), ("mean", (4, 9)), ("sqrt", (2, 3)), ("parameters", (3 + 1 + 3, 4 + 1 + 5))],
+)
+def test_normalized_scores_by_hand(by: Normalization, divided_by: tuple[float, float]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5))
+    groups = StructPrune().analyze(model, torch.rand(1, 3)).groups
+    assert [group.width for group in groups] == [4, 3]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    first, second = torch.tensor([1.0, 3.0, 4.0, 8.0]), torch.tensor([6.0, 9.0, 12.0])
+    found = normalized(by, torch.cat([first, second]), groups, shapes)
+    torch.testing.assert_close(found, torch.cat([first / divided_by[0], second / divided_by[1]]))
+    assert torch.equal(normalized(by, torch.zeros(7), groups, shapes), torch.zeros(7))
 
 
 def residual() -> SmallResNet:

@@ -126,11 +126,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--scheme", choices=SCHEMES, action="append", help="only this one")
+    parser.add_argument("--task", choices=CELLS, action="append", help="only this one")
     given = parser.parse_args()
     tasks = [("digits", "")] + ([("medmnist", str(given.npz))] if given.npz else [])
     check_filters_are_all_there_is(dense_task("digits", "", 0))
     todo = [run for task, data in tasks for run in runs(task, data, given.seeds)]
-    todo = [run for run in todo if run.scheme in (given.scheme or SCHEMES)]
+    todo = [run for run in todo if run.scheme in (given.scheme or SCHEMES) and run.task in (given.task or CELLS)]
     found: dict[tuple[str, str, float, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     worse = 0
     with ProcessPoolExecutor(given.workers) as executor:
