@@ -103,7 +103,10 @@ def _png(canvas: "Canvas") -> bytes:
 
     file = io.BytesIO()
     canvas.set(facecolor="white", dpi=PNG_DPI)
-    FigureCanvasAgg(canvas).print_png(file, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    quickly = {"compress_level": 1}  # a tenth larger, in half the time
+    FigureCanvasAgg(canvas).print_png(  # type: ignore[no-untyped-call]
+        file, metadata={"Software": None}, pil_kwargs=quickly
+    )
     return file.getvalue()
 
 

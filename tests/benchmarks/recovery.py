@@ -33,7 +33,7 @@ from autocompress.task import Task, predict
 
 SCHEMES = {
     "Prune": ("Prune", "Prune(criterion=l2)"),
-    "StructPrune": ("StructPrune", "StructPrune(criterion=l2)"),
+    "StructPrune": ("StructPrune", "StructPrune(criterion=l2, normalize=mean)"),  # the other: group magnitude
 }
 CELLS = {
     "digits": {"epochs": (10, 30), "Prune": (0.03, 0.015, 0.01), "StructPrune": (0.06, 0.03, 0.015)},
