@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autocompress.task_options import restore, take_options, task_options
+from autocompress.task_options import found_again, restore, take_options, task_options
 from autocompress.terminal.commands import COMMANDS
 from autocompress.terminal.options import (
     OF_A_TRIAL,
@@ -283,16 +283,23 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the study that is resumed."""
     from autocompress.disk.storage import study_settings
+    from autocompress.notation import with_files
+    from autocompress.plugins import write_files_as
 
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
     asked = checked("--resume", study_settings, options["out"], options["resume"])
+    asked["files"] = write_files_as(asked.get("files", {}))
     given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     restore(options, given, asked)
     recovery = asked["recovery"]
     asked |= {name: recovery.get(name) for name in OF_RECOVERY} | {"recovery": recovery["method"]}
     named = asked["objective"]
     asked["objective"] = (named,) if isinstance(named, str) else tuple(named)
+    found = {
+        "scheme": with_files(asked["scheme"], asked["files"]),
+        "objective": tuple(found_again(one, asked["files"]) for one in asked["objective"]),
+    }
     asked = {"search": "", "epochs_total": None} | asked  # of studies that knew neither
     same = (
         "scheme",
@@ -312,26 +319,26 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         if name not in asked:  # an option that there was not when the study began
             continue
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
-            options[name] = asked.get(name, options[name])  # a study of an earlier version may lack one
-        elif name not in BUDGET and not _is_same(name, options[name], asked[name]):
-            before, now = (
-                ", ".join(one) if isinstance(one, tuple) else one for one in (asked[name], options[name])
-            )
+            options[name] = found.get(name, asked[name])
+        elif name not in BUDGET and (said := _as_kept(name, options[name])) != asked[name]:
+            before, now = (", ".join(one) if isinstance(one, tuple) else one for one in (asked[name], said))
             was = f"the study {options['resume']!r} was made with {before!r}, not {now!r}"
             hint = f"'--{name.replace('_', '-')}'"
             raise click.BadParameter(f"{was}; resume it as it was or begin a new one", param_hint=hint)
 
 
-def _is_same(name: str, given: Any, asked: Any) -> bool:
-    """Whether an option says what was asked; a scheme and a recovery may be written in several ways."""
+def _as_kept(name: str, given: Any) -> Any:
+    """An option as ``study.json`` keeps it; some may be written in several ways."""
+    from autocompress.goal import as_objective
+    from autocompress.plugins import name_of
     from autocompress.recovery import make_recovery
     from autocompress.scheme import AUTO, describe, parse_schemes
 
-    if name == "scheme":
-        given = given if given == AUTO else ", ".join(map(describe, checked("--scheme", parse_schemes, given)))
-    if name == "recovery":
-        given = make_recovery(given).method
-    return bool(given == asked)
+    if name == "scheme" and given != AUTO:
+        return ", ".join(map(describe, checked("--scheme", parse_schemes, given)))
+    if name == "objective":
+        return tuple(name_of(checked("--objective", as_objective, one)) for one in given)
+    return make_recovery(given).method if name == "recovery" else given
 
 
 sweep.params[3:3] = [option for option in tune.params if option.name in OF_A_TRIAL]

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 from autocompress.measurement import Measurement
-from autocompress.plugins import Registry, load_from_file
+from autocompress.plugins import Registry, is_in_file, load_from_file, whole_spec, written_spec
 
 Direction = Literal["minimize", "maximize"]
 Function: TypeAlias = Callable[[Measurement], float | None] | Callable[[Measurement, Measurement], float | None]
@@ -35,7 +35,8 @@ class Objective:
             arguments it gets the dense model's measurement as well, taken beside the other.
         direction: ``"minimize"`` or ``"maximize"``.
         unit: The number's unit, for tables; empty when it has none.
-        source: ``file.py:name`` where it came from a file: what finds it again when a study is resumed.
+        source: ``file.py:name`` where it came from a file, as it is written; of a combination what it combines.
+        whole: The former with the file's whole path: what finds it again in any folder.
     """
 
     name: str
@@ -43,11 +44,12 @@ class Objective:
     direction: Direction = "minimize"
     unit: str = ""
     source: str = ""
+    whole: str = ""
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Pickled by file or name where it has one: by then its function's own name is the objective's."""
         if self.source:
-            return as_objective, (self.source,)
+            return as_objective, (self.whole or self.source,)
         if OBJECTIVES.find(self.name) is self:
             return as_objective, (self.name,)
         return Objective, (self.name, self.function, self.direction, self.unit, self.source)
@@ -243,7 +245,7 @@ def as_objective(given: str | Objective | Function) -> Objective:
     if isinstance(given, Objective):
         return given
     if isinstance(given, str):
-        if "(" in given:
+        if "(" in given and not is_in_file(given):
             return _from_call(given)
         if ":" in given or given.endswith(".py"):
             return _from_file(given)
@@ -278,4 +280,4 @@ def _from_file(spec: str) -> Objective:
     found = load_from_file(spec)
     if not callable(found):
         raise ValueError(f"{spec!r} is a {type(found).__name__}, not a function of a Measurement")
-    return replace(as_objective(found), source=spec)
+    return replace(as_objective(found), source=written_spec(whole_spec(spec)), whole=whole_spec(spec))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from autocompress.plugins import load_from_file
+from autocompress.plugins import load_from_file, whole_spec, written_spec
 
 Targets: TypeAlias = NDArray[np.int64]
 Outputs: TypeAlias = NDArray[np.float32]
@@ -36,7 +36,8 @@ class Metric:
         correct: For metrics that are a mean of right and wrong answers: targets and outputs to booleans of
             shape ``(n,)``. They allow an exact paired bound on the drop; None otherwise.
         description: What it is, in one line.
-        source: ``file.py:name`` where it came from a file: what finds it again in another process.
+        source: ``file.py:name`` where it came from a file, as it is written.
+        whole: The same with the file's whole path: what finds it again in any folder.
     """
 
     name: str
@@ -45,11 +46,12 @@ class Metric:
     correct: Callable[[Targets, Outputs], NDArray[np.bool_]] | None = None
     description: str = ""
     source: str = ""
+    whole: str = ""
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Pickled by its file where it came from one: another process cannot import that."""
-        if self.source:
-            return as_metric, (self.source,)
+        if self.whole:
+            return as_metric, (self.whole,)
         fields = (self.name, self.score, self.higher_is_better, self.correct, self.description)
         return Metric, fields
 
@@ -291,14 +293,16 @@ def _of_class(kind: str, which: str, classes: Sequence[str]) -> Metric:
 
 def _from_file(spec: str) -> Metric:
     found = load_from_file(spec)
+    whole = whole_spec(spec)
+    source = written_spec(whole)
     if isinstance(found, Metric):
-        return replace(found, source=spec)
+        return replace(found, source=source, whole=whole)
     if not callable(found):
         raise ValueError(
             f"{spec!r} is a {type(found).__name__}, not a Metric or a function of targets and outputs"
         )
     name = getattr(found, "__name__", "metric")
-    return Metric(name, _CheckedScore(spec, found), source=spec)
+    return Metric(name, _CheckedScore(source, found), source=source, whole=whole)
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,20 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 ENTRY_POINT_GROUP = "autocompress.plugins"
 
 T = TypeVar("T")
 
 _FROM_FILES: dict[str, ModuleType] = {}
-_FILES: dict[str, str] = {}  # of each of these modules, as they were given
+_FILES: dict[str, str] = {}  # of each of these modules, by its whole path
+_WRITTEN: dict[str, str] = {}  # how each file is written, by its whole path: as it was given first
 
 
 @cache
@@ -115,7 +116,7 @@ def load_from_file(spec: str) -> Any:
     load_plugins()  # first, so that a name the file registers cannot push out an installed plugin's
     try:
         module = _run(path)
-        _FILES[module.__name__] = os.path.normpath(file)
+        _FILES[module.__name__] = _enter(file)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{spec!r}: running {file!r} raised {type(error).__name__}: {reason}") from error
@@ -129,8 +130,74 @@ def load_from_file(spec: str) -> Any:
 
 def spec_of(definition: type) -> str:
     """What names a class: ``path/to/file.py:Name`` of one that `load_from_file` has made, else its own name."""
-    file = _FILES.get(definition.__module__)
-    return f"{file}:{definition.__name__}" if file else definition.__name__
+    whole = _FILES.get(definition.__module__)
+    return f"{_WRITTEN.get(whole, whole)}:{definition.__name__}" if whole else definition.__name__
+
+
+def is_in_file(spec: str) -> bool:
+    """Whether it is written as ``path/to/file.py:name``, whatever else is in the path."""
+    return re.fullmatch(r".+\.py:\w+", spec, re.DOTALL) is not None
+
+
+def whole_spec(spec: str) -> str:
+    """``path/to/file.py:name`` with the file's whole path: what names it in any folder."""
+    file, _, name = spec.rpartition(":")
+    return f"{Path(file).resolve()}:{name}"
+
+
+def written_spec(spec: str) -> str:
+    """What `whole_spec` made, with the file's path as it was given first: what names it wherever it is seen."""
+    file, _, name = spec.rpartition(":")
+    return f"{_WRITTEN[file]}:{name}" if file in _WRITTEN else spec
+
+
+class Named(Protocol):
+    """A metric or an objective."""
+
+    @property
+    def name(self) -> str:
+        """As it appears in tables."""
+
+    @property
+    def source(self) -> str:
+        """Where it came from, as it is written."""
+
+    @property
+    def whole(self) -> str:
+        """The same with a whole path, of one that came from a file."""
+
+
+def name_of(one: Named) -> str:
+    """What a study knows it by: where it came from, as that is written now; else its own name."""
+    return written_spec(one.whole) if one.whole else one.source or one.name
+
+
+def files_in(*specs: str) -> dict[str, str]:
+    """The files that are named in some specs: by the path that is written there, the whole one."""
+    return {path: whole for whole, path in _WRITTEN.items() if any(f"{path}:" in spec for spec in specs)}
+
+
+def write_files_as(files: Mapping[str, str]) -> dict[str, str]:
+    """Has files written as a study has them that is resumed, perhaps in another folder.
+
+    Args:
+        files: What `files_in` returned when it began.
+
+    Returns:
+        Those of them that are there still.
+    """
+    there = {path: whole for path, whole in files.items() if Path(whole).is_file()}
+    for path, whole in there.items():
+        _WRITTEN.update({other: other for other, taken in _WRITTEN.items() if taken == path})
+        _WRITTEN[whole] = path
+    return there
+
+
+def _enter(file: str) -> str:
+    """The whole path of a file that has been run; it is written as it was given unless another one is."""
+    whole, given = str(Path(file).resolve()), os.path.normpath(file)
+    _WRITTEN.setdefault(whole, whole if given in _WRITTEN.values() else given)
+    return whole
 
 
 def modules_from_files() -> list[ModuleType]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from autocompress.notation import Term, listed, terms
+from autocompress.notation import Term, in_quotes, listed, terms
 from autocompress.plugins import Registry, load_from_file, spec_of
 from autocompress.splits import Batch
 from autocompress.task import Loss
@@ -421,7 +421,7 @@ def describe(scheme: Scheme) -> str:
     """The spec that `parse_scheme` turns into an equal scheme; parameters at their defaults are left out."""
     if isinstance(scheme, Compose):
         return "+".join(describe(part) for part in scheme.parts)
-    name = spec_of(type(scheme))
+    name = in_quotes(spec_of(type(scheme)))
     if not is_dataclass(scheme):
         return name
     changed = [

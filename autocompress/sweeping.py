@@ -16,7 +16,14 @@ from torch import nn
 from autocompress.data import digits
 from autocompress.disk.environment import provenance
 from autocompress.disk.files import DEFAULT_OUT, read_json, write_json
-from autocompress.disk.storage import StudyFolder, check_free, new_folder, prepare_out, resume_folder
+from autocompress.disk.storage import (
+    StudyFolder,
+    check_free,
+    new_folder,
+    prepare_out,
+    resume_folder,
+    study_settings,
+)
 from autocompress.formats.bundle import rebuild
 from autocompress.gauges.devices import usable_device
 from autocompress.gauges.gpu import GpuWindow
@@ -25,6 +32,7 @@ from autocompress.goal import as_objective
 from autocompress.learning.training import threads_for
 from autocompress.measurement import Measurement, measure
 from autocompress.metrics import Metric, as_metric
+from autocompress.plugins import write_files_as
 from autocompress.processes.interrupt import gentle_interrupt
 from autocompress.progress import Listener, heard_by
 from autocompress.recovery import Recovery, make_recovery, with_settings
@@ -94,11 +102,13 @@ def sweep(
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
     """
+    home = prepare_out(Path(out))
+    if resume:
+        write_files_as(study_settings(home, resume, "sweep").get("files", {}))
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
     listed, levels = distinct_schemes(schemes), distinct_densities(densities)
     settings = SweepSettings(listed, levels, repeats, recovery, timing, seed, usable_device(device))
-    home = prepare_out(Path(out))
     if name is not None and not resume:
         check_free(home, name)
     if task is None:
@@ -109,8 +119,10 @@ def sweep(
     settings = replace(settings, metrics=tuple(as_metric(one, task.classes) for one in also))
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
+    more = {"files": settings.files(task)}
     if not resume:
-        folder.update_settings({"provenance": provenance(task, command), "task_options": task.options})
+        more |= {"provenance": provenance(task, command), "task_options": task.options}
+    folder.update_settings(more)
     tracker = functools.partial(
         Tracker, home, task.name, uri=tracking_uri, device=settings.device, on_warning=progress
     )
@@ -202,7 +214,8 @@ class Sweeping:
 
     def _start_tracking(self) -> None:
         asked = read_json(self.folder.settings_file)
-        params = {k: v for k, v in asked.items() if k not in ("provenance", "recovery", "mlflow_run", "kind")}
+        others = ("provenance", "recovery", "mlflow_run", "kind", "files")
+        params = {k: v for k, v in asked.items() if k not in others}
         params |= {f"recovery.{name}": value for name, value in asked["recovery"].items()}
         data, run = asked.get("provenance", {}).get("data"), asked.get("mlflow_run")
         self.tracker.start(self.folder.path.name, params, {"role": "sweep"}, data=data, run_id=run)

@@ -271,13 +271,24 @@ def take_options(options: dict[str, Any]) -> TaskOptions:
     return TaskOptions(**{field.name: options.pop(field.name) for field in fields(TaskOptions)})
 
 
+def found_again(spec: str, files: Mapping[str, str]) -> str:
+    """``path/to/file.py:name``, of a study, with the file's path as it is found in this folder.
+
+    Args:
+        spec: What ``study.json`` holds; what names no file is returned as it is.
+        files: By the path that is written in it, the whole one.
+    """
+    path = next((path for path in files if spec.startswith(f"{path}:")), "")
+    return files.get(path, "") + spec.removeprefix(path)
+
+
 def restore(options: dict[str, Any], given: Sequence[str], asked: Mapping[str, Any]) -> None:
     """Fills in the options of a study that is resumed, where they were not given.
 
     Args:
         options: Of the command; changed in place.
         given: Names of those that were given.
-        asked: What ``study.json`` holds.
+        asked: What ``study.json`` holds, with the ``files`` that are there.
 
     Raises:
         ValueError: If one was given that would make it another study.
@@ -292,7 +303,8 @@ def restore(options: dict[str, Any], given: Sequence[str], asked: Mapping[str, A
                 f"{options[name]!r}; resume it as it was or begin a new one"
             )
     if "constraints" not in given:
-        options["constraints"] = tuple(asked.get("constraints", ()))
+        files = asked.get("files", {})
+        options["constraints"] = tuple(found_again(one, files) for one in asked.get("constraints", ()))
 
 
 def _absolute_if_text(value: Any) -> Any:

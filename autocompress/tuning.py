@@ -27,6 +27,7 @@ from autocompress.gauges.runtimes import check_runtime
 from autocompress.goal import Objective, as_objective
 from autocompress.learning.ranks import team
 from autocompress.measurement import Measurement
+from autocompress.plugins import write_files_as
 from autocompress.processes.aside import Aside
 from autocompress.recovery import Recovery, make_recovery, with_settings
 from autocompress.scheme import AUTO, Scheme, as_schemes
@@ -140,6 +141,9 @@ def tune(
         ValueError: If an argument is not usable; the message says what is allowed.
         OSError: If the disk is full or fails; what has finished is kept.
     """
+    place = _Place(prepare_out(Path(out)), name, resume, storage)
+    if resume:
+        write_files_as(study_settings(place.home, resume).get("files", {}))
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
     schemes = as_schemes(scheme)
@@ -173,7 +177,6 @@ def tune(
     if team().size > 1 and (workers > 1 or cluster):
         raise ValueError("workers= and cluster= run several trials at a time, torchrun one: give up either")
     watcher = watcher or Silent()
-    place = _Place(prepare_out(Path(out)), name, resume, storage)
     if name is not None and not resume:
         check_free(place.home, name)
     if task is None:
@@ -234,7 +237,7 @@ class _Place:
 
     def _folder(self, settings: Settings, task: Task, command: str | None) -> StudyFolder:
         identity = settings.identity(task)
-        asked = {**settings.budget(), "task_options": task.options}
+        asked = {**settings.budget(), "task_options": task.options, "files": settings.files(task)}
         if not self.resume:
             at = self.storage
             kept = {"storage": without_secrets(at), "study_id": uuid.uuid4().hex} if at else {}

@@ -77,6 +77,57 @@ def test_resume_alone_takes_the_model_and_the_data_of_the_study(
     assert len(json.loads(again.stdout)["trials"]) >= 2
 
 
+OF_MY_OWN = """
+from dataclasses import dataclass
+from autocompress.schemes import Prune
+
+@dataclass(frozen=True)
+class Mine(Prune):
+    pass
+
+def weights(measurement):
+    return float(measurement.params)
+
+def right(targets, outputs):
+    return float((outputs.argmax(1) == targets).mean())
+"""
+
+
+@pytest.mark.parametrize("folder", ["mine", "a+b, (2)"])
+def test_what_came_from_files_is_found_again_from_any_folder(
+    run: Callable[..., Any], tmp_path: Path, folder: str
+) -> None:
+    """Though a file of the same name, which is another, lies there; and it is written as it was at first."""
+    begun, other = tmp_path / "begun", tmp_path / "other"
+    for place, source in ((begun / folder, OF_MY_OWN), (other / folder, "1 / 0")):
+        place.mkdir(parents=True)
+        (place / "own.py").write_text(source)
+    out, file = ("--out", str(tmp_path / "out")), f"{folder}/own.py"
+    scheme = f"{file}:Mine" if folder == "mine" else f"'{file}:Mine'"
+    of_files = ("--scheme", scheme, "--metric", f"{file}:right", "--recovery", "none")
+    required = ("--objective", f"{file}:weights", "--constraint", f"{file}:right>=0.1", "--max-drop", "99%")
+    first = run(begun, "tune", *of_files, *required, "--trials", "1", "--name", "s", *out, "--json")
+    assert first.status == 0, first.stderr
+    again = run(other, "tune", "--resume", "s", "--trials", "2", *out, "--json")
+    assert again.status == 0, again.stderr
+    assert len(json.loads(again.stdout)["trials"]) == 2
+    asked = json.loads((tmp_path / "out" / "s" / "study.json").read_text())
+    assert asked["files"] == {file: str(begun / file)}
+    kept = [asked[name] for name in ("scheme", "objective", "metric", "constraints")]
+    assert kept == [scheme, f"{file}:weights", f"{file}:right", [f"{file}:right>=0.1"]]
+    (other / file).write_text(OF_MY_OWN)
+    for option, name in (("--scheme", scheme), ("--objective", f"{file}:weights")):
+        refused = run(other, "tune", "--resume", "s", option, name, *out)
+        assert refused.status == USAGE
+        assert f"{other / folder}/own.py" in refused.stderr.splitlines()[-1]
+    densities = ("--densities", "0.5", "--no-timing", "--also", f"{file}:right", "--name", "w")
+    swept = run(begun, "sweep", *of_files, *densities, *out)
+    assert swept.status == 0, swept.stderr
+    again = run(other, "sweep", "--resume", "w", *out, "--json", "--quiet")
+    assert again.status == 0, again.stderr
+    assert json.loads(again.stdout)["cells"][1]["row"]["scheme"] == scheme
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -214,7 +214,7 @@ def test_from_a_file(tmp_path: Path) -> None:
     assert as_objective(f"{file}:bits")(COUNTED) == 3840
     assert as_objective(f"{file}:speed").direction == "maximize"
     again = as_objective(f"{file}:speed")  # the file was run twice
-    assert replace(again, source="") == as_objective("speed")
+    assert replace(again, source="", whole="") == as_objective("speed")
     assert again.source == f"{file}:speed"
     with pytest.raises(ValueError, match="is a int, not a function of a Measurement"):
         as_objective(f"{file}:limit")

@@ -178,6 +178,27 @@ class TestLoadFromFile:
         for module in ("own_layers", "own_layers.blocks"):
             del sys.modules[module]
 
+    def test_a_file_is_written_as_it_was_given_first_and_found_from_anywhere(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(plugins, "_WRITTEN", {})
+        here, there = tmp_path / "here", tmp_path / "there"
+        for folder in (here, there):
+            folder.mkdir()
+            (folder / "mine.py").write_text("class Own:\n    pass\n")
+        monkeypatch.chdir(here)
+        first = load_from_file("mine.py:Own")
+        assert plugins.spec_of(load_from_file(f"{here}/mine.py:Own")) == "mine.py:Own"
+        assert plugins.whole_spec("mine.py:Own") == f"{here}/mine.py:Own"
+        monkeypatch.chdir(there)
+        second = load_from_file("mine.py:Own")
+        assert (plugins.spec_of(first), plugins.spec_of(second)) == ("mine.py:Own", f"{there}/mine.py:Own")
+        assert plugins.written_spec(f"{here}/mine.py:Own") == "mine.py:Own"
+        assert plugins.files_in("A+mine.py:Own(k=1)", "B") == {"mine.py": f"{here}/mine.py"}
+        kept = {"mine.py": f"{there}/mine.py", "gone.py": f"{tmp_path}/gone.py"}  # of a study that is resumed
+        assert plugins.write_files_as(kept) == {"mine.py": f"{there}/mine.py"}
+        assert (plugins.spec_of(first), plugins.spec_of(second)) == (f"{here}/mine.py:Own", "mine.py:Own")
+
     def test_files_of_one_name_are_two_modules_and_hide_no_package(self, tmp_path: Path) -> None:
         for folder in ("a", "b"):
             (tmp_path / folder).mkdir()

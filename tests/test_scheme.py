@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autocompress import plugins
+from autocompress.notation import terms, with_files
 from autocompress.scheme import (
     SCHEMES,
     Compose,
@@ -229,6 +231,7 @@ def my_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     list(SCHEMES)  # the plugins first
     monkeypatch.setattr(SCHEMES, "_items", dict(SCHEMES._items))
     monkeypatch.setattr(SCHEMES, "_modules", dict(SCHEMES._modules))
+    monkeypatch.setattr(plugins, "_WRITTEN", {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my work").mkdir()
     (tmp_path / "my work" / "pruning-2.py").write_text(OF_MY_OWN)
@@ -249,6 +252,23 @@ def test_a_scheme_in_a_file_is_written_as_any_other(my_file: str) -> None:
         f"{my_file}:Mine(skip=('a', 'b.py:c'), level=3)",
         f"{my_file}:Mine+Quantize16",
     ]
+
+
+@pytest.mark.parametrize("folder", ["a+b", "a, b", "(c)", "it's", 'said "so"', "[d] {e}", "a+b's\\"])
+def test_a_path_with_what_means_something_in_a_scheme_is_written_in_quotes(my_file: str, folder: str) -> None:
+    Path(folder).mkdir()
+    file = Path(my_file).rename(Path(folder) / "my.py")
+    spec = f"{f'{file}:Mine'!r}(level=3, skip=['a+b.py:c', 'd'])"
+    one, other = parse_schemes(f"{spec} + Quantize16, Prune")
+    assert describe(one) == f"{f'{file}:Mine'!r}(skip=('a+b.py:c', 'd'), level=3)+Quantize16"
+    assert describe(other) == "Prune"
+    assert describe(parse_scheme(describe(one))) == describe(one)
+    moved = with_files(describe(one), {str(file): str(file.resolve())})
+    assert [term.name for term in terms(moved)] == [f"{file.resolve()}:Mine", "Quantize16"]
+    if "'" not in folder and '"' not in folder:
+        for written in (f"{file}:Mine", f"Prune,{file}:Mine(level=3)", f"Quantize16+{file}:Mine"):
+            with pytest.raises(ValueError, match=r"mean something in a scheme; write '.*', with these"):
+                parse_schemes(written)
 
 
 def test_a_file_is_not_run_where_it_may_not_be(my_file: str) -> None:

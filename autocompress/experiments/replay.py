@@ -14,6 +14,7 @@ from autocompress.search import INTERRUPTED
 from autocompress.tracking import Tracker, final_metrics
 
 _NOT_PARAMS = (
+    "files",
     "formats",
     "provenance",
     "recovery",

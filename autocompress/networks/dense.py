@@ -213,7 +213,7 @@ def _digest(task: Task, training: DenseTraining, device: str) -> str:
     recipe = {
         **asdict(training),
         "loss": repr(task.loss) if isinstance(task.loss, ClassLoss) else getattr(task.loss, "__qualname__", ""),
-        "metric": task.metric.source or task.metric.name,
+        "metric": task.metric.whole or task.metric.name,
         "batch_size": task.train.batch_size,
         "augmentations": getattr(sampling, "augmentations", ()),
         "model": str(task.model),

@@ -7,6 +7,7 @@ from typing import Any
 from autocompress.certify import CONFIDENCE, check_confidence
 from autocompress.goal import Objective
 from autocompress.lc import LearningCompression
+from autocompress.plugins import files_in, name_of
 from autocompress.recovery import Recovery, Untrained, settings_of, untrained
 from autocompress.scheme import AUTO, Scheme, describe
 from autocompress.search import TOLERANCE
@@ -123,11 +124,11 @@ class Settings:
 
     def identity(self, task: Task) -> dict[str, Any]:
         """What makes it the same study when it is resumed: JSON types only."""
-        names = [one.source or one.name for one in self.objectives]
+        names = self._objective_names
         return {
             "task": task.name,
             "fingerprint": task.fingerprint(),
-            "metric": task.metric.source or task.metric.name,
+            "metric": name_of(task.metric),
             "constraints": [constraint.text for constraint in self.constraints],
             "scheme": self.scheme,
             **({"search": self.search} if self.dimensions else {}),
@@ -141,6 +142,15 @@ class Settings:
             "confidence": self.confidence,
             "cheap_trials": self.cheap_trials,
         }
+
+    def files(self, task: Task) -> dict[str, str]:
+        """The files that what is asked names: by the path that is written in `identity`, the whole one."""
+        constraints = (constraint.text for constraint in self.constraints)
+        return files_in(self.scheme, name_of(task.metric), *constraints, *self._objective_names)
+
+    @property
+    def _objective_names(self) -> list[str]:
+        return list(map(name_of, self.objectives))
 
     def budget(self) -> dict[str, Any]:
         """What may change when the study is resumed: JSON types only."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autocompress.metrics import Metric
+from autocompress.plugins import files_in, name_of
 from autocompress.recovery import Recovery, settings_of
 from autocompress.scheme import Scheme
 from autocompress.sweeps.sweep_grid import Cell, grid
@@ -53,12 +54,16 @@ class SweepSettings:
             "task": task.name,
             "scheme": "sweep",
             "fingerprint": task.fingerprint(),
-            "metric": task.metric.source or task.metric.name,
+            "metric": name_of(task.metric),
             "schemes": list(self.schemes),
             "densities": list(self.densities),
             "repeats": self.repeats,
-            "also": [metric.source or metric.name for metric in self.metrics],
+            "also": list(map(name_of, self.metrics)),
             "timing": self.timing,
             "seed": self.seed,
             "recovery": settings_of(self.recovery),
         }
+
+    def files(self, task: Task) -> dict[str, str]:
+        """The files that what is asked names: by the path that is written in `identity`, the whole one."""
+        return files_in(*self.schemes, *map(name_of, (task.metric, *self.metrics)))

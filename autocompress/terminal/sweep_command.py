@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from autocompress.task_options import restore, take_options, without_constraint
+from autocompress.task_options import found_again, restore, take_options, without_constraint
 from autocompress.terminal.options import OF_RECOVERY, OUT, TRACKING_URI, Densities, check_shared, checked
 
 INTERRUPTED = 130
@@ -85,14 +85,19 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
 def _take_from_sweep(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the sweep that is resumed; others must agree."""
     from autocompress.disk.storage import study_settings
+    from autocompress.notation import with_files
+    from autocompress.plugins import write_files_as
 
     if options["name"]:
         raise click.UsageError("--name and --resume cannot be given together; --resume names the sweep")
     asked = checked("--resume", partial(study_settings, kind="sweep"), options["out"], options["resume"])
+    files = asked["files"] = write_files_as(asked.get("files", {}))
     given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     restore(options, given, asked)
     del options["constraints"]
-    was = {name: asked[name] for name in SAME} | {"schemes": tuple(asked["schemes"]), "also": tuple(asked["also"])}
+    was = {name: asked[name] for name in SAME}
+    was["schemes"] = tuple(with_files(one, files) for one in asked["schemes"])
+    was["also"] = tuple(found_again(one, files) for one in asked["also"])
     was["densities"] = tuple(asked["densities"])
     recovery = asked["recovery"]
     was |= {name: recovery.get(name) for name in OF_RECOVERY}

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from autocompress.goal import OBJECTIVES, Combination, Objective, ObjectiveError, as_objective
 from autocompress.measurement import Measurement
 from autocompress.metrics import METRICS
-from autocompress.plugins import load_from_file
+from autocompress.plugins import is_in_file, load_from_file
 from autocompress.task import Evaluation
 from autocompress.verdict.constraint import WRITTEN, Checked, Constraint, Judged, Standing, parse_constraint
 
@@ -147,7 +147,7 @@ def _objective(name: str) -> Objective | None:
     """
     if name in METRICS or re.fullmatch(r"\w+\[.+\]", name):
         return None
-    if "(" in name:
+    if "(" in name and not is_in_file(name):
         return as_objective(name)
     if ":" in name or name.endswith(".py"):
         found = load_from_file(name)
