@@ -18,7 +18,7 @@ from autocompress.reading.images import FileImages, HeldImages, Sampling
 from autocompress.reading.readers import read
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
 from autocompress.reading.transforms import IMAGENET, Preprocessing, parse_augmentations
-from autocompress.splits import Data, Split, TensorSplit, as_split, labels_of
+from autocompress.splits import Data, Split, TensorSplit, as_split, held_labels, labels_of
 from autocompress.task import Task, classification_loss, predict
 from autocompress.task_options import TaskOptions
 from autocompress.verdict.constraint import Constraint
@@ -112,8 +112,8 @@ def _assembled(made: "_Parts", options: TaskOptions, constraints: Sequence[str])
 
 def _all_labels(split: Split) -> Tensor:
     """The targets of all samples, read once where the split does not hold them."""
-    y = getattr(split, "y", None)
-    return y if isinstance(y, Tensor) else torch.cat([batch for _, batch in split.batches()])
+    y = held_labels(split)
+    return y if y is not None else torch.cat([batch for _, batch in split.batches()])
 
 
 @dataclass(frozen=True)

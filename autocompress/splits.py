@@ -147,10 +147,16 @@ def as_split(data: Data, name: str) -> Split:
     )
 
 
+def held_labels(split: Split) -> Tensor | None:
+    """All targets of a split that holds them; None of others, which would have to read all samples."""
+    y = getattr(split, "y", None)
+    return y if isinstance(y, Tensor) else None
+
+
 def labels_of(split: Split) -> Tensor:
     """All targets of a split that holds them; of others those of the first batch."""
-    y = getattr(split, "y", None)
-    return y if isinstance(y, Tensor) else next(split.batches())[1]
+    y = held_labels(split)
+    return y if y is not None else next(split.batches())[1]
 
 
 def fingerprint(split: Split) -> bytes:

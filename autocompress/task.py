@@ -24,6 +24,7 @@ from autocompress.splits import (
     as_bytes,
     as_split,
     fingerprint,
+    held_labels,
     kept_on,
     labels_of,
 )
@@ -162,6 +163,32 @@ class Task:
             raise ValueError(
                 f"there are {len(self.classes)} names of classes and the model gives {n_logits} logits"
             )
+        self._check_presence()
+
+    def _check_presence(self) -> None:
+        """That no part lacks a class that another has: nothing could be said of it.
+
+        Of a DataLoader the classes are not known without reading all of it.
+        """
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        held = {name: y for name, split in splits.items() if (y := held_labels(split)) is not None}
+        present = {
+            name: set((y.sum(dim=0) > 0).nonzero().flatten().tolist() if y.ndim == 2 else torch.unique(y).tolist())
+            for name, y in held.items()
+        }
+        everywhere = set().union(*present.values())
+        for name, classes in present.items():
+            if absent := everywhere - classes:
+                k = min(absent)
+                called = f" ({self.classes[k]})" if self.classes and self.classes[k] != str(k) else ""
+                raise ValueError(
+                    f"{name}= has no sample of class {k}{called}; every class must be in train, val and test: add "
+                    "samples, leave the class out, or divide otherwise"
+                )
+            if held[name].ndim == 1 and len(classes) < 2:
+                raise ValueError(
+                    f"{name}= has samples of class {min(classes)} alone; there must be two to tell apart"
+                )
 
     def fingerprint(self) -> str:
         """A hash of the model's weights and of the data: what makes it the same task.

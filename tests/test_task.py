@@ -241,6 +241,21 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
         ),
         (nn.Linear(3, 2), {"val": (GOOD[0], torch.zeros(6, 2))}, "must all have class numbers"),
         (nn.Flatten(0), {}, r"the model returns \(6,\)"),
+        (
+            nn.Linear(3, 3),
+            {"train": (GOOD[0], torch.arange(6) % 3)},
+            r"val= has no sample of class 2; every class must be in train, val and test: add samples",
+        ),
+        (
+            nn.Linear(3, 2),
+            {part: (GOOD[0], torch.ones(6).long()) for part in ("train", "val", "test")},
+            "train= has samples of class 1 alone; there must be two to tell apart",
+        ),
+        (
+            nn.Linear(3, 2),
+            {part: (GOOD[0], torch.eye(2).repeat(3, 1) * (part != "test")) for part in ("train", "val", "test")},
+            "test= has no sample of class 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_search(
@@ -251,7 +266,7 @@ def test_what_does_not_fit_is_found_before_the_search(
 
 
 def test_numpy_arrays_and_columns_of_labels_are_taken() -> None:
-    arrays = (np.zeros((6, 3), dtype=np.float32), np.zeros((6, 1), dtype=np.int64))
+    arrays = (np.zeros((6, 3), dtype=np.float32), np.arange(6).reshape(6, 1) % 2)
     task = Task(nn.Linear(3, 2), arrays, list(arrays), arrays)
     task.check()
     assert next(task.val.batches())[1].shape == (6,)
