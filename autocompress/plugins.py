@@ -6,6 +6,7 @@ registers what it defines when it is imported.
 """
 
 import difflib
+import importlib
 import importlib.util
 import os
 import re
@@ -110,7 +111,8 @@ def load_from_file(spec: str) -> Any:
         raise ValueError(f"{spec!r} does not say which name of which file; write path/to/file.py:name")
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"{spec!r}: there is no file {file!r}")
+        hint = "" if path.suffix == ".py" else f"; name one, as path/to/file.py:{name}"
+        raise ValueError(f"{spec!r}: there is no file {file!r}{hint}")
     if path.suffix != ".py":
         raise ValueError(f"{spec!r}: {file!r} is not a Python file; name a .py file")
     load_plugins()  # first, so that a name the file registers cannot push out an installed plugin's
@@ -126,6 +128,22 @@ def load_from_file(spec: str) -> Any:
         public = (n for n, v in vars(module).items() if not n.startswith("_") and not isinstance(v, ModuleType))
         has = ", ".join(sorted(public)) or "no public names"
         raise ValueError(f"{spec!r}: {file!r} has no {name!r}; it has {has}") from None
+
+
+def import_from_here(name: str) -> ModuleType:
+    """Imports a module that is installed or, as for ``python -m``, lies in the current folder.
+
+    Raises:
+        Exception: Whatever the import raises.
+    """
+    here = Path.cwd()
+    if str(here) not in sys.path:
+        sys.path.append(str(here))  # behind all that is installed, which it shall not hide
+    module = importlib.import_module(name)
+    beside = _beside(here)
+    if name in beside:
+        _FROM_FILES.update(beside)
+    return module
 
 
 def spec_of(definition: type) -> str:

@@ -232,7 +232,10 @@ def test_timm_that_is_not_installed(npz: str, monkeypatch: pytest.MonkeyPatch) -
         ({"model": "MINE:net", "model_args": ("depth=3",)}, "cannot be called with the arguments"),
         ({"model": "MINE:net", "model_args": ("width",)}, "'width' is no argument; write key=value"),
         ({"model": "resnet18", "model_args": ("width=3",)}, "model arguments go to a factory"),
-        ({"model": "no.such.module:net"}, "cannot import 'no.such.module'"),
+        (
+            {"model": "no.such.module:net"},
+            "'no' is neither installed nor in .*; go to its folder, or name a file",
+        ),
         ({"weights": "absent.pt"}, "there is no weights file 'absent.pt'"),
         ({"image_size": "big"}, "--image-size 'big' is no size"),
         ({"split": "80/20"}, "--split 80/20: three positive shares"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from autocompress import plugins
+from autocompress.networks.own_model import load_factory
 from autocompress.plugins import Registry, load_from_file, load_plugins
 from autocompress.processes.parcel import pack
 
@@ -199,6 +200,28 @@ class TestLoadFromFile:
         assert plugins.write_files_as(kept) == {"mine.py": f"{there}/mine.py"}
         assert (plugins.spec_of(first), plugins.spec_of(second)) == (f"{here}/mine.py:Own", "mine.py:Own")
 
+    def test_a_package_in_the_current_folder_is_found_behind_all_that_is_installed(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(plugins, "_FROM_FILES", {})
+        (tmp_path / "own_networks").mkdir()
+        (tmp_path / "own_networks" / "small.py").write_text("def four():\n    return 4\n")
+        (tmp_path / "own_networks" / "__init__.py").touch()
+        (tmp_path / "json.py").write_text("1 / 0\n")
+        monkeypatch.chdir(tmp_path)
+        four = load_factory("own_networks.small:four")
+        with pytest.raises(ValueError, match="the module 'json' has no 'four'"):
+            load_factory("json:four")
+        with pytest.raises(ValueError, match=r"cannot import 'own_networks\.big': No module named"):
+            load_factory("own_networks.big:four")
+        elsewhere = "import pickle, sys; print(pickle.load(sys.stdin.buffer)())"
+        command = [sys.executable, "-c", elsewhere]
+        done = subprocess.run(command, input=pack(four), capture_output=True, check=True, cwd="/")
+        assert done.stdout.split() == [b"4"]
+        for module in ("own_networks", "own_networks.small"):
+            del sys.modules[module]
+
     def test_files_of_one_name_are_two_modules_and_hide_no_package(self, tmp_path: Path) -> None:
         for folder in ("a", "b"):
             (tmp_path / folder).mkdir()
@@ -241,6 +264,7 @@ class TestLoadFromFile:
         ("spec", "message"),
         [
             ("none.py:name", "there is no file 'none.py'"),
+            ("package.module:name", "there is no file 'package.module'; name one, as path/to/file.py:name"),
             ("none.py", "write path/to/file.py:name"),
             ("none.py:", "write path/to/file.py:name"),
             (":name", "write path/to/file.py:name"),

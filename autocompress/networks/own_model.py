@@ -1,6 +1,5 @@
 """The model that ``--model`` and ``--weights`` name, fitted to the data's classes and channels."""
 
-import importlib
 import inspect
 import json
 import pickle
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from autocompress.formats import weights as weights_files
 from autocompress.models import build, classifier, first_conv, with_classes, with_first_conv
-from autocompress.plugins import load_from_file
+from autocompress.plugins import import_from_here, load_from_file
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # what checkpoints keep a state dict under
 
@@ -52,7 +51,7 @@ def make_model(
 
     Args:
         spec: ``small_resnet``, a classifier of torchvision, ``timm/NAME``, ``file.py:factory`` or
-            ``package.module:factory``.
+            ``package.module:factory`` of what is installed or in the current folder.
         arguments: Of the factory.
         weights: A ``.pt`` or ``.safetensors`` file; ``none``; or ``auto`` for torchvision's own where they are on
             this machine already.
@@ -119,8 +118,14 @@ def load_factory(spec: str) -> Any:
     if where.endswith(".py") or "/" in where:
         return load_from_file(spec)
     try:
-        return getattr(importlib.import_module(where), name)
+        return getattr(import_from_here(where), name)
     except ImportError as error:
+        top = where.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise ValueError(
+                f"{spec!r}: {top!r} is neither installed nor in {Path.cwd()}; go to its folder, or name a file, "
+                f"as path/to/file.py:{name}"
+            ) from None
         raise ValueError(f"{spec!r}: cannot import {where!r}: {str(error).partition(chr(10))[0]}") from None
     except AttributeError:
         raise ValueError(f"{spec!r}: the module {where!r} has no {name!r}") from None

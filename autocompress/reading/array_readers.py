@@ -140,7 +140,10 @@ def read_torchvision(name: str, root: Path, reading: Reading) -> Found:
 
     known = {key.lower(): key for key in datasets.__all__ if inspect.isclass(getattr(datasets, key))}
     if name.lower() not in known:
-        raise ValueError(f"{name!r} is not a data set of torchvision, nor is {name}:{root} a file or folder")
+        raise ValueError(
+            f"{name!r} is not a data set of torchvision, nor is {name}:{root} a file or folder; a factory is "
+            "named by its file, as path/to/file.py:factory"
+        )
     make = getattr(datasets, known[name.lower()])
     parameters = inspect.signature(make).parameters
     by_split = "split" in parameters
