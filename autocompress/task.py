@@ -140,7 +140,15 @@ class Task:
                 ) from error
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(f"the model returns {found}; it must return a tensor of logits of shape (n, classes)")
+            raise ValueError(
+                f"the model returns {found}; it must return a tensor of logits of shape (n, classes): wrap it in "
+                "a module whose forward picks them"
+            )
+        if not outputs.isfinite().all():
+            raise ValueError(
+                "the model's outputs on the first val samples are not all finite numbers; look for what diverged "
+                "or divides by zero"
+            )
         self._check_labels(outputs.shape[1])
 
     def _check_labels(self, n_logits: int) -> None:

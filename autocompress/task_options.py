@@ -74,6 +74,9 @@ class TaskOptions:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
+        for name in ("model", "data", "weights", "metric"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--{name} is empty; give a value, or leave it out")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"--image-size {self.image_size}: it must be at least 1")
         if len(self.shares) != 3 or min(self.shares) <= 0:

@@ -190,3 +190,14 @@ def test_names_of_studies_are_completed(recorded, tmp_path):
     }
     done = CliRunner().invoke(cli, prog_name="autocompress", env=env, args=[])
     assert done.output.splitlines() == ["plain,digits-a"]
+
+
+@pytest.mark.parametrize("command", ["tune", "sweep"])
+@pytest.mark.parametrize("option", ["--data", "--model", "--resume", "--device", "--tracking-uri", "--recovery"])
+def test_an_option_without_a_value_is_not_taken_for_one_that_was_left_out(tmp_path, command, option):
+    """As of a shell's variable that is not set: it would be the digits, or a study anew."""
+    done = CliRunner().invoke(cli, [command, option, "", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"'{option}'" in done.output
+    if option != "--recovery":  # which says what there is
+        assert "it is empty; give a value, or leave it out" in " ".join(done.output.split())

@@ -199,10 +199,10 @@ def test_sixteen_bits_are_brought_to_eight(tmp_path: Path) -> None:
         for i in range(4):
             file = tmp_path / name / f"{i}.png"
             file.parent.mkdir(exist_ok=True)
-            Image.fromarray(np.full(SIZE, 257 * (10 + i), np.uint16)).save(file)
+            Image.fromarray(np.full(SIZE, 257 * (100 + i), np.uint16)).save(file)
     found = read(str(tmp_path), Reading())
     values = torch.cat([samples.pixels.flatten() for samples in found.parts.values()])
-    assert sorted(set(values.tolist())) == [10, 11, 12, 13]
+    assert sorted(set(values.tolist())) == [100, 101, 102, 103]
 
 
 def test_threads_that_read_leave_the_filters_of_warnings_as_they_were(tmp_path: Path) -> None:
@@ -337,7 +337,12 @@ def test_classes_by_number_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         (["path,label"], "has 1 lines; it needs a header"),
-        (["path", "images/1.png"], "has no column of labels beside 'path'"),
+        (["path", "images/1.png"], "has no column of labels beside 'path'$"),
+        (["path;label", "images/1.png;a"], "beside 'path;label'; columns are parted by commas, not by ';'"),
+        (
+            ["path,label", "images/1.png,a", "./images/1.png,b"],
+            "names 1 files more than once, the first is .*1.png",
+        ),
         (["path,label", "images/1.png"], "line 2: 1 values for 2 columns"),
         (["path,label", "images/1.png,a", "images/2.png,"], "line 3: it has no 'label'"),
         (["path,label", "images/1.png,a", "images/99.png,b"], "names 1 files that are not there"),
@@ -355,6 +360,29 @@ def test_bad_tables_are_refused(tmp_path: Path, lines: list[str], message: str) 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     spec = table(tmp_path, "path,label", "images/1.png,a", n=2)
     check_refused(spec, "has no column 'dx'; it has path, label", Reading(labels=("dx",)))
+
+
+def test_a_split_that_leaves_a_class_out_is_refused_in_plain_words(tmp_path: Path) -> None:
+    rows = [f"images/{i}.png,{'ab'[i % 2]}" for i in range(6)]
+    check_refused(
+        table(tmp_path, "path,label", *rows), "6 samples of 2 classes are too few to take 15% away .* add"
+    )
+
+
+@pytest.mark.parametrize("held_bytes", [10**9, 0])
+@pytest.mark.parametrize(("kind", "suffix"), [(np.float32, "tif"), (np.uint16, "png")])
+def test_deep_images_that_would_lose_nearly_all_their_levels_are_refused(
+    tmp_path: Path, kind: type, suffix: str, held_bytes: int
+) -> None:
+    """Values from 0 to 1, or 12 bits in 16."""
+    most = 1 if kind is np.float32 else 4095
+    for k, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            values = np.linspace(0, most, 64).reshape(8, 8).astype(kind)
+            Image.fromarray(values).save(tmp_path / name / f"{k}{i}.{suffix}")
+    said = "more than 8 bits a pixel and use the lowest: .*; bring them to 0 to 65535, or to 8 bits"
+    check_refused(str(tmp_path), said, Reading(held_bytes=held_bytes))
 
 
 # Others

@@ -205,6 +205,14 @@ class Pair(nn.Module):
         return x, x
 
 
+class Diverged(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 0
+
+
 GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
 
 
@@ -220,7 +228,8 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
         ),
         (nn.Linear(3, 2), {"val": (GOOD[0], torch.zeros(6))}, "val= serves targets of .* torch.float32"),
         (nn.Linear(3, 2), {"val": DataLoader(TensorDataset(*GOOD), shuffle=True)}, "val= is shuffled"),
-        (Pair(), {}, "the model returns tuple; it must return a tensor of logits"),
+        (Pair(), {}, r"the model returns tuple; it must return a tensor of logits .*: wrap it in a module"),
+        (Diverged(), {}, "the model's outputs on the first val samples are not all finite numbers"),
         (
             nn.Linear(4, 2),
             {},

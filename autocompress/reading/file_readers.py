@@ -1,6 +1,7 @@
 """Labelled images that lie in files of their own: folders of classes, and tables of paths and labels."""
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from autocompress.reading.images import BadImageError, decode, shape_of, without_warnings
+from autocompress.reading.images import BadImageError, decode, is_deep, shape_of, without_warnings
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
 from autocompress.reading.transforms import Size
 
@@ -22,6 +23,7 @@ PART_NAMES = {
 }
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".gif")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_id")
+LEVELS = 17  # of 256, that the brightest of images of more than eight bits must reach: 12 bits in 16 come to 16
 SPLIT_COLUMNS = ("split", "part", "subset")
 
 A = TypeVar("A")
@@ -104,12 +106,20 @@ def read_csv(path: Path, reading: Reading) -> Found:
         i for i in range(len(header)) if i not in taken
     ]
     if not at_labels:
-        raise ValueError(f"{path} has no column of labels beside {header[at_path]!r}")
+        other = next(
+            (f"; columns are parted by commas, not by {mark!r}" for mark in ";\t|" if mark in header[0]), ""
+        )
+        raise ValueError(f"{path} has no column of labels beside {header[at_path]!r}{other}")
     y, classes = _table_labels(path, header, rows, at_labels)
     files = [path.parent / row[at_path].strip() for row in rows]
     absent = [file for file in files if not file.is_file()]
     if absent:
         raise ValueError(f"{path} names {len(absent)} files that are not there, the first is {absent[0]}")
+    if twice := [file for file, lines in Counter(map(os.path.normpath, files)).items() if lines > 1]:
+        raise ValueError(
+            f"{path} names {len(twice)} files more than once, the first is {twice[0]}; name each once, or it "
+            "is in train and test"
+        )
     if at_group is not None:
         groups = tuple(row[at_group] for row in rows)
     else:
@@ -126,7 +136,7 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [row for row in csv.reader(file, strict=True) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a .csv table in UTF-8: {error}") from None
+        raise ValueError(f"{path} is not a .csv table in UTF-8: {error}; save it as one") from None
     if any(separator in value for row in lines for value in row for separator in "\r\n"):
         raise ValueError(f"{path} has a value that spans lines; a quotation mark may be missing")
     if len(lines) < 2:
@@ -229,19 +239,31 @@ def _one_size(sizes: Sequence[Size]) -> Size:
 def _decoded(samples: Samples, size: Size, channels: int, held: bool) -> tuple[Samples, list[BadImageError]]:
     """The samples that can be decoded, with their pixels if they are to be held, and why the others cannot."""
     pixels = torch.empty((len(samples) if held else 0, channels, *size), dtype=torch.uint8)
+    peaks = torch.zeros(len(samples), dtype=torch.uint8)
 
     def load(i: int) -> int:
         image = decode(samples.files[i], size, channels)
+        peaks[i] = image.max()
         if held:
             pixels[i] = image
         return i
 
     done = _in_threads(load, range(len(samples)))
     bad = [error for error in done if isinstance(error, BadImageError)]
+    good = [i for i in done if not isinstance(i, BadImageError)]
+    _refuse_dim([samples.files[i] for i in good], peaks[good])
     held_samples = replace(samples, pixels=pixels if held else None)
-    if not bad:
-        return held_samples, []
-    return held_samples.take([i for i in done if not isinstance(i, BadImageError)]), bad
+    return (held_samples.take(good) if bad else held_samples), bad
+
+
+def _refuse_dim(files: Sequence[Path], peaks: Tensor) -> None:
+    """Refuses images of more than eight bits a pixel that are all but black as bytes."""
+    brightest = int(peaks.max()) if len(peaks) else LEVELS
+    if brightest < LEVELS and (deep := next(filter(is_deep, files), None)):
+        raise ValueError(
+            f"{deep} and the others have more than 8 bits a pixel and use the lowest: of the 256 levels that 0 to "
+            f"65535 become, {brightest + 1}; bring them to 0 to 65535, or to 8 bits"
+        )
 
 
 def _in_threads(do: Callable[[A], T], items: Sequence[A]) -> list[T | BadImageError]:

@@ -213,7 +213,7 @@ def decode(file: Path, size: Size | None, channels: int) -> Tensor:
     """
     try:
         with Image.open(file) as image:
-            if image.mode.startswith("I") or image.mode == "F":
+            if _is_deep(image):
                 pixels = _from_deep(np.asarray(image))
             else:
                 mode = "L" if channels == 1 else "RGB"
@@ -231,6 +231,16 @@ def _from_deep(values: np.ndarray) -> Tensor:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its values go from {values.min()} to {values.max()}; 16-bit images go from 0 to 65535")
     return torch.from_numpy((values.astype(np.float64) / 257).round().astype(np.uint8))[..., None]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def is_deep(file: Path) -> bool:
+    """Whether an image has more than eight bits a pixel."""
+    with Image.open(file) as image:
+        return _is_deep(image)
 
 
 def shape_of(file: Path) -> tuple[Size, int]:

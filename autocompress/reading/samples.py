@@ -170,8 +170,12 @@ def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[lis
         stay, chosen = train_test_split(
             range(len(y)), test_size=fraction, stratify=strata if y.ndim == 1 else None, random_state=reading.seed
         )
-    except ValueError as error:
-        raise ValueError(f"{len(y)} samples are too few to divide: {error}") from None
+    except ValueError:
+        classes = f" of {len(np.unique(y))} classes" if y.ndim == 1 else ""
+        raise ValueError(
+            f"{len(y)} samples{classes} are too few to take {fraction:.0%} away with some of each; add samples, "
+            "or take larger shares with --split"
+        ) from None
     return sorted(stay), sorted(chosen)
 
 

@@ -172,6 +172,7 @@ def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -
     from autocompress.gauges.devices import usable_device
     from autocompress.recovery import make_recovery
 
+    _refuse_empty(ctx)
     if options["name"] is not None:
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
@@ -185,6 +186,15 @@ def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["device"] = checked("--device", usable_device, options["device"])
     options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
+
+
+def _refuse_empty(ctx: click.Context) -> None:
+    """Refuses options without a value, as of a shell's variable that is not set; none was meant by default."""
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        given = value if isinstance(value, tuple) else (value,)
+        if "" in given and param.default != "":
+            raise click.BadParameter("it is empty; give a value, or leave it out", param_hint=f"'{param.opts[0]}'")
 
 
 def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
