@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -30,6 +30,8 @@ from autocompress.splits import (
 )
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+MANY_CLASSES = 5  # that a note names
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Task:
         self.preprocessing = preprocessing
         self.input = dict(input or {})
         self.options = dict(options or {})
-        self.notes = tuple(notes)
+        self.notes = (*notes, *self._absences())
 
     def check(self) -> None:
         """Looks at one batch of each split and at what the model makes of it.
@@ -174,29 +176,42 @@ class Task:
         self._check_presence()
 
     def _check_presence(self) -> None:
-        """That no part lacks a class that another has: nothing could be said of it.
-
-        Of a DataLoader the classes are not known without reading all of it.
-        """
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        held = {name: y for name, split in splits.items() if (y := held_labels(split)) is not None}
-        present = {
-            name: set((y.sum(dim=0) > 0).nonzero().flatten().tolist() if y.ndim == 2 else torch.unique(y).tolist())
-            for name, y in held.items()
-        }
-        everywhere = set().union(*present.values())
+        """That train has every class that is judged, and no part just one."""
+        present = self._classes_held()
+        unseen = set().union(*present.values()) - present["train"] if "train" in present else set()
+        if unseen:
+            raise ValueError(
+                f"train= has no sample of class {self._called(min(unseen))}, which is judged: the network would "
+                "forget it; add samples, or leave the class out"
+            )
         for name, classes in present.items():
-            if absent := everywhere - classes:
-                k = min(absent)
-                called = f" ({self.classes[k]})" if self.classes and self.classes[k] != str(k) else ""
-                raise ValueError(
-                    f"{name}= has no sample of class {k}{called}; every class must be in train, val and test: add "
-                    "samples, leave the class out, or divide otherwise"
-                )
-            if held[name].ndim == 1 and len(classes) < 2:
+            if labels_of(getattr(self, name)).ndim == 1 and len(classes) < 2:
                 raise ValueError(
                     f"{name}= has samples of class {min(classes)} alone; there must be two to tell apart"
                 )
+
+    def _absences(self) -> Iterator[str]:
+        """In words, which classes cannot be judged."""
+        present = self._classes_held()
+        everywhere = set().union(*present.values())
+        for name, what in (("val", "the search sees nothing"), ("test", "the verdict says nothing")):
+            if absent := everywhere - present.get(name, everywhere):
+                first = ", ".join(self._called(k) for k in sorted(absent)[:MANY_CLASSES])
+                more = f" and {len(absent) - MANY_CLASSES} more" if len(absent) > MANY_CLASSES else ""
+                yield f"{name} has no sample of class {first}{more}: {what} of what is lost there"
+
+    def _classes_held(self) -> dict[str, set[int]]:
+        """The classes of each part; of a DataLoader they are not known without reading all of it."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        held = {name: y for name, split in splits.items() if (y := held_labels(split)) is not None}
+        return {
+            name: set((y.sum(dim=0) > 0).nonzero().flatten().tolist() if y.ndim == 2 else torch.unique(y).tolist())
+            for name, y in held.items()
+        }
+
+    def _called(self, k: int) -> str:
+        """A class by its number and, if it has one, its name."""
+        return f"{k} ({self.classes[k]})" if 0 <= k < len(self.classes) and self.classes[k] != str(k) else str(k)
 
     def fingerprint(self) -> str:
         """A hash of the model's weights and of the data: what makes it the same task.

@@ -263,6 +263,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("shape", [[True], [0], [2.0], [], "8", None])
+def test_a_plan_whose_input_is_none(exported: Path, tmp_path: Path, shape: object) -> None:
+    plan = json.loads((exported / bundle.PLAN).read_text())
+    (tmp_path / bundle.WEIGHTS).write_bytes((exported / bundle.WEIGHTS).read_bytes())
+    (tmp_path / bundle.PLAN).write_text(json.dumps({**plan, "input": {"shape": shape, "dtype": "float32"}}))
+    with pytest.raises(ValueError, match="does not describe an input; export the model again"):
+        ac.load(tmp_path, network())
+
+
 @FAST
 @given(data=st.data())
 def test_any_plan(exported: Path, tmp_path: Path, data: st.DataObject) -> None:

@@ -252,18 +252,13 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
         (nn.Flatten(0), {}, r"the model returns \(6,\)"),
         (
             nn.Linear(3, 3),
-            {"train": (GOOD[0], torch.arange(6) % 3)},
-            r"val= has no sample of class 2; every class must be in train, val and test: add samples",
+            {"val": (GOOD[0], torch.arange(6) % 3)},
+            r"train= has no sample of class 2, which is judged: the network would forget it; add samples",
         ),
         (
             nn.Linear(3, 2),
             {part: (GOOD[0], torch.ones(6).long()) for part in ("train", "val", "test")},
             "train= has samples of class 1 alone; there must be two to tell apart",
-        ),
-        (
-            nn.Linear(3, 2),
-            {part: (GOOD[0], torch.eye(2).repeat(3, 1) * (part != "test")) for part in ("train", "val", "test")},
-            "test= has no sample of class 0",
         ),
     ],
 )
@@ -272,6 +267,23 @@ def test_what_does_not_fit_is_found_before_the_search(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Task(model, **{"train": GOOD, "val": GOOD, "test": GOOD, **changed}).check()
+
+
+def test_a_class_that_cannot_be_judged_is_noted() -> None:
+    three, labels = (GOOD[0], torch.arange(6) % 3), (GOOD[0], torch.eye(3).repeat(2, 1))
+    task = Task(nn.Linear(3, 3), three, GOOD, three, classes=("a", "b", "c"), notes=["of somebody"])
+    task.check()
+    assert task.notes == (
+        "of somebody",
+        "val has no sample of class 2 (c): the search sees nothing of what is lost there",
+    )
+    task = Task(nn.Linear(3, 3), labels, labels, (GOOD[0], labels[1] * torch.tensor([0.0, 1.0, 0.0])))
+    assert task.notes == ("test has no sample of class 0, 2: the verdict says nothing of what is lost there",)
+    seven = (torch.zeros(8, 3), torch.arange(8))
+    (note,) = Task(nn.Linear(3, 8), seven, (seven[0][:2], seven[1][:2]), seven).notes
+    assert note.startswith("val has no sample of class 2, 3, 4, 5, 6 and 1 more: ")
+    loader = DataLoader(TensorDataset(*GOOD), batch_size=2)
+    assert Task(nn.Linear(3, 3), three, loader, three).notes == ()  # it would have to be read
 
 
 def test_numpy_arrays_and_columns_of_labels_are_taken() -> None:

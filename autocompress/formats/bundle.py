@@ -219,7 +219,7 @@ def _known_architecture(description: str | Mapping[str, Any] | None, directory: 
 def _zeros(described: Mapping[str, Any], where: Path) -> Tensor:
     """An input as the plan describes it."""
     shape, dtype = described.get("shape"), getattr(torch, str(described.get("dtype")), None)
-    sizes = shape if isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape) else []
+    sizes = shape if isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) else []
     if not 0 < math.prod(sizes) <= MOST_INPUTS or not sizes or not isinstance(dtype, torch.dtype):
         raise ValueError(
             f"{where} is damaged: {dict(described)} does not describe an input; export the model again"
