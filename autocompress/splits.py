@@ -167,6 +167,15 @@ def fingerprint(split: Split) -> bytes:
     return own() if callable(own) else hashlib.sha256(str(split.n_samples).encode()).digest()
 
 
+def sample_digests(split: Split) -> set[bytes]:
+    """A hash of each different input of a split that holds its samples; none of others, which would read all."""
+    held = split.x if isinstance(split, TensorSplit) else getattr(split, "pixels", None)
+    if not isinstance(held, Tensor):
+        return set()
+    rows = held.detach().cpu().contiguous().reshape(len(held), -1).view(torch.uint8).numpy()
+    return {hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows}
+
+
 def as_bytes(tensor: Tensor) -> bytes:
     """The values of a tensor in order."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

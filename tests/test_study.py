@@ -520,6 +520,14 @@ def test_auto_compares_schemes_by_size(strict, out):
     assert result.trials["value"][0] == result.trials["size_bytes"][0]
 
 
+def test_what_is_on_test_and_not_held_out_is_said(task):
+    settings = Settings((ac.parse_scheme("StructPrune"),), Bound(0.5), (as_objective("density"),))
+    x, y = task.test.x.clone(), task.test.y
+    x[:3], x[3:5] = task.train.x[:3], task.val.x[7]
+    (note,) = prospect(settings, ac.Task(task.model, task.train, task.val, (x, y)))
+    assert note.startswith("of 120 different test samples 3 of them in train and 1 of them in val as well")
+
+
 @pytest.mark.parametrize(("max_drop", "said"), [(0.02, 1), (0.5, 0)])
 def test_what_the_test_data_can_certify_is_said_where_it_is_a_limit(task, max_drop, said):
     """A bound of 50 pp is kept by whatever models do that disagree on a sample in fifty."""

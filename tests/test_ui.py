@@ -95,8 +95,8 @@ def test_the_ui_shows_the_runs_and_ends_without_a_trace(tmp_path):
 
 
 def test_without_studies_it_says_so_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"no mlflow\.db in .*run a study with --out"):
-        serve_ui(tmp_path)
+    with pytest.raises(ValueError, match=r"no mlflow\.db in .*run a study with --out '.*/my runs' first"):
+        serve_ui(tmp_path / "my runs")
 
 
 def test_a_damaged_database_is_refused_at_once(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,7 @@ def find_study(home: Path, run: str) -> Path:
     folders = study_folders(home)
     names = [folder.name for folder in folders]
     if not folders:
-        raise ValueError(f"there are no studies in {home}; run one with --out {home} first")
+        raise ValueError(f"there are no studies in {home}; run one with --out {shlex.quote(str(home))} first")
     if run in names:
         return home / run
     if run == "last":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -44,7 +45,7 @@ def serve_ui(
     """
     out = out.absolute()
     if not (out / DATABASE).is_file():
-        raise ValueError(f"no {DATABASE} in {out}; run a study with --out {out} first")
+        raise ValueError(f"no {DATABASE} in {out}; run a study with --out {shlex.quote(str(out))} first")
     try:
         check_database(out)
     except Exception as error:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from autocompress.certify import certifiable_drop
 from autocompress.recovery import settings_of
+from autocompress.splits import sample_digests
 from autocompress.studies.settings import Settings
 from autocompress.task import Task
 from autocompress.trial import TrialResult
@@ -13,7 +14,21 @@ DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form
 
 
 def prospect(settings: Settings, task: Task) -> tuple[str, ...]:
-    """What the test data can certify, where it can be foreseen: one sentence or none."""
+    """What the test data can certify, where it can be foreseen: a sentence for each thing to know."""
+    return (*_not_held_out(task), *_certifiable(settings, task))
+
+
+def _not_held_out(task: Task) -> tuple[str, ...]:
+    """How many test samples are no test: what the search or the training has seen, where the samples are held."""
+    test = sample_digests(task.test)
+    seen = {name: n for name in ("train", "val") if (n := len(test & sample_digests(getattr(task, name))))}
+    if not seen:
+        return ()
+    where = " and ".join(f"{n} of them in {name}" for name, n in seen.items())
+    return (f"of {len(test)} different test samples {where} as well: the verdict is not on data held out",)
+
+
+def _certifiable(settings: Settings, task: Task) -> tuple[str, ...]:
     n, bound, confidence = task.test.n_samples, settings.bound, settings.confidence
     if task.metric.correct is None or bound.relative:
         return ()
