@@ -111,12 +111,15 @@ def sweep(
     settings = SweepSettings(listed, levels, repeats, recovery, timing, seed, usable_device(device))
     if name is not None and not resume:
         check_free(home, name)
+    for one in also:
+        if isinstance(one, str) and "[" not in one:  # whether a class is known is not known yet
+            as_metric(one)
     if task is None:
         progress("training the dense model, or taking it from the cache")
         task = digits(cache=home / "cache")
     task = task if isinstance(task, Task) else task()
     task.check()
-    settings = replace(settings, metrics=tuple(as_metric(one, task.classes) for one in also))
+    settings = replace(settings, metrics=_others(also, task))
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
     more = {"files": settings.files(task)}
@@ -133,6 +136,15 @@ def sweep(
             folder.close()
         else:  # the name shall be free again
             folder.discard()
+
+
+def _others(also: Sequence[str | Metric], task: Task) -> tuple[Metric, ...]:
+    """The further metrics, each once and beside the task's own: their columns are named by them."""
+    metrics = tuple(as_metric(one, task.classes) for one in also)
+    names = [task.metric.name, *(metric.name for metric in metrics)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"the metric {twice!r} is asked for twice; name each once, and the task's own not again")
+    return metrics
 
 
 class Sweeping:

@@ -72,6 +72,7 @@ def test_the_command_prints_a_table_or_json() -> None:
     [
         (("--model", "resnet81"), "--model"),
         ((*DIGITS, "--input", "8by8"), "channels x height x width"),
+        (("--model", "small_resnet", "--input", "3x8"), "does not take an input of shape 3x8: it raised"),
         ((*DIGITS, "--scheme", "Prun"), "did you mean"),
         (("last", *DIGITS, "--scheme", "Prune"), "leave RUN out"),
         (("--device", "mars"), "--device"),

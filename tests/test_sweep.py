@@ -172,6 +172,11 @@ def test_schemes_are_given_one_by_one_or_listed() -> None:
         ({"densities": (0.5, 0.5)}, "given twice"),
         ({"repeats": 0}, "at least 1"),
         ({"also": ["sensitivty"]}, "did you mean sensitivity"),
+        ({"also": ["auc", "auc"]}, "the metric 'auc' is asked for twice; name each once"),
+        (
+            {"also": ["accuracy"]},
+            "the metric 'accuracy' is asked for twice; name each once, and the task's own not",
+        ),
         ({"name": "cache"}, "name='cache'"),
         ({"schemes": [StructPrune(skip=["Conv2d", "Linear"])]}, "finds no channels"),
     ],
@@ -180,6 +185,14 @@ def test_bad_arguments_are_refused_at_once(tiny_task: Task, tmp_path: Path, chan
     with pytest.raises(ValueError, match=message):
         run(tiny_task, tmp_path, **changes)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_metric_that_there_is_not_is_refused_before_the_dense_model_is_trained(tmp_path: Path) -> None:
+    def train() -> Task:
+        raise AssertionError("the dense model is trained")
+
+    with pytest.raises(ValueError, match="unknown metric 'sensitivty'"):
+        run(train, tmp_path, also=["sensitivty"])  # type: ignore[arg-type]
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,23 @@ def of_study(best: Path, model: nn.Module | None = None) -> Profiled:
     return Profiled({"dense": dense.eval(), "compressed": compressed}, (count_params(dense), kept), sample)
 
 
+def check_input(model: nn.Module, sample: Tensor) -> Tensor:
+    """The sample, if the model takes it.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    try:
+        with torch.inference_mode():
+            model.eval()(sample)
+    except Exception as error:  # whatever a model may raise that is not made for this input
+        shape, reason = "x".join(map(str, sample.shape[1:])), str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model does not take an input of shape {shape}: it raised {type(error).__name__}: {reason}"
+        ) from error
+    return sample
+
+
 def of_model(model: nn.Module, sample: Tensor, scheme: Scheme | None = None, density: float = 0.25) -> Profiled:
     """A model, and where a scheme is given what it makes of it at a density: not trained, for what it would cost.
 

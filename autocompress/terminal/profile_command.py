@@ -74,7 +74,7 @@ def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
 
 def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled":
     from autocompress.disk.record import find_study
-    from autocompress.gauges.profile import of_model, of_study
+    from autocompress.gauges.profile import check_input, of_model, of_study
     from autocompress.scheme import parse_scheme
 
     model = _model(options) if options["model"] else None
@@ -85,7 +85,8 @@ def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled"
     import torch
 
     scheme = checked("--scheme", parse_scheme, options["scheme"]) if options["scheme"] else None
-    return of_model(model, torch.zeros(1, *options["shape"]), scheme, options["density"])
+    sample = checked("--input", check_input, model, torch.zeros(1, *options["shape"]))
+    return of_model(model, sample, scheme, options["density"])
 
 
 def _model(options: dict[str, Any]) -> "nn.Module":
