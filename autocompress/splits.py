@@ -42,6 +42,8 @@ class TensorSplit:
     def __post_init__(self) -> None:
         if self.y.ndim == 2 and self.y.shape[1] == 1 and not self.y.is_floating_point():  # as MedMNIST has them
             object.__setattr__(self, "y", self.y.squeeze(1))
+        if not self.y.is_floating_point():  # the loss takes no other numbers of classes
+            object.__setattr__(self, "y", self.y.long())
         if len(self.x) != len(self.y):
             raise ValueError(f"x holds {len(self.x)} samples and y {len(self.y)}; they must be as many")
         if len(self.x) == 0:
@@ -137,8 +139,17 @@ def as_split(data: Data, name: str) -> Split:
         ValueError: If ``data`` is of another form or empty; ``name`` says which part it was.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor | np.ndarray) for t in data):
+        for array in data:
+            if isinstance(array, np.ndarray) and array.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"{name}= has an array of type {array.dtype}; inputs and targets are numbers, classes from 0"
+                )
         return TensorSplit(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
     if isinstance(data, DataLoader):
+        if not hasattr(data.dataset, "__len__"):
+            raise ValueError(
+                f"{name}= is a DataLoader of a data set without a length; give it one, or a map-style one"
+            )
         return LoaderSplit(data)
     if hasattr(data, "batches") and hasattr(data, "n_samples"):
         return cast(Split, data)

@@ -43,7 +43,7 @@ from autocompress.sweeps.sweep_files import write_sweep
 from autocompress.sweeps.sweep_grid import Cell, distinct_densities, distinct_schemes
 from autocompress.sweeps.sweep_result import DENSE, Sweep
 from autocompress.sweeps.sweep_settings import SweepSettings
-from autocompress.task import Evaluation, Task
+from autocompress.task import Evaluation, Task, as_task
 from autocompress.terminal.display import SECONDS_BETWEEN_LINES, Footer
 from autocompress.tracking import COSTS, Tracker
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
@@ -117,7 +117,7 @@ def sweep(
     if task is None:
         progress("training the dense model, or taking it from the cache")
         task = digits(cache=home / "cache")
-    task = task if isinstance(task, Task) else task()
+    task = as_task(task)
     task.check()
     settings = replace(settings, metrics=_others(also, task))
     identity = settings.identity(task)

@@ -16,6 +16,7 @@ from autocompress import progress
 from autocompress.metrics import Metric, Outputs, Targets, accuracy, as_metric
 from autocompress.networks.model_check import check_model
 from autocompress.splits import (
+    Batch,
     Data,
     HalfBatches,
     LoaderSplit,
@@ -119,10 +120,10 @@ class Task:
             ValueError: If something does not fit, before hours are spent on it: in one line, with the remedy.
         """
         check_model(self.model)
-        expected = tuple(next(self.val.batches())[0].shape[1:])
+        expected = tuple(_first_batch("val", self.val)[0].shape[1:])
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            x, y = next(split.batches())
-            if not x.is_floating_point():
+            x, y = _first_batch(name, split)
+            if x.dtype != torch.float32:
                 raise ValueError(f"{name}= serves inputs of type {x.dtype}; convert them to float32 (x.float())")
             if tuple(x.shape[1:]) != expected:
                 raise ValueError(f"{name}= serves inputs of shape {tuple(x.shape[1:])}, val= of shape {expected}")
@@ -130,6 +131,8 @@ class Task:
             shuffled = isinstance(split, LoaderSplit) and isinstance(split.loader.sampler, RandomSampler)
             if shuffled and name != "train":
                 raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
+            if name != "train" and isinstance(split, LoaderSplit) and split.loader.drop_last:
+                raise ValueError(f"{name}= leaves out its last samples; make its DataLoader with drop_last=False")
         x, _ = next(self.val.batches())
         with evaluating(self.model), torch.inference_mode():
             try:
@@ -253,6 +256,31 @@ class Task:
         return Evaluation(self.metric.score(targets, outputs), outputs, targets)
 
 
+def as_task(given: Task | Callable[[], Task]) -> Task:
+    """A task, or what a function makes.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    made = given() if callable(given) else given
+    if not isinstance(made, Task):
+        raise ValueError(f"task= is {made!r:.100}; it must be a Task, or a function that makes one")
+    return made
+
+
+def _first_batch(name: str, split: Split) -> Batch:
+    """The first batch of a part, if it is one."""
+    batch: Any = next(iter(split.loader if isinstance(split, LoaderSplit) else split.batches()), None)
+    if batch is None:
+        raise ValueError(
+            f"{name}= serves no batch; it needs samples, and with drop_last=True a whole batch of them"
+        )
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+        found = f"{len(batch)} values" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
+        raise ValueError(f"{name}= serves {found} a batch; it must be a pair of tensors (x, y)")
+    return batch[0], batch[1]
+
+
 def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:
     """That inputs are finite, and targets class numbers or zeros and ones."""
     inputs = split.x if isinstance(split, TensorSplit) else x
@@ -263,7 +291,7 @@ def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:
             f"number {int(where[0])}; repair them or leave them out"
         )
     labels = y.ndim == 2 and y.is_floating_point()
-    if not labels and (y.ndim != 1 or y.is_floating_point()):
+    if not labels and (y.ndim != 1 or y.dtype not in (torch.long, torch.uint8)):
         raise ValueError(
             f"{name}= serves targets of shape {tuple(y.shape)} and type {y.dtype}; they must be class numbers, of "
             "shape (n,) and type torch.long, or zeros and ones for several labels, of shape (n, labels) and type "

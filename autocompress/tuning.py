@@ -39,7 +39,7 @@ from autocompress.studies.result import Result
 from autocompress.studies.settings import DEFAULT_TRIALS, Settings
 from autocompress.studies.watcher import Silent, Watcher
 from autocompress.study import Study
-from autocompress.task import Task
+from autocompress.task import Task, as_task
 from autocompress.tracking import MEANWHILE, Tracker
 from autocompress.trial import Bound
 from autocompress.verdict.limit import Requirement, parse_constraints
@@ -182,7 +182,7 @@ def tune(
     if task is None:
         watcher.doing("training the dense model, or taking it from the cache")
         task = digits(cache=place.home / "cache")
-    task = task if isinstance(task, Task) else task()
+    task = as_task(task)
     task.check()
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
     return _run(settings, task, place, watcher, tracking_uri=tracking_uri, register=register, command=command)

@@ -1,16 +1,16 @@
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from autocompress.metrics import balanced_accuracy
 from autocompress.splits import LoaderSplit, TensorSplit, as_split, kept_on
-from autocompress.task import Task, device_of, evaluating, predict
+from autocompress.task import Task, as_task, device_of, evaluating, predict
 
 
 def data(n: int = 10) -> tuple[Tensor, Tensor]:
@@ -205,6 +205,11 @@ class Pair(nn.Module):
         return x, x
 
 
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(())
+
+
 class Diverged(nn.Linear):
     def __init__(self) -> None:
         super().__init__(3, 2)
@@ -228,6 +233,30 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
         ),
         (nn.Linear(3, 2), {"val": (GOOD[0], torch.zeros(6))}, "val= serves targets of .* torch.float32"),
         (nn.Linear(3, 2), {"val": DataLoader(TensorDataset(*GOOD), shuffle=True)}, "val= is shuffled"),
+        (
+            nn.Linear(3, 2),
+            {"test": DataLoader(TensorDataset(*GOOD), batch_size=4, drop_last=True)},
+            "test= leaves out its last samples; make its DataLoader with drop_last=False",
+        ),
+        (
+            nn.Linear(3, 2),
+            {"train": DataLoader(TensorDataset(*GOOD), batch_size=9, drop_last=True)},
+            "train= serves no batch; it needs samples",
+        ),
+        (nn.Linear(3, 2), {"val": DataLoader(TensorDataset(*GOOD, GOOD[1]))}, "val= serves 3 values a batch"),
+        (nn.Linear(3, 2), {"val": DataLoader([{"x": 1.0}])}, r"val= serves a dict a batch; .* pair of tensors"),
+        (nn.Linear(3, 2), {"val": DataLoader(Endless())}, "val= is a DataLoader of a data set without a length"),
+        (nn.Linear(3, 2), {"val": (GOOD[0].double(), GOOD[1])}, r"float64; convert them to float32 \(x.float"),
+        (
+            nn.Linear(3, 2),
+            {"val": DataLoader(TensorDataset(GOOD[0], GOOD[1].int()))},
+            "val= serves targets of shape .* and type torch.int32; .* type torch.long",
+        ),
+        (
+            nn.Linear(3, 2),
+            {"val": (GOOD[0].numpy(), np.array(list("ababab")))},
+            "val= has an array of type <U1; inputs and targets are numbers, classes from 0",
+        ),
         (Pair(), {}, r"the model returns tuple; it must return a tensor of logits .*: wrap it in a module"),
         (Diverged(), {}, "the model's outputs on the first val samples are not all finite numbers"),
         (
@@ -267,6 +296,20 @@ def test_what_does_not_fit_is_found_before_the_search(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Task(model, **{"train": GOOD, "val": GOOD, "test": GOOD, **changed}).check()
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16, torch.bool])
+def test_numbers_of_classes_may_be_of_any_whole_type(kind: torch.dtype) -> None:
+    task = Task(nn.Linear(3, 2), *[(GOOD[0], GOOD[1].to(kind))] * 3)
+    task.check()
+    x, y = next(task.train.batches())
+    assert torch.equal(y, GOOD[1]) and task.loss(task.model(x), y) > 0
+
+
+@pytest.mark.parametrize("given", ["digits", lambda: 3])
+def test_what_is_no_task_is_refused(given: object) -> None:
+    with pytest.raises(ValueError, match="it must be a Task, or a function that makes one"):
+        as_task(given)  # type: ignore[arg-type]
 
 
 def test_a_class_that_cannot_be_judged_is_noted() -> None:
