@@ -3,13 +3,17 @@
 import csv
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import autocompress as ac
+from autocompress import sweeping
 from autocompress.cli import cli
 from autocompress.lc import LearningCompression
 from autocompress.metrics import as_metric
@@ -19,6 +23,7 @@ from autocompress.sweeps.sweep_files import write_sweep
 from autocompress.sweeps.sweep_grid import distinct_schemes
 from autocompress.sweeps.sweep_result import Sweep
 from autocompress.task import Task
+from autocompress.tracking import Tracker
 
 QUICK = LearningCompression(epochs=2, c_steps=2, lr=0.05, score_steps=True)
 
@@ -75,6 +80,36 @@ def test_a_long_trial_says_how_far_it_has_come(
     monkeypatch.setattr("autocompress.sweeping.SECONDS_BETWEEN_LINES", 0.0)
     run(tiny_task, tmp_path, said, schemes="StructPrune", densities=(0.5,), repeats=1)
     assert sum(line.startswith("trial   1  StructPrune") for line in said) > 2
+
+
+def test_nothing_is_logged_beside_what_is_timed(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing MLflow and writing to it would take Python from the passes: milliseconds each."""
+    told, done, seen = [], [], []  # to MLflow's thread, by it, and how many of each where something is timed
+
+    def told_of(self: Tracker, call: Callable[[], None]) -> None:
+        def slowly() -> None:
+            time.sleep(0.05)
+            call()
+            done.append(call)
+
+        told.append(call)
+        enqueue(self, slowly)
+
+    def looking(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            seen.append((len(told), len(done)))
+            return work(*args, **kwargs)
+
+        return run
+
+    enqueue = Tracker._enqueue
+    monkeypatch.setattr(Tracker, "_enqueue", told_of)
+    monkeypatch.setattr(sweeping, "measure", looking(sweeping.measure))
+    monkeypatch.setattr(sweeping, "run_trial", looking(sweeping.run_trial))
+    run(tiny_task, tmp_path, schemes=["Quantize16"], timing=True, repeats=2)
+    assert len(seen) == 3 and all(n_told == n_done > 0 for n_told, n_done in seen)
 
 
 def test_what_cannot_be_reached_is_said_once(found: Sweep) -> None:
