@@ -663,7 +663,7 @@ REFUSED = {
     "cheap trials that are not": ("--recovery finetune --cheap-trials", "cheap_trials", "lc or gradual"),
     "a name with a path": ("--name ../x", "'--name'", "'../x'"),
     "a name too long for a folder": (f"--name {'x' * 300}", "'--name'", "'xxxxxxxxxxxxxxxxxxxx...'", "1 to 150"),
-    "an empty name": ("--name=", "'--name'", "name=''"),
+    "an empty name": ("--name=", "'--name'", "it is empty"),
     "a reserved name": ("--name cache", "'--name'", "'cache'"),
 }
 OBJECTIVES_THAT_FAIL = {
