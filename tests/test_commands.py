@@ -85,6 +85,7 @@ def test_doctor_names_versions_devices_and_what_is_missing(home):
     assert re.search(rf"^  torch +{re.escape(torch.__version__.partition('+')[0])}", done.output, re.MULTILINE)
     assert re.search(r"^  processor +.* cores", done.output, re.MULTILINE)
     assert re.search(rf"^  out +{re.escape(str(home))} can be written", done.output, re.MULTILINE)
+    assert all(line[19] == " " != line[20] for line in done.output.splitlines()), "columns that run together"
     if not torch.cuda.is_available():
         assert re.search(r"^- CUDA +", done.output, re.MULTILINE)
         assert re.search(r"^- NVML +.*no GPU memory, utilization, power or energy is measured", done.output, re.M)

@@ -175,7 +175,7 @@ def doctor(ctx: click.Context, out: Path) -> None:
     problem = False
     for finding in examine(out):
         mark = {"ok": " ", "note": "-", "problem": "!"}[finding.state]
-        click.echo(f"{mark} {finding.what:16s}{finding.said}")
+        click.echo(f"{mark} {finding.what:17s} {finding.said}")
         problem = problem or finding.state == "problem"
     ctx.exit(FAILED if problem else 0)
 
