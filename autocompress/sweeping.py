@@ -102,13 +102,13 @@ def sweep(
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
     """
-    home = prepare_out(Path(out))
     if resume:
-        write_files_as(study_settings(home, resume, "sweep").get("files", {}))
+        write_files_as(study_settings(Path(out).resolve(), resume, "sweep").get("files", {}))
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
     listed, levels = distinct_schemes(schemes), distinct_densities(densities)
     settings = SweepSettings(listed, levels, repeats, recovery, timing, seed, usable_device(device))
+    home = prepare_out(Path(out))
     if name is not None and not resume:
         check_free(home, name)
     for one in also:

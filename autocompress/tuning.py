@@ -141,9 +141,8 @@ def tune(
         ValueError: If an argument is not usable; the message says what is allowed.
         OSError: If the disk is full or fails; what has finished is kept.
     """
-    place = _Place(prepare_out(Path(out)), name, resume, storage)
     if resume:
-        write_files_as(study_settings(place.home, resume).get("files", {}))
+        write_files_as(study_settings(Path(out).resolve(), resume).get("files", {}))
     recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
     recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
     schemes = as_schemes(scheme)
@@ -177,6 +176,7 @@ def tune(
     if team().size > 1 and (workers > 1 or cluster):
         raise ValueError("workers= and cluster= run several trials at a time, torchrun one: give up either")
     watcher = watcher or Silent()
+    place = _Place(prepare_out(Path(out)), name, resume, storage)
     if name is not None and not resume:
         check_free(place.home, name)
     if task is None:

@@ -102,7 +102,7 @@ def normalized(
     """Scores that one threshold can compare across layers, shape ``(channels,)``.
 
     Args:
-        by: ``mean`` divides by the mean of the group, ``sqrt`` by its square root: half as much, as it were.
+        by: ``mean`` divides by the mean of the group, ``sqrt`` by the square root of that mean.
             ``parameters`` divides by how many parameters go with a channel: of channels that cost the loss as
             much, the one that saves more is less important. ``none`` leaves scores as they are.
         scores: One group after the other, shape ``(channels,)``.

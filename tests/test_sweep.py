@@ -222,6 +222,14 @@ def test_bad_arguments_are_refused_at_once(tiny_task: Task, tmp_path: Path, chan
     assert not (tmp_path / "s").exists()
 
 
+def test_bad_arguments_leave_no_folder(tiny_task: Task, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown scheme 'Prun'"):
+        ac.sweep(tiny_task, schemes="Prun", densities=(0.5,), out=tmp_path / "runs")
+    with pytest.raises(ValueError, match="unknown scheme 'Prun'"):
+        ac.tune(tiny_task, scheme="Prun", out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_metric_that_there_is_not_is_refused_before_the_dense_model_is_trained(tmp_path: Path) -> None:
     def train() -> Task:
         raise AssertionError("the dense model is trained")
