@@ -43,6 +43,10 @@ FOLDED = {
     "transposed": (nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)), IMAGE),
     "linear": (nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), ROW),
     "looks at the shape": (Written(lambda m, x: m.bn(y := m.conv(x)).view(y.shape[0], y.size(1), -1)), IMAGE),
+    "looks at the type": (
+        Written(lambda m, x: m.bn(m.conv(x.to(w.dtype) if (w := m.conv.weight).is_floating_point() else x))),
+        IMAGE,
+    ),
     "in place behind it": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), IMAGE),
 }
 KEPT = {

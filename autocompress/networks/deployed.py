@@ -16,7 +16,8 @@ TOLERANCE, TOLERANCE_16_BITS = 1e-4, 5e-2  # of the largest output, by which the
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-LOOKS = ("size", "dim", "stride", "numel", "is_contiguous", "ndimension", "__get__")  # at no value of a tensor
+# At no value of a tensor.
+LOOKS = ("size", "dim", "stride", "numel", "ndimension", "is_contiguous", "is_floating_point", "__get__")
 
 
 def deployed(model: nn.Module, example_input: Tensor) -> nn.Module:
