@@ -280,9 +280,7 @@ class Study:
     def begins(self, number: int) -> None:
         """Has the end prepared beside a trial: for what would be the answer now, and for what might be."""
         if self.aside.is_there and not self.timing:  # never beside what is timed
-            best = self.records.best()
-            following = self.records.best({best.number}) if best else None  # if the trials to come are against it
-            self.ahead.prepare([one.number for one in (best, following) if one], self.records.whole)
+            self.ahead.prepare(self.records.candidates(), self.records.whole)
 
     def _remember_run(self) -> None:
         if self.tracker.run_id not in (None, self.run_id):

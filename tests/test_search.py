@@ -26,7 +26,7 @@ from autocompress.search import (
     adopt,
     search,
 )
-from autocompress.searching.selection import answer, finished, front, posterior, shortlist
+from autocompress.searching.selection import answer, candidates, finished, front, posterior, shortlist
 from autocompress.searching.space import Configuration, Space
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
 from autocompress.verdict.constraint import parse_constraint
@@ -390,6 +390,19 @@ def test_a_lucky_trial_is_not_the_answer(home: Home) -> None:
     assert home.study.best_trial.number == lucky
     assert belief is not None and belief.p_feasible(0.2) < 0.9 <= belief.p_feasible(0.4)
     assert chosen is not None and chosen.number == safe
+
+
+def test_candidates_are_the_answer_now_and_what_more_trials_may_make_of_it(home: Home) -> None:
+    plan = space(), BOUND
+    assert candidates(home.study, *plan) == []
+    first = told(home.study, 0.9, 0.0)
+    assert candidates(home.study, *plan) == [first]
+    second = told(home.study, 0.6, 0.002)
+    for density, drop in ((0.21, 0.07), (0.19, 0.08), (0.18, 0.09)):
+        told(home.study, density, drop)
+    safe, lucky = told(home.study, 0.4, 0.004), told(home.study, 0.2, 0.049)
+    assert candidates(home.study, *plan) == [safe, lucky, second]
+    assert candidates(home.study, *plan, lost={lucky}) == [safe, second]
 
 
 def test_among_the_probable_the_objective_decides_in_its_direction(tmp_path: Path) -> None:

@@ -99,6 +99,26 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
     return min(alike, key=lambda trial: trial.user_attrs["drop"])
 
 
+def candidates(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int] = ()) -> list[int]:
+    """Trials that may be the answer in the end, by their numbers, the likeliest first.
+
+    What it would be now; the best of those that met the bound on val, if the trials to come speak for it; and what
+    it would be without the first, if they speak against that one.
+
+    Args:
+        study: The study.
+        space: What it searches.
+        bound: What may be lost.
+        lost: As for `answer`.
+    """
+    now = answer(study, space, bound, lost)
+    if now is None:
+        return []
+    hoped = [trial for trial in front(study) if trial.number not in lost][:1]
+    following = answer(study, space, bound, {*lost, now.number})
+    return list(dict.fromkeys(trial.number for trial in (now, *hoped, following) if trial is not None))
+
+
 def shortlist(
     study: optuna.Study, space: Space, chosen: FrozenTrial, lost: Collection[int] = ()
 ) -> list[FrozenTrial]:

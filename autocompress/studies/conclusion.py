@@ -98,6 +98,7 @@ class Conclusion:
         task, settings = self.task, self.settings
         self._begin_export(shortlist)
         answer, found, told = self.judge(shortlist)
+        self.ahead.keep([answer.trial.number])
         best = answer.trial
         scores = {
             "dense": {"val": self.dense.score, "test": found.dense_test.score},
@@ -211,10 +212,10 @@ class Conclusion:
         }
 
     def _begin_export(self, shortlist: Sequence[Answer]) -> None:
-        """Has the search's answer exported while it is judged, if that has not begun."""
+        """Has the answer exported while it is judged, if that has not begun and it is known which it will be."""
         self.ahead.keep([one.trial.number for one in shortlist])
-        if not self.timing:
-            self.ahead.stage(shortlist[-1])
+        if len(shortlist) == 1 and not self.timing:
+            self.ahead.stage(shortlist[0])
 
     def _export(self, answer: Answer, results: dict[str, Any]) -> Export:
         exported = publish(self.ahead.staged(answer), self.folder.best, results)

@@ -1,6 +1,6 @@
 """What a study knows of its finished trials: what each came to, which cannot answer, and which one does."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import optuna
@@ -10,7 +10,7 @@ from autocompress.disk.storage import StudyFolder
 from autocompress.formats.bundle import rebuild
 from autocompress.scheme import Facts, Scheme, Weights
 from autocompress.searching.posterior import Posterior
-from autocompress.searching.selection import answer, finished, posterior, shortlist
+from autocompress.searching.selection import answer, candidates, finished, posterior, shortlist
 from autocompress.searching.space import DENSITY, Configuration, Space
 from autocompress.studies.analysis import Analyses
 from autocompress.trial import Bound, TrialResult
@@ -87,10 +87,14 @@ class Records:
         self._known += found
         return found
 
-    def best(self, without: Collection[int] = ()) -> TrialResult | None:
-        """What the answer would be now, of all trials but some."""
-        chosen = answer(self._study, self._space, self._bound, self._lost | set(without))
+    def best(self) -> TrialResult | None:
+        """What the answer would be now."""
+        chosen = answer(self._study, self._space, self._bound, self._lost)
         return next((one for one in self._known if chosen and one.number == chosen.number), None)
+
+    def candidates(self) -> list[int]:
+        """Trials that may be the answer in the end, see `autocompress.searching.selection.candidates`."""
+        return candidates(self._study, self._space, self._bound, self._lost)
 
     def belief(self, best: TrialResult | None) -> Posterior | None:
         """What is known of the threshold, of several arms that of this answer's."""
