@@ -99,7 +99,7 @@ def cli() -> None:
 @click.option(
     "--epochs",
     type=Positive(),
-    default=30.0,
+    default=45.0,
     show_default=True,
     help="Recovery budget of one trial, in passes over the training data.",
 )

@@ -95,7 +95,7 @@ class LearningCompression:
             is bound at θ, and logged as ``lc_score``: one pass over val each.
     """
 
-    epochs: float = 30
+    epochs: float = 45
     steps: int | None = None
     c_steps: int = 24
     alternating: float = 0.6

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/lc_overhead.py [STEPS]
 
-Runs a recovery by L-C of as many gradient steps, with C steps as often as in the default budget of 30 epochs, and
+Runs a recovery by L-C of as many gradient steps, with C steps as often as in the default budget of epochs, and
 takes the processor time of what plain training does not do: penalty and running means of gradients after each
 step, C steps with their multipliers, and what begins and ends a recovery. All the rest of the same minutes is the
 plain training that it is compared with, so that what else the machine does falls on both alike; the pass that
@@ -10,7 +10,7 @@ calibrates BatchNorm is not counted, as whoever trains has it. The polish trains
 the one without what is gone, as they are otherwise, would not be plain training. Prints milliseconds and the
 overhead over the default budget, in which the beginning and the end come once; exits with 1 where it exceeds 10%.
 
-With fewer than the 84 steps that are the default, what the first C steps pay for fresh memory counts too much.
+With fewer than the 126 steps that are the default, what the first C steps pay for fresh memory counts too much.
 """
 
 import copy
@@ -33,7 +33,7 @@ from autocompress.scheme import parse_scheme
 from autocompress.splits import TensorSplit
 from autocompress.task import Task
 
-EPOCHS, IMAGES, BATCH = 30, 1000, 64
+EPOCHS, IMAGES, BATCH = LearningCompression.epochs, 1000, 64
 SCHEMES = ("Prune", "StructPrune", "StructPrune(criterion=l2)", "FilterPrune")
 MOST = 0.10
 
@@ -56,7 +56,7 @@ def clocked(owner: Any, name: str) -> None:
 
 
 def main() -> int:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 84
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 126
     torch.manual_seed(0)
     split = TensorSplit(torch.randn(IMAGES, 3, 32, 32), torch.randint(10, (IMAGES,)), BATCH)
     task = Task(resnet18(num_classes=10).eval(), split, split, split).on("cpu")

@@ -12,7 +12,7 @@ nothing but this wait, and next to none where the answer was known before the la
 
 Promised: at most 5% of the wall time, and 2% where trials take longer than 30 s; peak memory of the process that
 trains at most 1.25 times that of fine-tuning the same model. The process beside it comes on top, as large for a
-model of any size. Exits with 1 where it is more. EPOCHS of each trial; 30 by default.
+model of any size. Exits with 1 where it is more. EPOCHS of each trial, in place of the default.
 """
 
 import functools
