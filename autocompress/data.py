@@ -7,11 +7,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
+from autocompress.arguments import path, takes, whole
 from autocompress.models import trained
 from autocompress.splits import TensorSplit
 from autocompress.task import Task
 
 
+@takes(cache=path, seed=whole)
 def digits(cache: Path | str | None = None, seed: int = 0) -> Task:
     """The default task: 1,797 scanned digits of 8x8 pixels and a small residual network.
 

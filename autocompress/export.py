@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import progress
+from autocompress.arguments import listing
 from autocompress.formats import bundle
 from autocompress.formats.bundle import Provenance
 from autocompress.formats.executorch_export import check_executorch, write_pte
@@ -74,12 +75,13 @@ class Export:
     refused: Mapping[str, str]
 
 
-def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
+def check_formats(formats: str | Sequence[str]) -> tuple[str, ...]:
     """Formats to write besides those that are always written.
 
     Raises:
         ValueError: If there is no such format, or what it needs is not installed.
     """
+    formats = listing(formats)
     if unknown := [name for name in formats if name not in ON_REQUEST]:
         raise ValueError(f"there is no format {unknown[0]!r} to ask for; there is {', '.join(ON_REQUEST)}")
     if "executorch" in formats:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.arguments import check_fields, flag, number, optional, whole
 from autocompress.learning.learner import Learner, Penalty, Precision
 from autocompress.learning.polish import Hopeless, free_entries, freeze, polish, score_compressed, settle
 from autocompress.learning.shrunk import Shrunk
@@ -114,6 +115,12 @@ class LearningCompression:
     score_steps: bool = False
 
     def __post_init__(self) -> None:
+        numbers = ("epochs", "alternating", "mu_growth", "momentum", "weight_decay", "distill", "temperature")
+        check_fields(self, **dict.fromkeys(numbers, number), c_steps=whole, steps=optional(whole))
+        check_fields(self, **dict.fromkeys(("mu", "lr", "max_gradient"), optional(number)))
+        check_fields(self, **dict.fromkeys(("augmented", "compile", "score_steps"), flag))
+        if math.isinf(self.epochs):
+            raise ValueError(f"epochs={self.epochs}; it must be a finite number")
         for name in ("epochs", "c_steps", "mu", "mu_growth", "lr", "max_gradient", "temperature"):
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)}; it must be positive")

@@ -1,6 +1,7 @@
 """Measurement: what a model costs. Every number is measured here or absent."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import progress
+from autocompress.arguments import flag, instance, listing, number, several, takes, text, whole
 from autocompress.formats.onnx_export import weight_dtype
 from autocompress.formats.weights import to_bytes
 from autocompress.gauges.cpu_energy import CpuEnergy
+from autocompress.gauges.devices import usable_device
 from autocompress.gauges.gpu import GpuWindow
 from autocompress.gauges.latency import Latency, time_in_turns
 from autocompress.gauges.macs import count_macs, count_params
@@ -112,6 +115,17 @@ class Measurement:
         return max((one.interval or 0.0 for one in self.own_latency), default=0.0)
 
 
+_TAKES = {
+    "example_input": instance("a tensor", Tensor),
+    "dense_params": whole,
+    "batch_sizes": several(whole),
+    "timing": flag,
+    "budget_s": number,
+    "runtimes": several(text),
+}
+
+
+@takes(model=instance("a torch.nn.Module", nn.Module), params=whole, **_TAKES)
 def measure(
     model: nn.Module,
     example_input: Tensor,
@@ -119,10 +133,10 @@ def measure(
     *,
     dense_params: int | None = None,
     params: int | None = None,
-    batch_sizes: Sequence[int] = (1, 32),
+    batch_sizes: int | Sequence[int] = (1, 32),
     timing: bool = True,
     budget_s: float = 0.6,
-    runtimes: Sequence[str] = ("eager",),
+    runtimes: str | Sequence[str] = ("eager",),
 ) -> Measurement:
     """What one model costs, see `compare`."""
     return compare(
@@ -138,6 +152,7 @@ def measure(
     )[0]
 
 
+@takes(models=several(instance("a torch.nn.Module", nn.Module)), **_TAKES)
 def compare(
     models: Sequence[nn.Module],
     example_input: Tensor,
@@ -145,10 +160,10 @@ def compare(
     *,
     dense_params: int | None = None,
     params: Sequence[int | None] | None = None,
-    batch_sizes: Sequence[int] = (1, 32),
+    batch_sizes: int | Sequence[int] = (1, 32),
     timing: bool = True,
     budget_s: float = 0.6,
-    runtimes: Sequence[str] = ("eager",),
+    runtimes: str | Sequence[str] = ("eager",),
     onnx_files: Sequence[Path | None] | None = None,
 ) -> list[Measurement]:
     """What several models cost. Their forward passes take turns, so that drift meets all of them alike.
@@ -171,13 +186,21 @@ def compare(
         ValueError: If the device or a runtime is not there or a batch size is not positive.
     """
     device = _checked(device)
+    batch_sizes, runtimes = listing(batch_sizes), listing(runtimes)
     if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes={tuple(batch_sizes)}; give one or more positive numbers of samples")
+        raise ValueError(f"batch_sizes={batch_sizes}; give one or more positive numbers of samples")
     if not runtimes:
         raise ValueError("runtimes=(); give one or more runtimes")
+    if not 0 <= budget_s < math.inf:
+        raise ValueError(f"budget_s={budget_s}; it must be at least 0, and finite")
+    if not example_input.ndim or not len(example_input):
+        raise ValueError(f"example_input= is of shape {tuple(example_input.shape)}; it must hold a sample or more")
+    given = params or [None] * len(models)
+    for name, n in (("dense_params", dense_params), *(("params", n) for n in given)):
+        if n is not None and n < 0:
+            raise ValueError(f"{name}={n}; it must be at least 0")
     named = [check_runtime(name, device) for name in dict.fromkeys(runtimes)]
     sample = example_input[:1].detach()
-    given = params or [None] * len(models)
     results = [_count(m, sample, dense_params, n, device) for m, n in zip(models, given, strict=True)]
     if not timing:
         return [replace(result, runtime=named[0]) for result in results]
@@ -237,24 +260,29 @@ def _count(
     model: nn.Module, sample: Tensor, dense_params: int | None, params: int | None, device: torch.device
 ) -> Measurement:
     """What is known of a model without timing it."""
+    try:
+        macs = count_macs(model, sample)
+    except Exception as error:  # whatever a model may raise that is not made for this input
+        if "memory" in str(error):  # which a trial does something about
+            raise
+        taken, reason = tuple(sample.shape), f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"the model does not take example_input=, of shape {taken}: {reason}") from error
     params = count_params(model) if params is None else params
     dense_params = params if dense_params is None else dense_params
     return Measurement(
         density=params / dense_params if dense_params else 1.0,
         params=params,
         size_bytes=len(to_bytes(model.state_dict())),
-        macs=count_macs(model, sample),
+        macs=macs,
         device="cpu" if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
     )
 
 
 def _checked(device: str | torch.device) -> torch.device:
     """The device, with its index when it is a CUDA device."""
-    device = torch.device(device)
+    device = torch.device(usable_device(device))
     if device.type == "cpu":
         return torch.device("cpu")
-    if device.type != "cuda":
-        raise ValueError(f"device={str(device)!r}; measuring works on 'cpu' and 'cuda'")
     n_gpus = torch.cuda.device_count()
     if device.index is None and n_gpus:
         return torch.device("cuda", torch.cuda.current_device())

@@ -249,13 +249,16 @@ OF_ONE_CLASS: dict[str, Callable[[int, Targets, Outputs], float]] = {
 }
 
 
-def as_metric(given: str | Metric, classes: Sequence[str] = ()) -> Metric:
-    """A metric from its name, ``file.py:name``, or itself.
+MetricLike: TypeAlias = str | Metric | Score
+
+
+def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
+    """A metric from its name, ``file.py:name``, a function, or itself.
 
     Args:
         given: A name of `METRICS`; ``recall[CLASS]``, ``specificity[CLASS]`` or ``precision[CLASS]`` of one class
-            by name or number; or a file and the name of a `Metric` in it, or of a function of targets and
-            outputs, of which more is better.
+            by name or number; a function of targets and outputs, of which more is better; or a file and the name
+            of either in it.
         classes: The names of the classes, in order.
 
     Raises:
@@ -263,8 +266,12 @@ def as_metric(given: str | Metric, classes: Sequence[str] = ()) -> Metric:
     """
     if isinstance(given, Metric):
         return given
+    if callable(given) and not isinstance(given, type):
+        name = getattr(given, "__name__", "")
+        name = name if name.isidentifier() else "metric"  # a lambda's is <lambda>
+        return Metric(name, _CheckedScore(name, given))
     if not isinstance(given, str):
-        raise ValueError(f"metric={given!r}; give a name, file.py:name or a Metric")
+        raise ValueError(f"metric={given!r:.100}; give a name, file.py:name, a Metric or a function")
     if given in METRICS:
         return METRICS[given]
     if match := re.fullmatch(r"(\w+)\[(.+)\]", given):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from autocompress.arguments import function, path, several, takes
 from autocompress.data import digits
 from autocompress.metrics import Metric, as_metric
 from autocompress.networks.dense import ClassLoss, DenseTraining, balancing_weights, train_dense
@@ -22,7 +23,7 @@ from autocompress.splits import Data, Split, TensorSplit, as_split, held_labels,
 from autocompress.task import Task, classification_loss, predict
 from autocompress.task_options import TaskOptions
 from autocompress.verdict.constraint import Constraint
-from autocompress.verdict.limit import parse_constraints
+from autocompress.verdict.limit import REQUIREMENT, parse_constraints
 
 TRAIN_EPOCHS = 30
 BATCH_SIZE = 64
@@ -31,12 +32,13 @@ FLOATS_BYTES = 1_000_000_000  # inputs that nothing augments are held ready for 
 Progress = Callable[[str], None]
 
 
+@takes(out=path, constraints=several(REQUIREMENT), progress=function)
 def make_task(
     options: TaskOptions | None = None,
     *,
     out: str | Path | None = None,
     device: str = "cpu",
-    constraints: Sequence[str] = (),
+    constraints: str | Sequence[str] = (),
     progress: Progress = lambda what: None,
     **fields: Any,
 ) -> Task:

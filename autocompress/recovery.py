@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from autocompress import progress
+from autocompress.arguments import check_fields, whole
 from autocompress.lc import PEAK_LR, SOFT, LearningCompression
 from autocompress.learning.learner import Learner
 from autocompress.learning.polish import frozen, settle
@@ -23,6 +24,7 @@ from autocompress.splits import Split
 from autocompress.task import Task
 
 
+@runtime_checkable
 class Recovery(Protocol):
     """How a trial compresses a model and trains it."""
 
@@ -88,6 +90,7 @@ class Iterative:
         return "iterative"
 
     def __post_init__(self) -> None:
+        check_fields(self, rounds=whole)
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}; it must be at least 1")
 
@@ -221,6 +224,19 @@ def make_recovery(method: str, **settings: Any) -> Recovery:
     if "rounds" in settings and method != "iterative":
         raise ValueError(f"rounds={settings['rounds']} goes with recovery 'iterative', not with {method!r}")
     return RECOVERIES[method](**settings)
+
+
+def as_recovery(given: str | Recovery, epochs: float | None = None) -> Recovery:
+    """A recovery from its name or itself, with another budget where one is given.
+
+    Raises:
+        ValueError: If it is neither, or the budget is refused.
+    """
+    recovery = make_recovery(given) if isinstance(given, str) else given
+    if isinstance(recovery, type) or not isinstance(recovery, Recovery):
+        names = ", ".join(RECOVERIES)
+        raise ValueError(f"recovery={given!r:.100}; give a name ({names}) or one such as LearningCompression()")
+    return recovery if epochs is None else with_settings(recovery, epochs=epochs)
 
 
 def with_settings(recovery: Recovery, **settings: Any) -> Recovery:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from autocompress.arguments import listing
 from autocompress.notation import Term, in_quotes, listed, terms
 from autocompress.plugins import Registry, load_from_file, spec_of
 from autocompress.splits import Batch
@@ -334,8 +335,8 @@ def parse_schemes(spec: str) -> tuple[Scheme, ...]:
     """
     if spec.strip() == AUTO:
         list(SCHEMES)  # loads the plugins
-        return as_schemes([make() for _, make in sorted(AUTOMATIC.items())])
-    return as_schemes(listed(spec))
+        return _distinct([make() for _, make in sorted(AUTOMATIC.items())])
+    return _distinct(map(parse_scheme, listed(spec)))
 
 
 def as_schemes(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
@@ -344,17 +345,26 @@ def as_schemes(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ..
     Raises:
         ValueError: As `parse_schemes`, or if there are none.
     """
-    if isinstance(given, str):
-        return parse_schemes(given)
-    if not isinstance(given, Sequence):
-        return (_checked(given),)
-    schemes = tuple(parse_scheme(one) if isinstance(one, str) else _checked(one) for one in given)
+    several = listing(given)
+    if len(several) == 1 and isinstance(several[0], str):
+        return parse_schemes(several[0])
+    schemes = tuple(parse_scheme(one) if isinstance(one, str) else _checked(one) for one in several)
+    if not schemes:
+        raise ValueError("there is no scheme in an empty list; name one")
+    return _distinct(schemes)
+
+
+def _distinct(given: Iterable[Scheme]) -> tuple[Scheme, ...]:
+    schemes = tuple(given)
     names = list(map(describe, schemes))
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"the scheme {twice} is listed twice; list each once")
-    if not schemes:
-        raise ValueError("there is no scheme in an empty list; name one")
     return schemes
+
+
+def is_auto(given: str | Scheme | Sequence[str | Scheme]) -> bool:
+    """Whether what `as_schemes` takes is ``auto``."""
+    return [one.strip() for one in listing(given) if isinstance(one, str)] == [AUTO]
 
 
 def parse_scheme(spec: str, *, run_files: bool = True) -> Scheme:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress.arguments import flag, function, instance, listing, number, path, several, takes, text, whole
 from autocompress.data import digits
 from autocompress.disk.environment import provenance
 from autocompress.disk.files import DEFAULT_OUT, read_json, write_json
@@ -31,11 +32,11 @@ from autocompress.gauges.macs import count_macs
 from autocompress.goal import as_objective
 from autocompress.learning.training import threads_for
 from autocompress.measurement import Measurement, measure
-from autocompress.metrics import Metric, as_metric
+from autocompress.metrics import Metric, MetricLike, as_metric
 from autocompress.plugins import write_files_as
 from autocompress.processes.interrupt import gentle_interrupt
 from autocompress.progress import Listener, heard_by
-from autocompress.recovery import Recovery, make_recovery, with_settings
+from autocompress.recovery import Recovery, as_recovery
 from autocompress.scheme import Facts, Scheme, parse_scheme
 from autocompress.search import INTERRUPTED
 from autocompress.studies.analysis import analyze
@@ -54,18 +55,32 @@ GPU_EVERY_S = 0.5
 ANY_DROP = Bound(0.999)  # a sweep refuses no model
 
 
+@takes(
+    densities=several(number.such_as("0.5")),
+    repeats=whole,
+    also=several(instance("a metric's name, a Metric or a function", str, Metric, Callable)),
+    epochs=number,
+    timing=flag,
+    seed=whole,
+    out=path,
+    name=text,
+    resume=text,
+    progress=function,
+    tracking_uri=text,
+    command=text,
+)
 def sweep(
     task: Task | Callable[[], Task] | None = None,
     schemes: str | Scheme | Sequence[str | Scheme] = "StructPrune",
-    densities: Sequence[float] = DENSITIES,
+    densities: float | Sequence[float] = DENSITIES,
     *,
     repeats: int = 1,
-    also: Sequence[str | Metric] = (),
+    also: MetricLike | Sequence[MetricLike] = (),
     recovery: str | Recovery = "auto",
     epochs: float | None = None,
     timing: bool = True,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     out: str | Path = DEFAULT_OUT,
     name: str | None = None,
     resume: str | None = None,
@@ -104,14 +119,13 @@ def sweep(
     """
     if resume:
         write_files_as(study_settings(Path(out).resolve(), resume, "sweep").get("files", {}))
-    recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
-    recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
+    recovery = as_recovery(recovery, epochs)
     listed, levels = distinct_schemes(schemes), distinct_densities(densities)
     settings = SweepSettings(listed, levels, repeats, recovery, timing, seed, usable_device(device))
     home = prepare_out(Path(out))
     if name is not None and not resume:
         check_free(home, name)
-    for one in also:
+    for one in listing(also):
         if isinstance(one, str) and "[" not in one:  # whether a class is known is not known yet
             as_metric(one)
     if task is None:
@@ -138,9 +152,9 @@ def sweep(
             folder.discard()
 
 
-def _others(also: Sequence[str | Metric], task: Task) -> tuple[Metric, ...]:
+def _others(also: MetricLike | Sequence[MetricLike], task: Task) -> tuple[Metric, ...]:
     """The further metrics, each once and beside the task's own: their columns are named by them."""
-    metrics = tuple(as_metric(one, task.classes) for one in also)
+    metrics = tuple(as_metric(one, task.classes) for one in listing(also))
     names = [task.metric.name, *(metric.name for metric in metrics)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"the metric {twice!r} is asked for twice; name each once, and the task's own not again")

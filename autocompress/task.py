@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from autocompress import progress
-from autocompress.metrics import Metric, Outputs, Targets, accuracy, as_metric
+from autocompress.arguments import function, instance, listing, takes, text
+from autocompress.metrics import MetricLike, Outputs, Targets, accuracy, as_metric
 from autocompress.networks.model_check import check_model
 from autocompress.splits import (
     Batch,
@@ -66,7 +67,8 @@ class Task:
         val: What the search sees.
         test: What only the verdict sees, once.
         loss: Maps logits and targets to a scalar; `classification_loss` by default.
-        metric: The score that the bound on the drop is about, or its name, see `autocompress.metrics.METRICS`.
+        metric: The score that the bound on the drop is about: its name, see `autocompress.metrics.METRICS`, a
+            `Metric`, or a function of targets and outputs of which more is better.
         name: Names the task in the study, the tables and MLflow.
         architecture: How `autocompress.load` can make the dense architecture again without being handed it, see
             `autocompress.models.build`; only tasks that autocompress itself makes have one.
@@ -80,6 +82,7 @@ class Task:
         ValueError: If a split is empty or of a form that is not understood.
     """
 
+    @takes(model=instance("a torch.nn.Module", nn.Module), loss=function, name=text, preprocessing=text)
     def __init__(
         self,
         model: nn.Module,
@@ -88,7 +91,7 @@ class Task:
         test: Data,
         *,
         loss: Loss = classification_loss,
-        metric: Metric | str = accuracy,
+        metric: MetricLike = accuracy,
         name: str = "task",
         architecture: str | Mapping[str, Any] | None = None,
         classes: Sequence[str] = (),
@@ -97,21 +100,19 @@ class Task:
         options: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
         self.model = model
         self.train = as_split(train, "train")
         self.val = as_split(val, "val")
         self.test = as_split(test, "test")
         self.loss = loss
-        self.metric = as_metric(metric, classes)
+        self.classes = tuple(map(str, listing(classes)))
+        self.metric = as_metric(metric, self.classes)
         self.name = name
         self.architecture = architecture
-        self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self.input = dict(input or {})
         self.options = dict(options or {})
-        self.notes = (*notes, *self._absences())
+        self.notes = (*listing(notes), *self._absences())
 
     def check(self) -> None:
         """Looks at one batch of each split and at what the model makes of it.
@@ -262,9 +263,11 @@ def as_task(given: Task | Callable[[], Task]) -> Task:
     Raises:
         ValueError: If it is neither.
     """
-    made = given() if callable(given) else given
+    made = given() if callable(given) and not isinstance(given, nn.Module | type) else given
     if not isinstance(made, Task):
-        raise ValueError(f"task= is {made!r:.100}; it must be a Task, or a function that makes one")
+        raise ValueError(
+            f"task= is {' '.join(repr(made).split()):.100}; it must be a Task, or a function that makes one"
+        )
     return made
 
 

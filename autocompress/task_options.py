@@ -8,6 +8,18 @@ from typing import Any, TypeVar
 
 import click
 
+from autocompress.arguments import Kind, check_fields, flag, number, optional, several, text, whole
+
+_KINDS: Mapping[Any, Kind] = {  # by the type of a field
+    str: text,
+    str | None: optional(text),
+    tuple[str, ...]: several(text),
+    int: whole,
+    int | None: optional(whole),
+    float: number,
+    float | None: optional(number),
+    bool: flag,
+}
 MOVABLE = ("data", "weights", "data_workers")  # may differ when a study is resumed: what they lead to is compared
 
 
@@ -52,7 +64,7 @@ class TaskOptions:
     label: tuple[str, ...] = ()
     group: str = ""
     split: str = "70/15/15"
-    image_size: str | None = None
+    image_size: str | None = None  # or an int, which becomes one
     channels: int | None = None
     normalize: str = "auto"
     augment: tuple[str, ...] = ()
@@ -70,10 +82,9 @@ class TaskOptions:
     task_seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # as JSON and click have them
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", str(self.image_size))
+        check_fields(self, **{field.name: _KINDS[field.type] for field in fields(self)})
         for name in ("model", "data", "weights", "metric"):
             if getattr(self, name) == "":
                 raise ValueError(f"--{name} is empty; give a value, or leave it out")

@@ -50,7 +50,7 @@ class Bound:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_drop, str) or not 0 <= self.max_drop < 1:
+        if not 0 <= self.max_drop < 1:
             raise ValueError(f"max_drop={self.max_drop!r}; it must be at least 0 and below 1 (0.01 is one point)")
 
 

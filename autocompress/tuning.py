@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import torch
+
+from autocompress.arguments import flag, instance, listing, number, path, several, takes, text, whole
 from autocompress.certify import CONFIDENCE
 from autocompress.data import digits
 from autocompress.disk.environment import provenance
@@ -29,8 +32,8 @@ from autocompress.learning.ranks import team
 from autocompress.measurement import Measurement
 from autocompress.plugins import write_files_as
 from autocompress.processes.aside import Aside
-from autocompress.recovery import Recovery, make_recovery, with_settings
-from autocompress.scheme import AUTO, Scheme, as_schemes
+from autocompress.recovery import Recovery, as_recovery
+from autocompress.scheme import Scheme, as_schemes, is_auto
 from autocompress.search import TOLERANCE
 from autocompress.searching.dimensions import Search, parse_dimensions
 from autocompress.searching.samplers import check_sampler
@@ -42,7 +45,7 @@ from autocompress.study import Study
 from autocompress.task import Task, as_task
 from autocompress.tracking import MEANWHILE, Tracker
 from autocompress.trial import Bound
-from autocompress.verdict.limit import Requirement, parse_constraints
+from autocompress.verdict.limit import REQUIREMENT, Requirement, parse_constraints
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -50,12 +53,38 @@ if TYPE_CHECKING:
 Asked: TypeAlias = str | Objective | Callable[[Measurement], float]
 
 
+@takes(
+    max_drop=number.such_as("0.01 for one point"),
+    constraints=several(REQUIREMENT),
+    trials=whole,
+    timeout=number.such_as("60 for a minute"),
+    epochs_total=number,
+    tolerance=number.such_as("0.15 for 15%"),
+    confidence=number.such_as("0.95"),
+    epochs=number,
+    cheap_trials=flag,
+    search=instance("a text or a mapping", str, Mapping),
+    sampler=text,
+    seed=whole,
+    workers=whole,
+    cluster=text,
+    storage=text,
+    runtime=text,
+    out=path,
+    name=text,
+    resume=text,
+    watcher=instance("a Watcher", Watcher),
+    tracking_uri=text,
+    register=text,
+    formats=several(text),
+    command=text,
+)
 def tune(
     task: Task | Callable[[], Task] | None = None,
     scheme: str | Scheme | Sequence[str | Scheme] = "StructPrune",
     max_drop: float = 0.01,
     *,
-    constraints: Sequence[str | Requirement] = (),
+    constraints: str | Requirement | Sequence[str | Requirement] = (),
     drop: Literal["absolute", "relative"] = "absolute",
     objective: Asked | Sequence[Asked] | None = None,
     trials: int = DEFAULT_TRIALS,
@@ -69,19 +98,19 @@ def tune(
     search: Search = "",
     sampler: str | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     workers: int = 1,
     cluster: str | None = None,
     storage: str | None = None,
     runtime: str = "eager",
-    profile_device: str | None = None,
+    profile_device: str | torch.device | None = None,
     out: str | Path = DEFAULT_OUT,
     name: str | None = None,
     resume: str | None = None,
     watcher: Watcher | None = None,
     tracking_uri: str | None = None,
     register: str | None = None,
-    formats: Sequence[str] = (),
+    formats: str | Sequence[str] = (),
     command: str | None = None,
 ) -> Result:
     """Finds the best compressed model that loses at most ``max_drop``, proves it on test, and saves it.
@@ -143,8 +172,7 @@ def tune(
     """
     if resume:
         write_files_as(study_settings(Path(out).resolve(), resume).get("files", {}))
-    recovery = make_recovery(recovery) if isinstance(recovery, str) else recovery
-    recovery = with_settings(recovery, epochs=epochs) if epochs is not None else recovery
+    recovery = as_recovery(recovery, epochs)
     schemes = as_schemes(scheme)
     dimensions = parse_dimensions(search, schemes, recovery)
     objectives = _objectives(objective, "density" if len(schemes) == 1 else "size")
@@ -153,7 +181,7 @@ def tune(
         dimensions=dimensions,
         bound=Bound(max_drop, relative=_is_relative(drop)),
         objectives=objectives,
-        is_auto=scheme == AUTO,
+        is_auto=is_auto(scheme),
         # An unknown name is refused before the training; what the space is on the model is not known yet.
         sampler=check_sampler(
             sampler, Space(schemes, recovery, (0.5,) * len(schemes), dimensions), len(objectives)
@@ -279,8 +307,7 @@ def _run(
 
 
 def _objectives(given: Asked | Sequence[Asked] | None, default: str) -> tuple[Objective, ...]:
-    several: Sequence[Any] = given if isinstance(given, list | tuple) else () if given is None else (given,)
-    return tuple(as_objective(one) for one in several or (default,))
+    return tuple(as_objective(one) for one in listing(given) or (default,))
 
 
 def _is_relative(drop: str) -> bool:

@@ -12,6 +12,7 @@ ROOMS = {file.parent.name for file in ROOT.glob("autocompress/*/__init__.py")}
 
 # From left to right, whatever room a module is in. Modules of one tier do not import each other.
 ENGINE = (
+    ("arguments",),
     (
         "plugins",
         "weights",

@@ -250,11 +250,13 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 # The home
 
 
-def test_the_home_is_made_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_is_absolute_and_made_with_the_first_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     home = prepare_out(Path("a/b"))
-    assert home == tmp_path / "a" / "b" and home.is_dir()
-    assert list(home.iterdir()) == []
+    assert home == tmp_path / "a" / "b" and not list(tmp_path.iterdir())
+    new_folder(home, "mine", {}).close()
     assert prepare_out(home) == home
 
 
@@ -264,6 +266,8 @@ def test_a_home_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         prepare_out(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot write to"):
         prepare_out(tmp_path / "file" / "below")
+    with pytest.raises(ValueError, match=r"cannot write to '.*': File name too long"):
+        prepare_out(tmp_path / ("x" * 300))
 
 
 def test_a_folder_of_somebody_elses_is_neither_used_nor_emptied(tmp_path: Path) -> None:

@@ -26,18 +26,29 @@ RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
 
 
 def prepare_out(out: Path) -> Path:
-    """The folder for all studies, made if it is not there, as an absolute path.
+    """The folder for all studies as an absolute path. Where it is not there the first study makes it.
 
     Raises:
         ValueError: If it cannot be made or written to.
     """
+    place = out.absolute()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        while not _is_there(place):
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise ValueError(f"cannot write to {str(out)!r}: {error.strerror}; choose another folder") from None
     return out.resolve()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something of this path, or nothing yet; one that cannot be raises OSError."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class StudyFolder:

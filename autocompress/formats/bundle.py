@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.arguments import instance, path, takes
 from autocompress.formats import weights
 from autocompress.formats.parity import Arrays, reason
 from autocompress.processes.parcel import pack
@@ -119,6 +120,7 @@ def _write_plan(plan: Mapping[str, Any], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+@takes(directory=path, model=instance("a torch.nn.Module", nn.Module), example_input=instance("a tensor", Tensor))
 def load(directory: str | Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:
     """The compressed module again.
 

@@ -5,18 +5,20 @@ import os
 import torch
 
 
-def usable_device(device: str) -> str:
+def usable_device(device: str | torch.device) -> str:
     """The device that was asked for; ``auto`` is the first GPU where there is one.
 
     Raises:
         ValueError: If it is not there.
     """
+    if isinstance(device, torch.device):
+        device = str(device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        kind = torch.device(device).type if isinstance(device, str) else ""
     except RuntimeError:
-        raise ValueError(f"device={device!r}; it must be auto, cpu, cuda or cuda:i") from None
+        kind = ""
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r}; it must be auto, cpu, cuda or cuda:i")
     if kind == "cuda" and not torch.cuda.is_available():

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
+from autocompress.arguments import text
 from autocompress.lc import SOFT
 from autocompress.notation import literal
 from autocompress.recovery import Recovery, settings_of, with_settings
@@ -197,7 +198,8 @@ def _size(module: nn.Module) -> int:
 def _entries(search: Search) -> Iterator[tuple[str, Any]]:
     """Names with a list of values, a (low, high) tuple, or None."""
     if isinstance(search, Mapping):
-        yield from search.items()
+        for name, values in search.items():
+            yield text.of("a name in search", name), values
         return
     names = set()
     for entry in filter(None, (one.strip() for one in search.split(";"))):

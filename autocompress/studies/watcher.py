@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from autocompress.measurement import Measurement
 from autocompress.searching.posterior import Posterior
@@ -38,6 +38,7 @@ class Beginning:
     workers: int = 1
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Is told how a study goes, to show it."""
 

@@ -5,24 +5,26 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from autocompress.arguments import listing
 from autocompress.notation import listed
-from autocompress.scheme import Scheme, as_schemes, describe
+from autocompress.scheme import AUTO, Scheme, as_schemes, describe
 
 
 def distinct_schemes(given: str | Scheme | Sequence[str | Scheme]) -> dict[str, Scheme]:
     """Schemes by what describes them; a text may list several."""
-    several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
-    apart = [part for one in several for part in (listed(one) if isinstance(one, str) else [one])]
+    apart = [part for one in listing(given) for part in (listed(one) if isinstance(one, str) else [one])]
+    if AUTO in apart:
+        raise ValueError("a sweep runs every scheme that it is given; name them in the place of 'auto'")
     return {describe(scheme): scheme for scheme in as_schemes(apart)}
 
 
-def distinct_densities(given: Sequence[float]) -> tuple[float, ...]:
+def distinct_densities(given: float | Sequence[float]) -> tuple[float, ...]:
     """Densities, each within its bounds and given once."""
-    densities = tuple(float(one) for one in given)
+    densities = tuple(map(float, listing(given)))
     if not densities or not all(0 < one <= 1 for one in densities):
-        raise ValueError(f"densities={list(given)}; give one or more numbers above 0 and at most 1")
+        raise ValueError(f"densities={list(densities)}; give one or more numbers above 0 and at most 1")
     if len(set(densities)) < len(densities):
-        raise ValueError(f"densities={list(given)}; one is given twice")
+        raise ValueError(f"densities={list(densities)}; one is given twice")
     return densities
 
 

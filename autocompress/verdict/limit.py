@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from autocompress.arguments import instance, listing
 from autocompress.goal import OBJECTIVES, Combination, Objective, ObjectiveError, as_objective
 from autocompress.measurement import Measurement
 from autocompress.metrics import METRICS
@@ -91,6 +92,9 @@ class Limit:
 
 
 Requirement: TypeAlias = Constraint | Limit
+REQUIREMENT = instance(
+    "a text such as 'sensitivity>=0.95' or 'size<=1MB', or a Constraint or a Limit", str, Constraint, Limit
+)
 
 
 def check_all(
@@ -102,7 +106,9 @@ def check_all(
     )
 
 
-def parse_constraints(given: Sequence[str | Requirement], classes: Sequence[str] = ()) -> tuple[Requirement, ...]:
+def parse_constraints(
+    given: str | Requirement | Sequence[str | Requirement], classes: Sequence[str] = ()
+) -> tuple[Requirement, ...]:
     """All of them, each once: of a metric, or of anything that can be an objective.
 
     Args:
@@ -112,7 +118,7 @@ def parse_constraints(given: Sequence[str | Requirement], classes: Sequence[str]
     Raises:
         ValueError: If one is not written so, nothing has its name, or one is given twice.
     """
-    parsed = tuple(_parsed(one, classes) if isinstance(one, str) else one for one in given)
+    parsed = tuple(_parsed(one, classes) if isinstance(one, str) else one for one in listing(given))
     texts = [one.text for one in parsed]
     if len(set(texts)) < len(texts):
         raise ValueError(f"the constraints {', '.join(texts)} name one twice; give each once")
