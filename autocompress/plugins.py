@@ -27,6 +27,7 @@ T = TypeVar("T")
 _FROM_FILES: dict[str, ModuleType] = {}
 _FILES: dict[str, str] = {}  # of each of these modules, by its whole path
 _WRITTEN: dict[str, str] = {}  # how each file is written, by its whole path: as it was given first
+_MODULES: dict[str, str] = {}  # the files of modules that lie in the folder that was current, or is a study's
 
 
 @cache
@@ -133,17 +134,27 @@ def load_from_file(spec: str) -> Any:
 def import_from_here(name: str) -> ModuleType:
     """Imports a module that is installed or, as for ``python -m``, lies in the current folder.
 
+    That of a study which is resumed comes from the folder that was current when it began, see `write_files_as`.
+
     Raises:
         Exception: Whatever the import raises.
     """
-    here = Path.cwd()
+    here = _folder_of(name, _MODULES[name]) if name in _MODULES else Path.cwd()
     if str(here) not in sys.path:
         sys.path.append(str(here))  # behind all that is installed, which it shall not hide
     module = importlib.import_module(name)
+    if module.__file__ and _folder_of(name, module.__file__) == here:
+        _MODULES[name] = module.__file__
     beside = _beside(here)
     if name in beside:
         _FROM_FILES.update(beside)
     return module
+
+
+def _folder_of(module: str, file: str) -> Path:
+    """The folder in which a module is found by its name."""
+    depth = module.count(".") + (Path(file).name == "__init__.py")
+    return Path(file).resolve().parents[depth]
 
 
 def spec_of(definition: type) -> str:
@@ -191,8 +202,10 @@ def name_of(one: Named) -> str:
 
 
 def files_in(*specs: str) -> dict[str, str]:
-    """The files that are named in some specs: by the path that is written there, the whole one."""
-    return {path: whole for whole, path in _WRITTEN.items() if any(f"{path}:" in spec for spec in specs)}
+    """The files that are named in some specs: by the path or the module that is written there, the whole path."""
+    files = {path: whole for whole, path in _WRITTEN.items() if any(f"{path}:" in spec for spec in specs)}
+    modules = {name: file for name, file in _MODULES.items() if any(spec.startswith(f"{name}:") for spec in specs)}
+    return files | modules
 
 
 def write_files_as(files: Mapping[str, str]) -> dict[str, str]:
@@ -206,6 +219,9 @@ def write_files_as(files: Mapping[str, str]) -> dict[str, str]:
     """
     there = {path: whole for path, whole in files.items() if Path(whole).is_file()}
     for path, whole in there.items():
+        if not path.endswith(".py"):
+            _MODULES[path] = whole
+            continue
         _WRITTEN.update({other: other for other, taken in _WRITTEN.items() if taken == path})
         _WRITTEN[whole] = path
     return there

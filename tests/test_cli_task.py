@@ -131,6 +131,36 @@ def test_what_came_from_files_is_found_again_from_any_folder(
     assert json.loads(again.stdout)["cells"][1]["row"]["scheme"] == scheme
 
 
+OWN_LAYERS = """
+from torch import nn
+
+def head(n):
+    return nn.Sequential(nn.Conv2d(1, n, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * n, 2))
+"""
+
+
+def test_a_package_of_the_folder_that_was_current_is_found_again_from_any_folder(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its modules import each other, so it cannot be run as a file; and another of its name lies there."""
+    begun, other = tmp_path / "begun", tmp_path / "other"
+    for place, source in ((begun, "from .layers import head\n\ndef net():\n    return head(4)"), (other, "1 / 0")):
+        (place / "own_nets").mkdir(parents=True)
+        (place / "own_nets" / "__init__.py").touch()
+        (place / "own_nets" / "layers.py").write_text(OWN_LAYERS)
+        (place / "own_nets" / "small.py").write_text(source)
+    write_npz(begun / "bands.npz")
+    out = ("--out", str(tmp_path / "out"))
+    task = ("--data", "bands.npz", "--model", "own_nets.small:net", "--max-drop", "99%", "--recovery", "none")
+    first = run(begun, "tune", *task, "--train-epochs", "1", "--trials", "1", "--name", "s", *out, "--json")
+    assert first.status == 0, first.stderr
+    asked = json.loads((tmp_path / "out" / "s" / "study.json").read_text())
+    assert asked["files"] == {"own_nets.small": str(begun / "own_nets" / "small.py")}
+    again = run(other, "tune", "--resume", "s", "--trials", "2", *out, "--json")
+    assert again.status == 0, again.stderr
+    assert len(json.loads(again.stdout)["trials"]) == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -146,7 +146,8 @@ class Settings:
     def files(self, task: Task) -> dict[str, str]:
         """The files that what is asked names: by the path that is written in `identity`, the whole one."""
         constraints = (constraint.text for constraint in self.constraints)
-        return files_in(self.scheme, name_of(task.metric), *constraints, *self._objective_names)
+        model = task.options.get("model") or ""  # of which a file's path is whole already
+        return files_in(self.scheme, model, name_of(task.metric), *constraints, *self._objective_names)
 
     @property
     def _objective_names(self) -> list[str]:

@@ -66,4 +66,5 @@ class SweepSettings:
 
     def files(self, task: Task) -> dict[str, str]:
         """The files that what is asked names: by the path that is written in `identity`, the whole one."""
-        return files_in(*self.schemes, *map(name_of, (task.metric, *self.metrics)))
+        model = task.options.get("model") or ""  # of which a file's path is whole already
+        return files_in(*self.schemes, model, *map(name_of, (task.metric, *self.metrics)))
