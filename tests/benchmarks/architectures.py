@@ -3,8 +3,9 @@
     python tests/benchmarks/architectures.py [NAME ...]
 
 `plan s` is what analyze, pi and realize take together, in processor seconds on one thread; 1 is promised of
-resnet50. `ok` says that the realized model computes what the masked one does (1e-5, fp32), has the parameters that
-were predicted, trains, copies and loads. Exits with 1 where one is not ok, or a promise is not kept.
+resnet50. `error` is the largest difference of the realized model's outputs from the masked one's, over what those
+of two images differ by. `ok` says that it is below 3e-3, that the parameters are as predicted, and that the model
+trains, copies and loads. Exits with 1 where one is not ok, or a promise is not kept.
 """
 
 import sys
@@ -18,7 +19,7 @@ from typing import TypeVar
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_architectures import ARCHITECTURES, SCHEME, alive, assert_usable, prune
+from test_architectures import ARCHITECTURES, SCHEME, TOLERANCE, alive, assert_usable, images, prune
 
 from autocompress.gauges.macs import count_macs
 
@@ -38,7 +39,7 @@ def row(name: str) -> bool:
     """Prints a model's rows and what is left whole of it; whether all is well."""
     torch.manual_seed(0)
     side = ARCHITECTURES[name].full_side
-    x = torch.randn(2, 3, side, side)
+    x = images(side)
     model = alive(ARCHITECTURES[name].make(), x)
     scheme = SCHEME
     with warnings.catch_warnings(record=True) as caught:
@@ -53,7 +54,7 @@ def row(name: str) -> bool:
         projecting, theta = seconds(lambda: scheme.pi(weights, max(density, lowest), facts))  # noqa: B023  # called at once
         realizing, _ = seconds(lambda: scheme.realize(model, theta, facts))  # noqa: B023  # called at once
         planning = analyzing + projecting + realizing
-        error = "" if pruned.error < 1e-5 else "not exact"
+        error = "" if pruned.error < TOLERANCE else "not exact"
         if planning > MOST_SECONDS.get(name, planning):
             error = f"planning takes more than {MOST_SECONDS[name]} s"
         try:
