@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeAlias, cast
 
 import numpy as np
@@ -89,20 +90,33 @@ class LoaderSplit:
 
     loader: DataLoader[Batch]
 
-    @property
+    @cached_property
     def n_samples(self) -> int:
-        """How many samples the split holds."""
-        return len(self.loader.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
+        """How many samples a pass serves: its sampler may draw fewer than the data set holds, or more."""
+        whole = self.loader.batch_sampler is None  # each sample of the data set is a batch
+        try:
+            drawn = len(self.loader.sampler)  # type: ignore[arg-type]  # not all have a length
+        except TypeError:
+            drawn = len(self.loader.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
+        return drawn * self.batch_size if whole else drawn
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        """Samples in a full batch."""
-        return self.loader.batch_size or 1
+        """Samples in a full batch; those of the first one where neither the loader nor its sampler says it."""
+        sampler = self.loader.batch_sampler
+        stated = self.loader.batch_size or getattr(sampler, "batch_size", None)
+        if stated is None and sampler is not None:
+            stated = len(next(iter(sampler)))
+        return stated or len(next(iter(self.loader))[0])
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `Split.batches`. The generator, when given, seeds the loader's own sampler."""
+        """One pass, see `Split.batches`. The generator, when given, seeds the loader's own."""
         if generator is not None:
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            seed = int(torch.randint(2**31, (1,), generator=generator))
+            torch.manual_seed(seed)
+            for one in (self.loader, self.loader.sampler):  # one of the user's own would remember other trials
+                if isinstance(own := getattr(one, "generator", None), torch.Generator):
+                    own.manual_seed(seed)
         smallest = min(self.batch_size, self.n_samples) if generator is not None else 1
         yield from (batch for batch in cast(Iterable[Batch], self.loader) if len(batch[0]) >= smallest)
 
@@ -154,7 +168,8 @@ def as_split(data: Data, name: str) -> Split:
     if hasattr(data, "batches") and hasattr(data, "n_samples"):
         return cast(Split, data)
     raise ValueError(
-        f"{name}= must be a DataLoader, or a pair (x, y) of tensors or numpy arrays, not a {type(data).__name__}"
+        f"{name}= must be a DataLoader, or a pair (x, y) of tensors or numpy arrays, not a {type(data).__name__}; "
+        "a data set goes into a DataLoader"
     )
 
 

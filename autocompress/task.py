@@ -134,6 +134,15 @@ class Task:
                 raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
             if name != "train" and isinstance(split, LoaderSplit) and split.loader.drop_last:
                 raise ValueError(f"{name}= leaves out its last samples; make its DataLoader with drop_last=False")
+            if (
+                name != "train"
+                and isinstance(split, LoaderSplit)
+                and not _is_same((x, y), _first_batch(name, split))
+            ):
+                raise ValueError(
+                    f"{name}= serves other samples at every pass, and models could not be compared; make its "
+                    "DataLoader with shuffle=False and no random sampler, and augment train= alone"
+                )
         x, _ = next(self.val.batches())
         with evaluating(self.model), torch.inference_mode():
             try:
@@ -156,6 +165,34 @@ class Task:
                 "or divides by zero"
             )
         self._check_labels(outputs.shape[1])
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """That the loss takes logits and targets, and what it gives can be trained on."""
+        device = device_of(self.model)
+        x, y = _first_batch("train", self.train)
+        with evaluating(self.model), torch.no_grad():
+            logits = self.model(x[:2].to(device)).requires_grad_()
+        targets = y[:2].to(device)
+        called = f"loss= gets logits of shape {tuple(logits.shape)} and targets of shape {tuple(targets.shape)}"
+        try:
+            value: object = self.loss_on(device)(logits, targets)
+        except Exception as error:  # whatever a loss may raise that is not made for these
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{called}, and raised {type(error).__name__}: {reason}") from error
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            found = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            )
+            cut_off = isinstance(value, Tensor) and value.numel() == 1
+            what = "a number without a gradient" if cut_off else found
+            raise ValueError(f"{called}, and returned {what}; it must return a scalar tensor, such as their mean")
+
+    def loss_on(self, device: str | torch.device) -> Loss:
+        """The loss on a device: where it is a module, a copy with its weights of classes there."""
+        if isinstance(self.loss, nn.Module) and list(chain(self.loss.parameters(), self.loss.buffers())):
+            return copy.deepcopy(self.loss).to(device)
+        return self.loss
 
     def _check_labels(self, n_logits: int) -> None:
         """That the model has a logit for every class."""
@@ -234,6 +271,7 @@ class Task:
         """The same task with a copy of the model on ``device``, in eval mode and `channels_last`."""
         moved = copy.copy(self)
         moved.model = channels_last(copy.deepcopy(self.model).to(device).eval())
+        moved.loss = self.loss_on(device)
         return moved
 
     def in_half_batches(self) -> "Task":
@@ -282,6 +320,13 @@ def _first_batch(name: str, split: Split) -> Batch:
         found = f"{len(batch)} values" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
         raise ValueError(f"{name}= serves {found} a batch; it must be a pair of tensors (x, y)")
     return batch[0], batch[1]
+
+
+def _is_same(first: Batch, second: Batch) -> bool:
+    return all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:

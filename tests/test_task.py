@@ -1,12 +1,21 @@
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from autocompress.metrics import balanced_accuracy
 from autocompress.splits import LoaderSplit, TensorSplit, as_split, kept_on
@@ -107,7 +116,7 @@ def test_other_forms_are_refused(form: object, message: str) -> None:
 
 
 def test_a_model_must_be_a_module() -> None:
-    with pytest.raises(ValueError, match="not str"):
+    with pytest.raises(ValueError, match="model=.resnet18.; it must be a torch.nn.Module"):
         Task("resnet18", data(), data(), data())
 
 
@@ -368,3 +377,87 @@ def test_a_metric_may_be_named_and_needs_numbers() -> None:
     nn.init.constant_(lost.bias, float("nan"))
     with pytest.raises(FloatingPointError, match="not all finite"):
         Task(lost, GOOD, GOOD, GOOD, metric="auc").evaluate(lost, TensorSplit(*GOOD))
+
+
+class Flipped(TensorDataset):
+    """Augments, wherever it is used."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(i)
+        return x + torch.rand(()), y
+
+
+def varied() -> tuple[Tensor, Tensor]:
+    return torch.arange(60.0).reshape(20, 3), torch.arange(20) % 2
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(TensorDataset(*varied()), 20, sampler=SubsetRandomSampler(range(20))),
+        DataLoader(TensorDataset(*varied()), 20, sampler=WeightedRandomSampler(torch.ones(20), 20)),
+        DataLoader(TensorDataset(*varied()), batch_sampler=BatchSampler(RandomSampler(range(20)), 20, False)),
+        DataLoader(Flipped(*varied()), 20),
+    ],
+    ids=["subset", "weighted", "batches", "augmented"],
+)
+def test_samples_that_differ_from_pass_to_pass_are_refused_but_for_training(loader: DataLoader[Any]) -> None:
+    """Models are compared sample by sample: what pairs two of different samples proves nothing."""
+    Task(nn.Linear(3, 2), loader, varied(), varied()).check()
+    for name in ("val", "test"):
+        parts = {"train": varied(), "val": varied(), "test": varied(), name: loader}
+        with pytest.raises(ValueError, match=f"{name}= serves other samples at every pass, and models could not"):
+            Task(nn.Linear(3, 2), **parts).check()
+
+
+def test_a_pass_is_what_its_sampler_serves() -> None:
+    """A budget in epochs counts these: neither batches of one sample, nor samples that are never drawn."""
+    data = TensorDataset(*varied())
+    half = LoaderSplit(DataLoader(data, 4, sampler=SubsetRandomSampler(range(10))))
+    assert (half.n_samples, half.batch_size) == (10, 4)
+    more = LoaderSplit(DataLoader(data, 4, sampler=WeightedRandomSampler(torch.ones(20), 50)))
+    assert (more.n_samples, more.batch_size) == (50, 4)
+    batches = LoaderSplit(DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 8, False)))
+    assert (batches.n_samples, batches.batch_size) == (20, 8)
+    own = LoaderSplit(DataLoader(data, batch_sampler=[[0, 1, 2], [3, 4, 5], [6]]))
+    assert (own.n_samples, own.batch_size) == (20, 3)
+    ready = LoaderSplit(DataLoader([(torch.zeros(5, 3), torch.zeros(5).long())] * 4, batch_size=None))
+    assert (ready.n_samples, ready.batch_size) == (20, 5)
+
+
+@pytest.mark.parametrize("random", [RandomSampler, lambda d, **g: WeightedRandomSampler(torch.ones(20), 20, **g)])
+def test_a_generator_of_the_loader_or_its_sampler_follows_the_seed(random: Any) -> None:
+    """As PyTorch's page on reproducibility has it; else a trial would depend on those before it."""
+    data, generator = TensorDataset(*varied()), torch.Generator()
+    split = LoaderSplit(DataLoader(data, 4, sampler=random(data, generator=generator), generator=generator))
+    first, second = ([x for x, _ in split.batches(torch.Generator().manual_seed(1))] for _ in "ab")
+    assert all(map(torch.equal, first, second))
+    other = [x for x, _ in split.batches(torch.Generator().manual_seed(2))]
+    assert not all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            nn.CrossEntropyLoss(reduction="none"),
+            r"returned a tensor of shape \(2,\); it must return a scalar tensor",
+        ),
+        (
+            nn.CrossEntropyLoss(weight=torch.ones(5)),
+            r"logits of shape \(2, 2\) and targets of shape \(2,\), and rais",
+        ),
+        (lambda logits, y: logits.sum().item(), "returned float; it must return a scalar tensor"),
+        (lambda logits, y: (logits.argmax(1) != y).float().mean(), "returned a number without a gradient"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_on_is_said_before_the_first_trial(loss: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Task(nn.Linear(3, 2), GOOD, GOOD, GOOD, loss=loss).check()
+    assert str(caught.value).startswith("loss= gets logits") and "\n" not in str(caught.value)
+
+
+def test_the_weights_of_classes_in_a_loss_go_where_the_model_goes() -> None:
+    task = Task(nn.Linear(3, 2), GOOD, GOOD, GOOD, loss=nn.CrossEntropyLoss(weight=torch.ones(2)))
+    moved = task.on("meta")
+    assert moved.loss.weight.device.type == "meta" and task.loss.weight.device.type == "cpu"  # type: ignore[attr-defined]
