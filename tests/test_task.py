@@ -116,7 +116,7 @@ def test_other_forms_are_refused(form: object, message: str) -> None:
 
 
 def test_a_model_must_be_a_module() -> None:
-    with pytest.raises(ValueError, match="model=.resnet18.; it must be a torch.nn.Module"):
+    with pytest.raises(ValueError, match=r"model=.resnet18.; it must be a torch\.nn\.Module"):
         Task("resnet18", data(), data(), data())
 
 
