@@ -257,11 +257,15 @@ class Task:
     def fingerprint(self) -> str:
         """A hash of the model's weights and of the data: what makes it the same task.
 
-        Of a DataLoader only the number of samples is known without reading all of them.
+        Of a DataLoader it is the number of samples and, but for training, the first batch: it would take long to
+        read all of them.
         """
         digest = hashlib.sha256()
         for split in (self.train, self.val, self.test):
             digest.update(fingerprint(split))
+            if isinstance(split, LoaderSplit) and split is not self.train:
+                for tensor in next(split.batches()):
+                    digest.update(as_bytes(tensor))
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(as_bytes(tensor))

@@ -1,7 +1,9 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +138,20 @@ def test_a_runtime_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="pip install onnxruntime"):
         check_runtime("onnxruntime")
     runtimes._missing.cache_clear()
+
+
+class Echo(nn.Linear):
+    """Returns its input as well, which ONNX has under another name then."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def test_what_fails_only_when_it_runs_is_said_as_well_and_by_its_cause() -> None:
+    measured = partial(measure, runtimes=("onnxruntime", "eager"), batch_sizes=(1,), budget_s=0.01)
+    echo = measured(Echo(4, 4), torch.ones(1, 4))
+    assert [one.runtime for one in echo.latency] == ["eager"]
+    assert "input_orig" in echo.not_run["onnxruntime"]
+    half = measured(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).bfloat16(), IMAGE[:, :1].bfloat16())
+    said = half.not_run["onnxruntime"]
+    assert "RuntimeError: " in said and "torch.export" not in said and "\x1b" not in said

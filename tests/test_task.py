@@ -266,6 +266,7 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
             {"val": (GOOD[0].numpy(), np.array(list("ababab")))},
             "val= has an array of type <U1; inputs and targets are numbers, classes from 0",
         ),
+        (nn.Linear(3, 2).requires_grad_(False), {}, "no parameter of the model requires a gradient, and recovery"),
         (Pair(), {}, r"the model returns tuple; it must return a tensor of logits .*: wrap it in a module"),
         (Diverged(), {}, "the model's outputs on the first val samples are not all finite numbers"),
         (
@@ -353,6 +354,9 @@ def test_the_fingerprint_is_that_of_weights_and_data() -> None:
     assert Task(model, GOOD, GOOD, (GOOD[0][:5], GOOD[1][:5])).fingerprint() != same
     assert Task(model, GOOD, GOOD, (GOOD[0], GOOD[1].flip(0))).fingerprint() != same
     assert Task(model, GOOD, (GOOD[0] + 1, GOOD[1]), GOOD).fingerprint() != same
+    in_loaders = [DataLoader(TensorDataset(GOOD[0] + k, GOOD[1])) for k in (0, 1)]
+    first, other = (Task(model, GOOD, one, GOOD).fingerprint() for one in in_loaders)
+    assert first != other and first == Task(model, GOOD, in_loaders[0], GOOD).fingerprint()
 
 
 def test_a_sample_may_have_several_labels() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.formats.onnx_export import quietly, weight_dtype, write_onnx
-from autocompress.formats.parity import NO_TELEMETRY
+from autocompress.formats.parity import NO_TELEMETRY, reason
 from autocompress.showing.comparison import RUNTIMES as NAMES
 
 Runtime: TypeAlias = Literal["eager", "compile", "onnxruntime"]
@@ -77,8 +77,8 @@ def prepare(runtime: Runtime, model: nn.Module, x: Tensor, onnx_file: Path | Non
     Raises:
         CannotRun: If the runtime is not here or does not take the model.
     """
-    if reason := _missing(runtime, x.device):
-        raise CannotRun(reason)
+    if missing := _missing(runtime, x.device):
+        raise CannotRun(missing)
     if runtime != "onnxruntime" and weight_dtype(model) == torch.int8:
         raise CannotRun("PyTorch only simulates its 8-bit integers; measure it with the runtime onnxruntime")
     if runtime == "eager":
@@ -87,8 +87,7 @@ def prepare(runtime: Runtime, model: nn.Module, x: Tensor, onnx_file: Path | Non
         with quietly():
             return _compiled(model, x) if runtime == "compile" else _session(model, x, onnx_file)
     except Exception as error:  # a compiler or an exporter may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CannotRun(f"{NAMES[runtime]} does not take this model: {reason[:200]}") from error
+        raise CannotRun(f"{NAMES[runtime]} does not take this model: {reason(error)}") from error
 
 
 def _compiled(model: nn.Module, x: Tensor) -> Run:
@@ -121,4 +120,5 @@ def _session(model: nn.Module, x: Tensor, file: Path | None) -> Run:
     def run(batch: Tensor) -> object:
         return session.run(None, {"input": batch.numpy()})
 
+    run(x)  # what does not take the model may say so only now
     return run

@@ -29,6 +29,12 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"the model's {name} is of type {p.dtype}; it is trained in float32: convert it with model.float()"
             )
+    trained = [p.requires_grad for p in model.parameters()]
+    if trained and not any(trained):
+        raise ValueError(
+            "no parameter of the model requires a gradient, and recovery could train nothing; call "
+            "requires_grad_(True) on it, or on the layers that may change"
+        )
     try:
         copy.deepcopy(model)
     except Exception as error:  # a module may hold what cannot be copied: torch.nn.utils.weight_norm, an open file
