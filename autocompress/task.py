@@ -16,6 +16,7 @@ from autocompress import progress
 from autocompress.arguments import function, instance, listing, takes, text
 from autocompress.metrics import MetricLike, Outputs, Targets, accuracy, as_metric
 from autocompress.networks.model_check import check_model
+from autocompress.plugins import name_of
 from autocompress.splits import (
     Batch,
     Data,
@@ -121,29 +122,18 @@ class Task:
             ValueError: If something does not fit, before hours are spent on it: in one line, with the remedy.
         """
         check_model(self.model)
-        expected = tuple(_first_batch("val", self.val)[0].shape[1:])
+        first = {"val": _first_batch("val", self.val)}  # each is read once: for that a loader starts its workers
+        expected = tuple(first["val"][0].shape[1:])
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            x, y = _first_batch(name, split)
+            first[name] = x, y = first.get(name) or _first_batch(name, split)
             if x.dtype != torch.float32:
                 raise ValueError(f"{name}= serves inputs of type {x.dtype}; convert them to float32 (x.float())")
             if tuple(x.shape[1:]) != expected:
                 raise ValueError(f"{name}= serves inputs of shape {tuple(x.shape[1:])}, val= of shape {expected}")
             _check_values(name, split, x, y)
-            shuffled = isinstance(split, LoaderSplit) and isinstance(split.loader.sampler, RandomSampler)
-            if shuffled and name != "train":
-                raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
-            if name != "train" and isinstance(split, LoaderSplit) and split.loader.drop_last:
-                raise ValueError(f"{name}= leaves out its last samples; make its DataLoader with drop_last=False")
-            if (
-                name != "train"
-                and isinstance(split, LoaderSplit)
-                and not _is_same((x, y), _first_batch(name, split))
-            ):
-                raise ValueError(
-                    f"{name}= serves other samples at every pass, and models could not be compared; make its "
-                    "DataLoader with shuffle=False and no random sampler, and augment train= alone"
-                )
-        x, _ = next(self.val.batches())
+            if name != "train" and isinstance(split, LoaderSplit):
+                _check_order(name, split, (x, y))
+        x, _ = first["val"]
         with evaluating(self.model), torch.inference_mode():
             try:
                 outputs = self.model(x[:2].to(device_of(self.model)))
@@ -165,12 +155,11 @@ class Task:
                 "or divides by zero"
             )
         self._check_labels(outputs.shape[1])
-        self._check_loss()
+        self._check_loss(*first["train"])
 
-    def _check_loss(self) -> None:
-        """That the loss takes logits and targets, and what it gives can be trained on."""
+    def _check_loss(self, x: Tensor, y: Tensor) -> None:
+        """That the loss takes logits and targets of a batch, and what it gives can be trained on."""
         device = device_of(self.model)
-        x, y = _first_batch("train", self.train)
         with evaluating(self.model), torch.no_grad():
             logits = self.model(x[:2].to(device)).requires_grad_()
         targets = y[:2].to(device)
@@ -254,6 +243,11 @@ class Task:
         """A class by its number and, if it has one, its name."""
         return f"{k} ({self.classes[k]})" if 0 <= k < len(self.classes) and self.classes[k] != str(k) else str(k)
 
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """What its model and its metric were given as, which may name files."""
+        return self.options.get("model") or "", name_of(self.metric)  # a model's file is a whole path already
+
     def fingerprint(self) -> str:
         """A hash of the model's weights and of the data: what makes it the same task.
 
@@ -324,6 +318,19 @@ def _first_batch(name: str, split: Split) -> Batch:
         found = f"{len(batch)} values" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
         raise ValueError(f"{name}= serves {found} a batch; it must be a pair of tensors (x, y)")
     return batch[0], batch[1]
+
+
+def _check_order(name: str, split: LoaderSplit, first: Batch) -> None:
+    """That a loader whose first batch was ``first`` serves the same samples at every pass, and all of them."""
+    if isinstance(split.loader.sampler, RandomSampler):
+        raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
+    if split.loader.drop_last:
+        raise ValueError(f"{name}= leaves out its last samples; make its DataLoader with drop_last=False")
+    if not _is_same(first, _first_batch(name, split)):
+        raise ValueError(
+            f"{name}= serves other samples at every pass, and models could not be compared; make its "
+            "DataLoader with shuffle=False and no random sampler, and augment train= alone"
+        )
 
 
 def _is_same(first: Batch, second: Batch) -> bool:

@@ -146,8 +146,7 @@ class Settings:
     def files(self, task: Task) -> dict[str, str]:
         """The files that what is asked names: by the path that is written in `identity`, the whole one."""
         constraints = (constraint.text for constraint in self.constraints)
-        model = task.options.get("model") or ""  # of which a file's path is whole already
-        return files_in(self.scheme, model, name_of(task.metric), *constraints, *self._objective_names)
+        return files_in(self.scheme, *task.specs, *constraints, *self._objective_names)
 
     @property
     def _objective_names(self) -> list[str]:

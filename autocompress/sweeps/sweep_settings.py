@@ -66,5 +66,4 @@ class SweepSettings:
 
     def files(self, task: Task) -> dict[str, str]:
         """The files that what is asked names: by the path that is written in `identity`, the whole one."""
-        model = task.options.get("model") or ""  # of which a file's path is whole already
-        return files_in(*self.schemes, model, *map(name_of, (task.metric, *self.metrics)))
+        return files_in(*self.schemes, *task.specs, *map(name_of, self.metrics))
