@@ -1,5 +1,6 @@
 """Data: the data sets that autocompress knows by name, as tasks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from autocompress.arguments import path, takes, whole
 from autocompress.models import trained
 from autocompress.splits import TensorSplit
-from autocompress.task import Task
+from autocompress.task import Task, as_task
 
 
 @takes(cache=path, seed=whole)
@@ -35,3 +36,22 @@ def digits(cache: Path | str | None = None, seed: int = 0) -> Task:
     model = trained("digits", parts[0], F.cross_entropy, epochs=30, lr=0.1, seed=seed, cache=folder)
     preprocessing = "Grey values from 0 to 16, divided by 16."
     return Task(model, *parts, name="digits", architecture="digits", preprocessing=preprocessing)
+
+
+def checked_task(given: Task | Callable[[], Task] | None, out: Path, progress: Callable[[str], None]) -> Task:
+    """The task that was given, or that a function makes, or by default the digits; looked at by `Task.check`.
+
+    Args:
+        given: See `autocompress.task.as_task`.
+        out: The folder for all studies, in whose cache the digits' network is kept.
+        progress: Is told if that is trained.
+
+    Raises:
+        ValueError: If it is no task, or something in it does not fit.
+    """
+    if given is None:
+        progress("training the dense model, or taking it from the cache")
+        given = digits(cache=out / "cache")
+    task = as_task(given)
+    task.check()
+    return task

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from autocompress.arguments import flag, function, instance, listing, number, path, several, takes, text, whole
-from autocompress.data import digits
+from autocompress.data import checked_task
 from autocompress.disk.environment import provenance
 from autocompress.disk.files import DEFAULT_OUT, read_json, write_json
 from autocompress.disk.storage import (
@@ -44,7 +44,7 @@ from autocompress.sweeps.sweep_files import write_sweep
 from autocompress.sweeps.sweep_grid import Cell, distinct_densities, distinct_schemes
 from autocompress.sweeps.sweep_result import DENSE, Sweep
 from autocompress.sweeps.sweep_settings import SweepSettings
-from autocompress.task import Evaluation, Task, as_task
+from autocompress.task import Evaluation, Task
 from autocompress.terminal.display import SECONDS_BETWEEN_LINES, Footer
 from autocompress.tracking import COSTS, Tracker
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
@@ -128,11 +128,7 @@ def sweep(
     for one in listing(also):
         if isinstance(one, str) and "[" not in one:  # whether a class is known is not known yet
             as_metric(one)
-    if task is None:
-        progress("training the dense model, or taking it from the cache")
-        task = digits(cache=home / "cache")
-    task = as_task(task)
-    task.check()
+    task = checked_task(task, home, progress)
     settings = replace(settings, metrics=_others(also, task))
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)

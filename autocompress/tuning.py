@@ -12,7 +12,7 @@ import torch
 
 from autocompress.arguments import flag, instance, listing, number, path, several, takes, text, whole
 from autocompress.certify import CONFIDENCE
-from autocompress.data import digits
+from autocompress.data import checked_task
 from autocompress.disk.environment import provenance
 from autocompress.disk.files import DEFAULT_OUT, called, read_json
 from autocompress.disk.storage import (
@@ -42,7 +42,7 @@ from autocompress.studies.result import Result
 from autocompress.studies.settings import DEFAULT_TRIALS, Settings
 from autocompress.studies.watcher import Silent, Watcher
 from autocompress.study import Study
-from autocompress.task import Task, as_task
+from autocompress.task import Task
 from autocompress.tracking import MEANWHILE, Tracker
 from autocompress.trial import Bound
 from autocompress.verdict.limit import REQUIREMENT, Requirement, parse_constraints
@@ -207,11 +207,7 @@ def tune(
     place = _Place(prepare_out(Path(out)), name, resume, storage)
     if name is not None and not resume:
         check_free(place.home, name)
-    if task is None:
-        watcher.doing("training the dense model, or taking it from the cache")
-        task = digits(cache=place.home / "cache")
-    task = as_task(task)
-    task.check()
+    task = checked_task(task, place.home, watcher.doing)
     settings = replace(settings, constraints=parse_constraints(constraints, task.classes))
     return _run(settings, task, place, watcher, tracking_uri=tracking_uri, register=register, command=command)
 

@@ -31,7 +31,7 @@ MOST, MOST_OF_LONG, LONG_S, MOST_MEMORY = 0.05, 0.02, 30.0, 1.25
 # What is timed, by the part it belongs to: a module and the name in it, as its user looks it up.
 PARTS = {
     "import": (),
-    "dense model": (("tuning", "digits"),),
+    "dense model": (("data", "digits"),),
     "recovery": (("trial", "_recover"),),
     "C steps": (("lc", "c_step"),),
     "evaluation": (("task", "Task.evaluate"),),
