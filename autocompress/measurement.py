@@ -138,7 +138,17 @@ def measure(
     budget_s: float = 0.6,
     runtimes: str | Sequence[str] = ("eager",),
 ) -> Measurement:
-    """What one model costs, see `compare`."""
+    """What one model costs, see `compare`.
+
+    A module does not know what it was compressed from. Without ``params`` its zeros are counted, so one of
+    ``Prune`` has as many parameters as the dense model less BatchNorm; without ``dense_params`` its density is 1.
+    In ``result.model`` BatchNorm is folded besides, which the module of `autocompress.load` has as it was trained.
+    What ``result.measurements["compressed"]`` counts, counted again::
+
+        dense, kept = (result.measurements[name].params for name in ("dense", "compressed"))
+        model = ac.load(result.folder / "best", task.model)
+        ac.measure(model, task.example_input, dense_params=dense, params=kept)
+    """
     return compare(
         [model],
         example_input,
@@ -173,7 +183,7 @@ def compare(
         example_input: A batch of shape ``(n, ...)``; its first sample is measured with.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
         dense_params: Parameters of the dense model, for the density; by default each model's own ``params``.
-        params: Parameters kept, per model, where they are fewer than the model holds (zeros do not count).
+        params: Parameters kept, per model; by default all that the model holds, zeros among them.
         batch_sizes: Samples a forward pass, for latency; memory and energy are taken at the largest.
         timing: Whether to run the models at all beyond counting: latency, memory, power and energy.
         budget_s: Seconds of timing per model, runtime and batch size after which a median is taken as it is, if it

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,25 @@ def test_a_search_on_tensors_from_the_question_to_the_result(task, out):
         torch.testing.assert_close(again(x), result.model(x))
     with pytest.raises(ValueError, match="pass model="):
         ac.load(result.folder / "best")
+
+
+COUNTED = ("params", "density", "size_bytes", "macs")
+
+
+def test_an_answer_is_measured_again_as_the_docstring_says(out):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3))
+    task = ac.Task(model, vectors(256, 1), vectors(120, 2), vectors(121, 3))
+    result = ac.tune(task, scheme="Prune", out=out, name="zeros", **SHORT)
+    (example,) = re.findall(r"counted again::\n\n(.+)", ac.measure.__doc__, re.DOTALL)
+    *lines, last = textwrap.dedent(example).strip().splitlines()
+    named = {"ac": ac, "result": result, "task": task}
+    exec("\n".join(lines), named)
+    again, compressed = eval(last, named), result.measurements["compressed"]
+    assert [getattr(again, name) for name in COUNTED] == [getattr(compressed, name) for name in COUNTED]
+    assert compressed.density < 1
+    plain = ac.measure(result.model, task.example_input, timing=False)
+    assert (plain.params, plain.density) == (result.measurements["dense"].params - 24, 1)  # a bias for BatchNorm
 
 
 def test_data_loaders_a_scheme_object_and_a_function_to_minimize(task, out):
