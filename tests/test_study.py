@@ -275,7 +275,20 @@ def test_nothing_within_the_bound_gives_the_dense_model_back(strict, out):
     assert not (result.folder / "best").exists()
     assert watcher.best == [None]
     (row,) = result.trials.to_dict("records")
-    assert f"the nearest loses {row['drop_pp']:.2f} pp at density {row['density']:.3g}" in result.sentence
+    assert f"the nearest, of density {row['density']:.3g}, loses {row['drop_pp']:.2f} pp." in result.sentence
+
+
+def test_the_nearest_miss_of_limits_on_costs_reads_as_a_sentence(strict, out):
+    limits = ["density<=0.9", "size<=1B", "macs<=1"]
+    result = ac.tune(strict, "StructPrune", trials=1, out=out, name="limits", constraints=limits, **HOPELESS)
+    (record,) = result.records
+    assert result.sentence == (
+        "Not met: no trial loses at most 0 pp and meets density<=0.9 and size<=1B and macs<=1 on "
+        f"val; the nearest, of density {record.density:.3g}, loses {100 * record.drop:.2f} pp and has size "
+        f"{record.measurement.size_bytes / 1000:.1f} kB and macs {record.measurement.macs} MACs. What may help: a "
+        "larger drop, a looser constraint, more epochs of recovery than 0.01, another scheme than StructPrune, or "
+        "more trials than 1."
+    )
 
 
 def test_a_resumed_study_keeps_its_trials_and_its_terms(strict, out):

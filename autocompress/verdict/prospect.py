@@ -51,14 +51,16 @@ def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
     if not records:
         return f"Not met: no trial finished, so nothing but the dense model is known to lose at most {bound}."
     nearest = min(records, key=lambda record: _miss(settings, record))
-    besides = "".join(f" and has {one.shown}" for one in nearest.constraints)
-    meeting = "".join(f" and meets {one.text}" for one in nearest.constraints)
-    costs = " or cost" if any(one.is_cost for one in nearest.constraints) else ""
+    required = nearest.constraints
+    meeting = f" and meets {' and '.join(one.text for one in required)}" if required else ""
+    has = [one.shown for one in required if one.metric != "density"]  # which is said anyway
+    besides = f" and has {' and '.join(has)}" if has else ""
+    looser = ", a looser constraint" if required else ""
     longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
     return (
-        f"Not met: no trial loses at most {bound}{meeting} on val; the nearest loses "
-        f"{100 * nearest.drop:.2f}{unit}{besides} at density {nearest.density:.3g}. What may help: a larger "
-        f"drop{costs}, {longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
+        f"Not met: no trial loses at most {bound}{meeting} on val; the nearest, of density "
+        f"{nearest.density:.3g}, loses {100 * nearest.drop:.2f}{unit}{besides}. What may help: a larger "
+        f"drop{looser}, {longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
     )
 
 
