@@ -266,8 +266,11 @@ def test_a_home_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         prepare_out(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot write to"):
         prepare_out(tmp_path / "file" / "below")
-    with pytest.raises(ValueError, match=r"cannot write to '.*': File name too long"):
-        prepare_out(tmp_path / ("x" * 300))
+    for below in ("x" * 300, "new/" + "x" * 300, f"new/{'x' * 300}/runs", "new/" + "é" * 130):
+        with pytest.raises(ValueError, match=r"cannot write to '.*': File name too long; choose another folder$"):
+            prepare_out(tmp_path / below)
+    with pytest.raises(ValueError, match=r"cannot write to '.*': embedded null byte; choose another folder$"):
+        prepare_out(tmp_path / "new" / "a\0b")
 
 
 def test_a_folder_of_somebody_elses_is_neither_used_nor_emptied(tmp_path: Path) -> None:

@@ -31,15 +31,19 @@ def prepare_out(out: Path) -> Path:
     Raises:
         ValueError: If it cannot be made or written to.
     """
-    place = out.absolute()
+    place, names = out.absolute(), []
     try:
         while not _is_there(place):
+            names.append(place.name)
             place = place.parent
         with tempfile.TemporaryFile(dir=place):
             pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {str(out)!r}: {error.strerror}; choose another folder") from None
-    return out.resolve()
+        for name in names:  # whether folders can be called so
+            _is_there(place / name)
+        return out.resolve()
+    except (OSError, ValueError) as error:  # the latter: there is a null in it
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot write to {str(out)!r}: {reason}; choose another folder") from None
 
 
 def _is_there(path: Path) -> bool:
