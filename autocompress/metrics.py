@@ -104,7 +104,8 @@ def _accuracy(targets: Targets, outputs: Outputs) -> float:
 def _balanced_accuracy(targets: Targets, outputs: Outputs) -> float:
     if targets.ndim == 2:
         return (_sensitivity(targets, outputs) + _specificity(targets, outputs)) / 2
-    return float(_sk().balanced_accuracy_score(targets, decisions(targets, outputs)))
+    c = confusions(targets, outputs)
+    return _mean_share(c[:, 1, 1], c[:, 1, 0], "positive")
 
 
 def confusions(targets: Targets, outputs: Outputs) -> NDArray[np.int64]:

@@ -62,6 +62,9 @@ def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class Task:
     """A trained model, its data, and how it is judged.
 
+    Train must have samples of every class that val and test have. A class that val or test lack is noted: nothing
+    is known of what is lost there. Neither is looked for in a DataLoader, which would have to be read.
+
     Args:
         model: The trained dense model: logits of shape ``(n, classes)`` from a batch.
         train: What recovery trains on. A DataLoader or a pair of tensors ``(x, y)``.

@@ -97,6 +97,23 @@ def test_normalised_by_the_data_means_mean_0_and_deviation_1(npz: str) -> None:
     assert (float(plain.min()), float(plain.max())) == (0.0, pytest.approx(239 / 255))
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "auc", "balanced_accuracy"])
+def test_a_class_that_val_or_test_lack_is_noted_as_for_a_task_of_tensors(tmp_path: Path, metric: str) -> None:
+    made = {}
+    for part, classes in (("train", 4), ("val", 3), ("test", 2)):
+        made[f"{part}_images"], made[f"{part}_labels"] = stripes(32, classes)
+    np.savez(tmp_path / "rare.npz", **made)
+    task = ac.make_task(data=str(tmp_path / "rare.npz"), train_epochs=1, metric=metric)
+    noted = [note for note in task.notes if "has no sample of class" in note]
+    parts = (task.train, task.val, task.test)
+    assert noted == [note for note in ac.Task(task.model, *parts).notes if "has no sample of class" in note]
+    assert [note.partition(": ")[0] for note in noted] == [
+        "val has no sample of class 3",
+        "test has no sample of class 2, 3",
+    ]
+    assert 0 <= task.evaluate(task.model, task.test).score <= 1
+
+
 def test_a_task_can_be_searched_saved_and_loaded_without_code(npz: str, tmp_path: Path) -> None:
     task = ac.make_task(data=npz, image_size="8", train_epochs=3, train_lr=0.01, batch_size=16)
     result = ac.tune(

@@ -110,7 +110,7 @@ BAD_NAN[4, 2, 2] = np.nan
     ("changes", "message"),
     [
         ({"val_images": BAD_NAN}, "val_images have pixels that are NaN or infinite, in 1 of 12 .* number 4"),
-        ({"val_labels": np.zeros(12, int)}, "val has no sample of class 1"),
+        ({"train_labels": np.zeros(12, int)}, "train has no sample of class 1: the network could not learn it"),
         (
             {f"{part}_labels": np.zeros(12, int) for part in ("train", "val", "test")},
             "holds one class; there must be two",

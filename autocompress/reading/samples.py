@@ -180,18 +180,21 @@ def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[lis
 
 
 def with_classes_checked(found: Found) -> Found:
-    """Refuses data with nothing to tell apart, or in which a part lacks a class: nothing could be said of it."""
+    """Refuses data with nothing to tell apart, or with a class to learn from no sample.
+
+    A class that val or test lack is no error: what cannot be said for it `autocompress.task.Task` notes.
+    """
     if len(found.classes) < 2 and found.parts["train"].y.ndim == 1:
         raise ValueError(f"{found.name} holds one class; there must be two to tell apart, numbered from 0")
     for part, samples in found.parts.items():
         if len(samples) == 0:
             raise ValueError(f"{part} has no samples")
-        y, n = samples.y, len(found.classes)
-        present = y.sum(dim=0) > 0 if y.ndim == 2 else torch.bincount(y, minlength=n) > 0
-        for k in (~present).nonzero().flatten().tolist():
-            called = "" if found.classes[k] == str(k) else f" ({found.classes[k]})"
-            raise ValueError(
-                f"{part} has no sample of class {k}{called}; every class must be in train, val and test: add "
-                "samples, leave the class out, or divide otherwise"
-            )
+    y, n = found.parts["train"].y, len(found.classes)
+    present = y.sum(dim=0) > 0 if y.ndim == 2 else torch.bincount(y, minlength=n) > 0
+    for k in (~present).nonzero().flatten().tolist():
+        called = "" if found.classes[k] == str(k) else f" ({found.classes[k]})"
+        raise ValueError(
+            f"train has no sample of class {k}{called}: the network could not learn it; add samples, leave the "
+            "class out, or divide otherwise"
+        )
     return found
