@@ -167,8 +167,9 @@ def as_split(data: Data, name: str) -> Split:
         return LoaderSplit(data)
     if hasattr(data, "batches") and hasattr(data, "n_samples"):
         return cast(Split, data)
+    found = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else type(data).__name__
     raise ValueError(
-        f"{name}= must be a DataLoader, or a pair (x, y) of tensors or numpy arrays, not a {type(data).__name__}; "
+        f"{name}= must be a DataLoader, or a pair (x, y) of tensors or numpy arrays, not a {found}; "
         "a data set goes into a DataLoader"
     )
 

@@ -319,7 +319,10 @@ def _first_batch(name: str, split: Split) -> Batch:
         )
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         found = f"{len(batch)} values" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
-        raise ValueError(f"{name}= serves {found} a batch; it must be a pair of tensors (x, y)")
+        raise ValueError(
+            f"{name}= serves {found} a batch; it must be a pair of tensors (x, y): a collate_fn can "
+            "make one, and weights of samples go into a WeightedRandomSampler of train="
+        )
     return batch[0], batch[1]
 
 

@@ -252,7 +252,11 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
             {"train": DataLoader(TensorDataset(*GOOD), batch_size=9, drop_last=True)},
             "train= serves no batch; it needs samples",
         ),
-        (nn.Linear(3, 2), {"val": DataLoader(TensorDataset(*GOOD, GOOD[1]))}, "val= serves 3 values a batch"),
+        (
+            nn.Linear(3, 2),
+            {"val": DataLoader(TensorDataset(*GOOD, GOOD[1]))},
+            "val= serves 3 values a batch; .* weights .* WeightedRandomSampler of train=",
+        ),
         (nn.Linear(3, 2), {"val": DataLoader([{"x": 1.0}])}, r"val= serves a dict a batch; .* pair of tensors"),
         (nn.Linear(3, 2), {"val": DataLoader(Endless())}, "val= is a DataLoader of a data set without a length"),
         (nn.Linear(3, 2), {"val": (GOOD[0].double(), GOOD[1])}, r"float64; convert them to float32 \(x.float"),
