@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from autocompress import progress
 from autocompress.arguments import listing
@@ -22,7 +23,7 @@ from autocompress.formats import bundle
 from autocompress.formats.bundle import Provenance
 from autocompress.formats.executorch_export import check_executorch, write_pte
 from autocompress.formats.instructions import FILES, instructions
-from autocompress.formats.onnx_export import quietly, weight_dtype, write_onnx
+from autocompress.formats.onnx_export import capture, quietly, weight_dtype, write_onnx
 from autocompress.formats.parity import Arrays, FreshProcess, Undelivered, have_waiting, reason
 from autocompress.networks.deployed import deployed
 
@@ -215,9 +216,14 @@ def export_dense(model: nn.Module, example_input: Tensor, folder: Path) -> None:
     plain = copy.deepcopy(deployed(model, example_input)).cpu().to(memory_format=torch.contiguous_format).eval()
     traced = torch.zeros_like(_probes(example_input[:1].detach().cpu())[-1])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (("pt2", _write_pt2), ("onnx", write_onnx)):
+    program = capture(plain, traced)
+    writers: dict[str, Callable[[Path], None]] = {
+        "pt2": lambda path: _write_pt2(program, path),
+        "onnx": lambda path: write_onnx(plain, traced, path, program),
+    }
+    for name, write in writers.items():
         unfinished = folder / f".{FILES[name]}"
-        write(plain, traced, unfinished)
+        write(unfinished)
         unfinished.replace(folder / FILES[name])
     have_checker(folder, example_input)
 
@@ -267,16 +273,22 @@ def _write_all(
     traced = torch.zeros_like(probes[-1])
     # A copy, as the caller's is stored beside it, in the layout that exporters know best.
     runs = copy.deepcopy(deployed(model, probes[0])).to(memory_format=torch.contiguous_format)
-    writers: dict[str, Callable[[Path], None]] = {
-        "pt2": lambda path: _write_pt2(runs, traced, path),
-        "onnx": lambda path: write_onnx(runs, traced, path),
-    }
+    answers: dict[str, Arrays | str] = {}
+    writers: dict[str, Callable[[Path], None]] = {}
+    program: ExportedProgram | None = None
+    try:
+        with quietly():
+            captured = program = capture(runs, traced)
+    except Exception as error:  # whatever it raises for a model that it does not take
+        answers["pt2"] = reason(error)
+    else:
+        writers["pt2"] = lambda path: _write_pt2(captured, path)
+    writers["onnx"] = lambda path: write_onnx(runs, traced, path, program)
     if "executorch" in formats:
         writers["executorch"] = lambda path: write_pte(runs, traced, path)
     # The last: it is loaded with autocompress, and the others must be known to run without.
     writers["safetensors"] = lambda path: bundle.save(model, probes[0], path.parent, provenance)
     inputs = [x.numpy() for x in probes]
-    answers: dict[str, Arrays | str] = {}
     not_fresh: dict[str, str] = {}
     with FreshProcess(folder, inputs) as elsewhere:
         for done, (name, write) in enumerate(writers.items()):
@@ -317,8 +329,7 @@ def _rebuilt(
         return reason(error), why_here
 
 
-def _write_pt2(model: nn.Module, batch: Tensor, path: Path) -> None:
-    program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+def _write_pt2(program: ExportedProgram, path: Path) -> None:
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # quotes the user's source, with its path

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autocompress.disk.files import read_json
 from autocompress.disk.record import Record, read_record
@@ -18,6 +19,9 @@ from autocompress.showing.comparison import (
 )
 from autocompress.showing.figures import Figure, draw
 from autocompress.showing.words import at_most, headline, sentence, trials_in_time, words
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 FIGURES = "figures"
 NOT_MEASURED = ("n/a", "n/a")
@@ -34,28 +38,34 @@ def write_report(folder: Path, *, ours: bool = False, into: Path | None = None) 
     Returns:
         The two files and the folder of figures.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # with markupsafe: not for an import
-
     record, into = read_record(folder, ours=ours), into or folder
     figures = {figure.name: figure for figure in draw(record, into / FIGURES)}
     content = _content(record, figures)
     written = []
     for name, autoescape in (("report.html", True), ("report.md", False)):
-        environment = Environment(
-            loader=PackageLoader("autocompress"),
-            autoescape=autoescape,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        environment.filters |= {"md": _markdown, "one_line": lambda text: " ".join(text.split())}
-        environment.filters["together"] = _together
-        text = environment.get_template(f"{name}.j2").render(content)
+        text = _templates(autoescape).get_template(f"{name}.j2").render(content)
         temporary = into / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         written.append(temporary.replace(into / name))
     return (*written, into / FIGURES)
+
+
+@cache
+def _templates(autoescape: bool) -> "Environment":
+    """The page's templates, compiled once in a process."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # with markupsafe: not for an import
+
+    environment = Environment(
+        loader=PackageLoader("autocompress"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": _markdown, "one_line": lambda text: " ".join(text.split())}
+    environment.filters["together"] = _together
+    return environment
 
 
 def _together(value: str) -> str:

@@ -84,7 +84,7 @@ def test_other_answers_wait_until_the_process_is_idle(tmp_path: Path, make_spec:
     folder = StudyFolder(tmp_path / "study")
     ahead = Ahead(Slow(), spec.task, folder)
     assert prepared() == ["export_dense"]  # before the first trial
-    assert prepared(1, 2) == ["stage", "have_checker", "write_report"]
+    assert prepared(1, 2) == ["stage", "have_checker", "write_report", "keep_loaded"]
     assert prepared(1, 2) == []  # the first are under way
     done()
     assert prepared(1, 2) == ["stage", "have_checker"] and ahead.has(1) and ahead.has(2)
@@ -95,7 +95,7 @@ def test_other_answers_wait_until_the_process_is_idle(tmp_path: Path, make_spec:
     ahead = Ahead(Slow(), spec.task, folder)  # of a study in which nothing can be the answer yet
     assert prepared() == ["export_dense"] and prepared() == []
     done()
-    assert prepared() == ["write_report"] and prepared() == []
+    assert prepared() == ["write_report", "keep_loaded"] and prepared() == []
     ahead.close()
     folder.close()
 

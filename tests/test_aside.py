@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from autocompress import study
-from autocompress.processes.aside import Aside
+from autocompress.processes.aside import Aside, keep_loaded
 from autocompress.tuning import tune
 
 
@@ -26,6 +27,18 @@ def test_calls_run_in_the_other_process_once_it_is_started() -> None:
     finally:
         aside.close()
     assert aside.call(os.getpid) == os.getpid()
+
+
+def test_the_garbage_collector_does_not_look_at_what_the_process_has_loaded() -> None:
+    aside = Aside()
+    aside.start()
+    try:
+        assert aside.call(gc.get_freeze_count) == 0
+        aside.call(keep_loaded)
+        assert aside.call(gc.get_freeze_count) > 100_000  # torch and what else a call needs
+        assert aside.is_there and gc.get_freeze_count() == 0
+    finally:
+        aside.close()
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from torch import nn
 from autocompress.export import Export, _error, check_formats, export
 from autocompress.formats import bundle, parity
 from autocompress.formats.bundle import Provenance, load
-from autocompress.formats.onnx_export import write_onnx
+from autocompress.formats.onnx_export import capture, quietly, write_onnx
 from autocompress.formats.parity import reason
 from autocompress.formats.weights import save as save_weights
 from autocompress.scheme import Theta, register_scheme
@@ -306,8 +306,26 @@ def test_an_architecture_that_cannot_be_sent_is_rebuilt_here_and_the_readme_says
     )
 
 
+def test_a_captured_program_gives_the_file_that_its_model_gives(tmp_path):
+    model, batch = mlp().eval(), torch.zeros(2, 1, 4, 4)
+    for name, program in (("model", None), ("program", capture(model, batch))):
+        with quietly():
+            write_onnx(model, batch, tmp_path / name, program)
+    assert (tmp_path / "program").read_bytes() == (tmp_path / "model").read_bytes()
+
+
+def test_a_model_that_cannot_be_captured_for_pt2_may_still_go_to_onnx(tmp_path, monkeypatch):
+    def refuse(model, batch):
+        raise RuntimeError("no such graph\nand much advice")
+
+    monkeypatch.setattr("autocompress.export.capture", refuse)
+    result = export(mlp(), IMAGE[..., :4, :4], tmp_path, PROVENANCE)
+    assert list(offered(result)) == ["onnx", "safetensors"]
+    assert result.refused == {"pt2": "RuntimeError: no such graph"}
+
+
 def test_a_file_that_answers_otherwise_is_refused(tmp_path, monkeypatch):
-    def write_another(model, batch, path):
+    def write_another(model, batch, path, program):
         model = copy.deepcopy(model)
         model[3].weight.data *= 1.001
         write_onnx(model, batch, path)

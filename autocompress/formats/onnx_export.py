@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 HALVES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
@@ -20,7 +21,24 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.dtype in (*HALVES, torch.int8)), torch.float32)
 
 
-def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
+def capture(model: nn.Module, batch: Tensor) -> ExportedProgram:
+    """A model's graph of operators, for batches of any size.
+
+    Args:
+        model: In eval mode.
+        batch: An input of at least two samples, so that the batch size is not taken for a constant.
+
+    Raises:
+        Exception: Whatever `torch.export` raises for a model that it does not take.
+    """
+    return torch.export.export(model, (batch,), dynamic_shapes=_any_batch())
+
+
+def _any_batch() -> tuple[dict[int, Any], ...]:
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
+def write_onnx(model: nn.Module, batch: Tensor, path: Path, program: ExportedProgram | None = None) -> None:
     """Writes a model as ONNX: input ``input``, output ``logits``, any batch size.
 
     ONNX Runtime's CPU provider has no 16-bit convolution. So a 16-bit model is written as its float32 copy,
@@ -33,6 +51,7 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
         model: In eval mode on the CPU; it is not changed. Its float32 copy must compute in float32.
         batch: An input of at least two samples, so that the batch size is not taken for a constant.
         path: The file to write.
+        program: What `capture` gives for the model, where that is known; it takes a fifth of the time.
 
     Raises:
         Exception: Whatever the exporter raises for a model that it cannot convert.
@@ -44,12 +63,12 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path) -> None:
 
     dtype = weight_dtype(model)
     converted = torch.onnx.export(
-        copy.deepcopy(model).float() if dtype in HALVES else model,
+        copy.deepcopy(model).float() if dtype in HALVES else program or model,
         (batch,),
         dynamo=True,
         verbose=False,
         optimize=False,
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        dynamic_shapes=_any_batch(),
         input_names=["input"],
         output_names=["logits"],
     )

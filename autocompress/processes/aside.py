@@ -6,6 +6,7 @@ takes them from a core that trials leave idle.
 """
 
 import functools
+import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -104,6 +105,15 @@ class Aside:
             process, self._process, self._may_start = self._process, None, False
         if process is not None:
             process.shutdown()
+
+
+def keep_loaded() -> None:
+    """Has the garbage collector leave alone what is in memory: libraries, whose million objects it would look at.
+
+    One look takes half a second, and it comes in the middle of whatever is waited for.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _quietly(function: Callable[..., T], args: Any, kwargs: Any) -> T:

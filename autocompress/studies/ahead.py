@@ -11,7 +11,7 @@ from autocompress.disk.storage import StudyFolder
 from autocompress.export import Staged, export_dense, have_checker, stage
 from autocompress.formats.bundle import Provenance
 from autocompress.formats.instructions import FILES
-from autocompress.processes.aside import Aside, Begun
+from autocompress.processes.aside import Aside, Begun, keep_loaded
 from autocompress.report import write_report
 from autocompress.scheme import describe, parts_of
 from autocompress.studies.records import Answer
@@ -57,6 +57,7 @@ class Ahead:
                 self.aside.begin(have_checker, self._dense, self._example)  # for what is staged next
         if self._rehearsed is None and (candidates or self._is_idle):
             self._rehearsed = self.aside.begin(write_report, self._study, ours=True, into=self._dense)
+            self.aside.begin(keep_loaded)  # all that the end needs is now imported
 
     @functools.cached_property
     def _example(self) -> Tensor:
