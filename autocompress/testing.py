@@ -56,6 +56,8 @@ from autocompress.conformance.testing_tools import (
     refused,
     relative_error,
     run,
+    telling,
+    telling_error,
     theta_digest,
     written_and_read,
 )
@@ -79,6 +81,8 @@ __all__ = [
     "refused",
     "residual",
     "run",
+    "telling",
+    "telling_error",
     "tied",
 ]
 

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from autocompress.scheme import Theta
 from autocompress.schemes import StructPrune
-from autocompress.testing import masked_model
+from autocompress.testing import masked_model, telling, telling_error
 
 CLASSES = 10
 # Any width will do, so what is asked is met to a channel; all layers thin alike, so that signals come through.
@@ -127,34 +126,6 @@ def alive(model: nn.Module, x: Tensor) -> nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
-def telling(model: nn.Module, x: Tensor) -> nn.Module:
-    """Scales every layer, in place, so that images differ in what it puts out; in eval mode.
-
-    After Mishkin & Matas, "All you need is a good init" (2016). Random weights, the more so where most are zero,
-    put out next to the same whatever the image, and a network that lost the wrong channels then answers as the
-    right one does.
-    """
-
-    def scale(layer: Any, _: object, output: Tensor) -> Tensor:
-        spread = float((output - output.mean(0)).std())
-        factor = 1 / spread if spread else 1.0
-        layer.weight.mul_(factor)
-        if layer.bias is not None:
-            layer.bias.mul_(factor)
-        return output * factor
-
-    weighing = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    hooks = [module.register_forward_hook(scale) for module in weighing]
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0
-    model.train()(x)
-    for hook in hooks:
-        hook.remove()
-    return model.eval()
-
-
 def tensors(outputs: object) -> list[Tensor]:
     return [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
 
@@ -185,9 +156,7 @@ def prune(model: nn.Module, x: Tensor, facts: object, density: float) -> Pruned:
     assert outputs.shape == expected.shape == (len(x), CLASSES)
     kept = sum(p.numel() for p in realized.parameters())
     assert kept == theta.kept
-    differ = float((expected - expected.mean(0)).abs().max())
-    assert differ > 3e-4 * float(expected.abs().max())  # of which float32 has a thousandth
-    error = float((outputs - expected).abs().max()) / differ
+    error = telling_error(outputs, expected)
     return Pruned(density, kept / sum(w.numel() for w in weights.values()), error, realized, theta)
 
 
@@ -249,7 +218,7 @@ def test_the_comparison_tells_that_one_channel_is_another(name: str) -> None:
         for layer in [m for m in realized.modules() if isinstance(m, nn.Conv2d)]:
             before = layer.weight.clone()
             layer.weight[:2] = before[[1, 0]]
-            assert float((realized(x) - right).abs().max() / (right - right.mean(0)).abs().max()) > 3 * TOLERANCE
+            assert telling_error(realized(x), right) > 3 * TOLERANCE
             layer.weight.copy_(before)
 
 

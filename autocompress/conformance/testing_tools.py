@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,51 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value that is expected."""
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def telling(model: nn.Module, x: Tensor, *, centred: bool = False) -> nn.Module:
+    """Scales every layer, in place, so that samples differ in what it puts out; in eval mode.
+
+    After Mishkin & Matas, "All you need is a good init" (2016), and Krähenbühl et al., "Data-dependent
+    Initializations of CNNs" (2016). Random weights, the more so where most are zero, put out next to the same
+    whatever the sample, and a network that lost the wrong channels then answers as the right one does.
+
+    Args:
+        model: Its weights may be zero in places, and stay so.
+        x: A batch of two samples or more.
+        centred: Whether each channel's mean goes into its bias, if there is one: of a few channels none is then on
+            the dead side of its activation. In deep networks it adds to rounding.
+    """
+
+    def scale(layer: Any, _: object, output: Tensor) -> Tensor:
+        spread = float((output - output.mean(0)).std())
+        factor = 1 / spread if spread else 1.0
+        channels = -1 if isinstance(layer, nn.Linear) else 1
+        last = output.movedim(channels, -1)
+        shifts = centred and layer.bias is not None
+        mean = last.flatten(0, -2).mean(0) if shifts else 0.0  # 0 where a channel is zero, whose bias stays so
+        layer.weight.mul_(factor)
+        if layer.bias is not None:
+            layer.bias.sub_(mean).mul_(factor)
+        return ((last - mean) * factor).movedim(-1, channels)
+
+    weighing = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    hooks = [module.register_forward_hook(scale) for module in weighing]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    model.train()(x)
+    for hook in hooks:
+        hook.remove()
+    return model.eval()
+
+
+def telling_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest by which what is expected differs from sample to sample."""
+    differ = float((expected - expected.mean(0)).abs().max())
+    assert differ > 3e-4 * float(expected.abs().max())  # of which float32 has a thousandth
+    return float((actual - expected).abs().max()) / differ
 
 
 @dataclass(frozen=True)
