@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autocompress.data import digits
-    from autocompress.formats.bundle import load
     from autocompress.gauges.latency import Latency
     from autocompress.goal import Objective, objective
     from autocompress.lc import LearningCompression
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from autocompress.own_task import make_task
     from autocompress.scheme import Compose, Scheme, Theta, parse_scheme, register_scheme
     from autocompress.splits import TensorSplit
+    from autocompress.studies.answer import load
     from autocompress.studies.result import Result
     from autocompress.studies.watcher import Watcher
     from autocompress.sweeping import sweep
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
 _HOMES = {
-    "formats.bundle": ("load",),
+    "studies.answer": ("load",),
     "networks.cka": ("layer_similarity", "linear_cka"),
     "data": ("digits",),
     "lc": ("LearningCompression",),

@@ -58,7 +58,7 @@ ENGINE = (
     ("selection", "samplers", "aside"),
     ("search", "tracking", "ui"),
     ("settings", "sweep_settings", "result", "record", "sweep_result", "mend"),
-    ("watcher",),
+    ("watcher", "answer"),
     ("figures", "words", "analysis", "prospect", "workplace"),
     ("report", "doctor", "show"),
     ("records",),

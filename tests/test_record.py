@@ -1,11 +1,12 @@
 import os
+from pathlib import Path
 
 import filelock
 import optuna
 import pytest
 
 from autocompress.disk.optuna_store import open_study
-from autocompress.disk.record import find_study, read_record, study_folders
+from autocompress.disk.record import answer_folder, find_study, read_record, study_folders
 
 
 def test_a_finished_study(recorded, tmp_path):
@@ -61,3 +62,22 @@ def test_a_study_is_found_by_name_beginning_or_last(recorded, tmp_path):
         find_study(tmp_path, "../chest")
     with pytest.raises(ValueError, match="there are no studies in"):
         find_study(tmp_path / "cache", "last")
+
+
+def test_the_folder_of_an_answer_or_why_there_is_none(recorded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = recorded.write_study(tmp_path / "autocompress-runs", "a")
+    again = "'a' has no answer to load: it did not come to its end; autocompress tune --resume a goes on with it$"
+    for given in (study, study / "best", Path("autocompress-runs/a/best")):
+        with pytest.raises(ValueError, match=again):
+            answer_folder(given)
+    with filelock.FileLock(study / "lock"), pytest.raises(ValueError, match=r"'a' .*: it is still running$"):
+        answer_folder(study)
+    missed = recorded.write_study(tmp_path, "b", result=recorded.found(recorded.three_trials(), None))
+    with pytest.raises(
+        ValueError, match=r"'b' .*: its verdict is 'not met' .*; autocompress show b --out \. says"
+    ):
+        answer_folder(missed / "best")
+    (study / "best").mkdir()
+    assert answer_folder(study) == answer_folder(study / "best") == study / "best"
+    assert answer_folder(Path("elsewhere/best")) == Path("elsewhere/best")

@@ -178,6 +178,9 @@ def test_a_search_on_tensors_from_the_question_to_the_result(task, out):
     again = ac.load(result.folder / "best", network())
     with torch.inference_mode():
         torch.testing.assert_close(again(x), result.model(x))
+    again = ac.load(result.folder, network())
+    with torch.inference_mode():
+        torch.testing.assert_close(again(x), result.model(x))
     with pytest.raises(ValueError, match="pass model="):
         ac.load(result.folder / "best")
 
@@ -273,6 +276,8 @@ def test_nothing_within_the_bound_gives_the_dense_model_back(strict, out):
     state = strict.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in result.model.state_dict().items())
     assert not (result.folder / "best").exists()
+    with pytest.raises(ValueError, match="'none' has no answer to load: its verdict is 'not met'"):
+        ac.load(result.folder / "best", network())
     assert watcher.best == [None]
     (row,) = result.trials.to_dict("records")
     assert f"the nearest, of density {row['density']:.3g}, loses {row['drop_pp']:.2f} pp." in result.sentence

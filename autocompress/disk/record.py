@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import filelock
 
-from autocompress.disk.files import LOCK, NAME, read_json
+from autocompress.disk.files import LOCK, NAME, called, read_json
 
 State = Literal["finished", "interrupted", "running", "unfinished", "damaged"]
 
@@ -208,3 +208,32 @@ def find_study(home: Path, run: str) -> Path:
     if matching:
         raise ValueError(f"{run!r} is the beginning of {', '.join(matching)}; write more of the name")
     raise ValueError(f"there is no study {run!r} in {home} (there: {', '.join(names)})")
+
+
+def answer_folder(directory: Path) -> Path:
+    """The folder of a study's answer.
+
+    Args:
+        directory: The study's folder, or ``best`` in it. Any other is given back.
+
+    Raises:
+        ValueError: If the study has no answer; the message says why, and what to do.
+    """
+    place = directory.absolute()
+    study = place.parent if place.name == "best" else place
+    if not (study / "study.json").is_file():
+        return directory
+    if (study / "best").is_dir():
+        return study / "best"
+    record = read_record(study, journal=False)
+    name, kind, found = record.name, record.kind, record.found
+    if kind == "sweep":
+        why = "it compares and exports nothing; tune what it found best"
+    elif found is not None:
+        shown = f"autocompress show {called(study)} says what came nearest and what may help"
+        why = f"its verdict is {found.get('verdict')!r} and nothing was exported; {shown}"
+    elif record.state == "running":
+        why = "it is still running"
+    else:
+        why = f"it did not come to its end; autocompress tune --resume {called(study)} goes on with it"
+    raise ValueError(f"the {kind} {name!r} has no answer to load: {why}")

@@ -73,7 +73,7 @@ def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
 
 
 def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled":
-    from autocompress.disk.record import find_study
+    from autocompress.disk.record import answer_folder, find_study
     from autocompress.gauges.profile import check_input, of_model, of_study
     from autocompress.scheme import parse_scheme
 
@@ -81,7 +81,8 @@ def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled"
     if model is None or run is not None:
         if options["scheme"]:
             raise click.UsageError("--scheme compresses --model; leave RUN out and give --model")
-        return of_study(checked("RUN", find_study, out, run or "last") / "best", model)
+        study = checked("RUN", find_study, out, run or "last")
+        return of_study(checked("RUN", answer_folder, study), model)
     import torch
 
     scheme = checked("--scheme", parse_scheme, options["scheme"]) if options["scheme"] else None

@@ -1,0 +1,29 @@
+"""The answer of a study as a module again."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from autocompress.arguments import instance, path, takes
+from autocompress.disk.record import answer_folder
+from autocompress.formats import bundle
+
+
+@takes(directory=path, model=instance("a torch.nn.Module", nn.Module), example_input=instance("a tensor", Tensor))
+def load(directory: str | Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:
+    """The compressed module again, as it was trained: to fine-tune it, or to measure it.
+
+    Args:
+        directory: A study's folder, ``best/`` in it, or a copy of that from elsewhere.
+        model: Any instance of the dense architecture; its weights do not matter and it is not changed. Not
+            needed for tasks that autocompress brings.
+        example_input: A batch of one sample; zeros of the stored shape by default.
+
+    Returns:
+        The realized model with the stored weights, in eval mode on the CPU.
+
+    Raises:
+        ValueError: If the study has no answer, a file is missing, damaged or of another version, or ``model`` is
+            of another architecture.
+    """
+    return bundle.load(answer_folder(Path(directory)), model, example_input)
