@@ -8,7 +8,7 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -83,8 +83,8 @@ def done(density: float, drop: float, drop_se: float = 0.0, **attrs: object) -> 
     )
 
 
-def new_study(sampler: optuna.samplers.BaseSampler, storage: object = None) -> optuna.Study:
-    study = optuna.create_study(sampler=sampler, storage=storage)  # type: ignore[arg-type]  # any storage
+def new_study(sampler: optuna.samplers.BaseSampler, storage: BaseStorage | None = None) -> optuna.Study:
+    study = optuna.create_study(sampler=sampler, storage=storage)
     study.add_trial(dense())
     return study
 
@@ -397,10 +397,14 @@ def test_the_same_seed_and_trials_propose_the_same_density() -> None:
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_a_resumed_study_goes_on_as_if_it_had_not_stopped(kind: str, tmp_path: Path) -> None:
-    def storage() -> object:
+def test_a_resumed_study_goes_on_as_if_it_had_not_stopped(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    def storage() -> BaseStorage:
         if kind == "sqlite":
-            return f"sqlite:///{tmp_path}/study.db"
+            database = RDBStorage(f"sqlite:///{tmp_path}/study.db")
+            request.addfinalizer(database.engine.dispose)
+            return database
         return JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
 
     simulation, through = Simulation("exponential", 1), new_study(ThresholdSampler(LOW, BOUND))
@@ -409,7 +413,7 @@ def test_a_resumed_study_goes_on_as_if_it_had_not_stopped(kind: str, tmp_path: P
         if i == 2:
             study = optuna.load_study(
                 study_name=study.study_name,
-                storage=storage(),  # type: ignore[arg-type]  # either form of storage
+                storage=storage(),
                 sampler=ThresholdSampler(LOW, BOUND),
             )
         for s in (study, through):

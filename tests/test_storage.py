@@ -269,7 +269,7 @@ def test_a_home_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     for below in ("x" * 300, "new/" + "x" * 300, f"new/{'x' * 300}/runs", "new/" + "é" * 130):
         with pytest.raises(ValueError, match=r"cannot write to '.*': File name too long; choose another folder$"):
             prepare_out(tmp_path / below)
-    with pytest.raises(ValueError, match=r"cannot write to '.*': embedded null byte; choose another folder$"):
+    with pytest.raises(ValueError, match=r"cannot write to '.*': .*embedded null .*; choose another folder$"):
         prepare_out(tmp_path / "new" / "a\0b")
 
 
