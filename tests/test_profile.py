@@ -53,6 +53,35 @@ def test_a_studys_answer_beside_its_dense_model(tmp_path: Path) -> None:
     assert found["compressed"].macs < found["dense"].macs
 
 
+def test_a_study_of_a_model_of_ones_own_is_profiled_beside_it(recorded, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(width=4, classes=7):\n"
+        "    layers = nn.Conv2d(1, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, classes)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    mine = f"{tmp_path}/mine.py:net"
+    dense, scheme, x = own_network(6), parse_scheme("StructPrune(criterion=l2, align=1)"), torch.zeros(1, 1, 8, 8)
+    facts = scheme.analyze(dense, x)
+    theta = scheme.pi({name: p.detach() for name, p in dense.named_parameters()}, 0.6, facts)
+    settings = recorded.asked(task_options={"model": mine, "model_args": ["width=6"]})
+    study = recorded.write_study(tmp_path, settings=settings)
+    (study / "best").mkdir()
+    where = Provenance("StructPrune(align=1)", theta.plan, theta.kept / count_params(dense), "t", classes="abc")
+    bundle.save(scheme.realize(dense, theta, facts), x, study / "best", where)
+    alone = run("demo", "--out", str(tmp_path), *QUICK)
+    assert alone.exit_code == 2
+    assert f"give its dense form: --model {mine} --model-args width=6" in " ".join(alone.output.split())
+    beside = run("demo", "--out", str(tmp_path), "--model", mine, "--model-args", "width=6", *QUICK, "--json")
+    assert beside.exit_code == 0, beside.output
+    found = json.loads(beside.stdout)
+    assert [one["params"] for one in found.values()] == [count_params(dense), theta.kept]
+
+
+def own_network(width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, 3)).eval()
+
+
 def test_the_command_prints_a_table_or_json() -> None:
     alone = run(*DIGITS, *QUICK, "--json")
     assert alone.exit_code == 0, alone.output

@@ -1,6 +1,7 @@
 """``autocompress profile``: what a model costs here."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,34 +74,51 @@ def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
 
 
 def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled":
-    from autocompress.disk.record import answer_folder, find_study
-    from autocompress.gauges.profile import check_input, of_model, of_study
+    from autocompress.gauges.profile import check_input, of_model
     from autocompress.scheme import parse_scheme
 
-    model = _model(options) if options["model"] else None
-    if model is None or run is not None:
+    if options["model"] is None or run is not None:
         if options["scheme"]:
             raise click.UsageError("--scheme compresses --model; leave RUN out and give --model")
-        study = checked("RUN", find_study, out, run or "last")
-        return of_study(checked("RUN", answer_folder, study), model)
+        return _of_study(run or "last", out, options)
     import torch
 
+    model = _model(options, options["classes"], options["shape"][0])
     scheme = checked("--scheme", parse_scheme, options["scheme"]) if options["scheme"] else None
     sample = checked("--input", check_input, model, torch.zeros(1, *options["shape"]))
     return of_model(model, sample, scheme, options["density"])
 
 
-def _model(options: dict[str, Any]) -> "nn.Module":
+def _of_study(run: str, out: Path, options: dict[str, Any]) -> "Profiled":
+    """A study's answer, beside --model where autocompress cannot make its dense form itself."""
+    from autocompress.disk.files import read_json
+    from autocompress.disk.record import answer_folder, find_study
+    from autocompress.formats.bundle import read_plan
+    from autocompress.gauges.profile import of_study
+
+    study = checked("RUN", find_study, out, run)
+    best = checked("RUN", answer_folder, study)
+    plan = checked("RUN", read_plan, best)
+    if options["model"] is not None:
+        channels = plan["input"].get("shape", [0, options["shape"][0]])[1]
+        return of_study(best, _model(options, len(plan.get("classes", ())) or options["classes"], channels))
+    if plan["architecture"] is None:
+        asked = read_json(study / "study.json").get("task_options") or {}  # a file it names is not run unasked
+        written = [asked.get("model") or "file.py:factory"]
+        written += [word for one in asked.get("model_args", ()) for word in ("--model-args", one)]
+        given = shlex.join(["--model", *written])
+        raise click.UsageError(f"{study.name!r} is of a model of your own; give its dense form: {given}")
+    return of_study(best)
+
+
+def _model(options: dict[str, Any], classes: int, channels: int) -> "nn.Module":
     from autocompress.networks.own_model import make_model, parse_arguments
 
+    arguments = checked("--model-args", parse_arguments, options["model_args"])
     made = checked(
         "--model",
         lambda: make_model(
-            options["model"],
-            arguments=parse_arguments(options["model_args"]),
-            weights="none",
-            classes=options["classes"],
-            data_channels=options["shape"][0],
+            options["model"], arguments=arguments, weights="none", classes=classes, data_channels=channels
         ),
     )
     return made.model
