@@ -131,7 +131,7 @@ class _Parts:
 
 
 def _is_factory(data: str | None) -> bool:
-    return bool(data and ":" in data and data.rpartition(":")[0].endswith(".py"))
+    return bool(data and (data.endswith(".py") or data.rpartition(":")[0].endswith(".py")))
 
 
 def _of_images(options: TaskOptions, progress: Progress) -> _Parts:

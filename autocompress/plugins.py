@@ -109,7 +109,8 @@ def load_from_file(spec: str) -> Any:
     """
     file, _, name = spec.rpartition(":")
     if not file or not name:
-        raise ValueError(f"{spec!r} does not say which name of which file; write path/to/file.py:name")
+        written = f"{spec.rstrip(':')}:name" if spec.rstrip(":").endswith(".py") else "path/to/file.py:name"
+        raise ValueError(f"{spec!r} does not say which name of which file; write {written}")
     path = Path(file)
     if not path.is_file():
         hint = "" if path.suffix == ".py" else f"; name one, as path/to/file.py:{name}"

@@ -48,7 +48,7 @@ class TensorSplit:
         if len(self.x) != len(self.y):
             raise ValueError(f"x holds {len(self.x)} samples and y {len(self.y)}; they must be as many")
         if len(self.x) == 0:
-            raise ValueError("a split holds no samples; each of train, val and test needs some")
+            raise ValueError("there are no samples; train, val and test need some each")
 
     @property
     def n_samples(self) -> int:
@@ -158,7 +158,10 @@ def as_split(data: Data, name: str) -> Split:
                 raise ValueError(
                     f"{name}= has an array of type {array.dtype}; inputs and targets are numbers, classes from 0"
                 )
-        return TensorSplit(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
+        try:
+            return TensorSplit(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
+        except ValueError as error:
+            raise ValueError(f"{name}=: {error}") from None
     if isinstance(data, DataLoader):
         if not hasattr(data.dataset, "__len__"):
             raise ValueError(

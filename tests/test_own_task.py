@@ -243,6 +243,8 @@ def test_timm_that_is_not_installed(npz: str, monkeypatch: pytest.MonkeyPatch) -
     [
         ({"model": "resnet81"}, "unknown model 'resnet81'; did you mean"),
         ({"model": "MINE:absent"}, "has no 'absent'"),
+        ({"model": "MINE"}, r"does not say which name of which file; write .*mine\.py:name$"),
+        ({"data": "MINE"}, r"does not say which name of which file; write .*mine\.py:name$"),
         ({"model": "MINE:fails"}, "raised RuntimeError: no weights"),
         ({"model": "MINE:text"}, "gives a str; it must give a torch.nn.Module"),
         ({"model": "MINE:x"}, "is a Tensor, not a function"),

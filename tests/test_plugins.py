@@ -265,8 +265,8 @@ class TestLoadFromFile:
         [
             ("none.py:name", "there is no file 'none.py'"),
             ("package.module:name", "there is no file 'package.module'; name one, as path/to/file.py:name"),
-            ("none.py", "write path/to/file.py:name"),
-            ("none.py:", "write path/to/file.py:name"),
+            ("none.py", "write none.py:name"),
+            ("none.py:", "write none.py:name"),
             (":name", "write path/to/file.py:name"),
         ],
     )

@@ -147,6 +147,9 @@ def test_a_search_on_tensors_from_the_question_to_the_result(task, out):
     dense = sum(p.numel() for p in task.model.parameters())
     assert result.density == kept / dense < 0.6
     assert not result.model.training
+    folder = (out / "tensors").resolve()
+    said = f"<Result 'tensors': certified, density {result.density:.4g}, 2 trials, in {folder}>"
+    assert repr(result) == said  # not the thousands of numbers that it holds
     x, y = task.test.x, task.test.y
     with torch.inference_mode():
         score = float((result.model(x).argmax(1) == y).float().mean())

@@ -106,8 +106,8 @@ def test_what_fits_is_kept_on_the_gpu_and_served_in_the_same_order() -> None:
     [
         ([1, 2], r"val= must be a DataLoader, or a pair \(x, y\) of tensors or numpy arrays, not a list"),
         (None, "val= must be .*not a NoneType"),
-        ((torch.zeros(3, 2), torch.zeros(4)), "x holds 3 samples and y 4"),
-        ((torch.zeros(0, 2), torch.zeros(0)), "holds no samples"),
+        ((torch.zeros(3, 2), torch.zeros(4)), "^val=: x holds 3 samples and y 4"),
+        ((torch.zeros(0, 2), torch.zeros(0)), "^val=: there are no samples; train, val and test need some each"),
     ],
 )
 def test_other_forms_are_refused(form: object, message: str) -> None:

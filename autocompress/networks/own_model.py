@@ -66,7 +66,7 @@ def make_model(
     """
     torch.manual_seed(seed)
     notes: list[str] = []
-    if ":" in spec:
+    if ":" in spec or spec.endswith(".py"):
         model, wanted, architecture = _from_factory(spec, arguments, classes, notes), channels, None
         state, source = (None, "") if weights in ("auto", "none") else (read_weights(Path(weights)), weights)
     else:
@@ -115,7 +115,7 @@ def load_factory(spec: str) -> Any:
         ValueError: If there is no such file, module or name.
     """
     where, _, name = spec.rpartition(":")
-    if where.endswith(".py") or "/" in where:
+    if where.endswith(".py") or "/" in where or spec.endswith(".py"):
         return load_from_file(spec)
     try:
         return getattr(import_from_here(where), name)

@@ -107,6 +107,11 @@ class Result:
     resumed_with: int = 0
     front: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        """In a line: the trials and the belief hold thousands of numbers."""
+        found = f"{self.verdict}, density {self.density:.4g}, {len(self.records)} trials"
+        return f"<Result {self.name!r}: {found}, in {self.folder}>"
+
     @property
     def met(self) -> bool:
         """Whether a compressed model meets the bound, as far as the data can tell."""
