@@ -201,3 +201,14 @@ def test_an_option_without_a_value_is_not_taken_for_one_that_was_left_out(tmp_pa
     assert f"'{option}'" in done.output
     if option != "--recovery":  # which says what there is
         assert "it is empty; give a value, or leave it out" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("command", ["tune", "sweep", "list", "profile", "doctor"])
+def test_an_out_without_a_value_is_not_the_current_folder(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, [command, "--out", ""])
+    assert done.exit_code == 2
+    assert "'--out'" in done.output and "it is empty; give a value, or leave it out" in " ".join(
+        done.output.split()
+    )
+    assert not list(tmp_path.iterdir())

@@ -123,6 +123,19 @@ class Shape(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, sizes))
 
 
+class Home(click.Path):
+    """The folder of all studies. An empty text, as of an unset variable of a shell, is not the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if value == "":
+            self.fail("it is empty; give a value, or leave it out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Run(click.ParamType[str]):
     """A study by its name, a beginning that only it has, its path, or ``last``; a shell completes the name."""
 
@@ -138,7 +151,7 @@ class Run(click.ParamType[str]):
 
 OUT = click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=Home(),
     default=DEFAULT_OUT,
     show_default=True,
     help="Folder for all studies; nothing is written outside it.",
