@@ -33,10 +33,10 @@ def test_the_garbage_collector_does_not_look_at_what_the_process_has_loaded() ->
     aside = Aside()
     aside.start()
     try:
-        assert aside.call(gc.get_freeze_count) == 0
+        before = aside.call(gc.get_freeze_count)  # some Pythons freeze a few of their own
         aside.call(keep_loaded)
-        assert aside.call(gc.get_freeze_count) > 100_000  # torch and what else a call needs
-        assert aside.is_there and gc.get_freeze_count() == 0
+        assert aside.call(gc.get_freeze_count) > before + 100_000  # torch and what else a call needs
+        assert aside.is_there and gc.get_freeze_count() <= before
     finally:
         aside.close()
 
