@@ -63,7 +63,8 @@ def _whole(given: Any) -> int:
 
 
 def _path(given: Any) -> Any:
-    os.fspath(given)
+    if not os.fspath(given):  # pathlib would take it for the current folder
+        raise TypeError
     return given
 
 

@@ -98,6 +98,7 @@ OTHERS = [
     (ac.tune, {"recovery": ac.LearningCompression}, "; give a name (auto, lc, "),
     (ac.tune, {"watcher": print}, "watcher=<built-in function print>; it must be a Watcher, or None"),
     (ac.tune, {"out": None}, "out=None; it must be a path"),
+    (ac.tune, {"out": ""}, "out=''; it must be a path"),
     (ac.tune, {"name": 5}, "name=5; it must be a text, or None"),
     (ac.tune, {"resume": 5}, "resume=5; it must be a text, or None"),
     (ac.tune, {"task": net()}, "task= is Linear(in_features=4, out_features=2, bias=True); it must be a Task"),

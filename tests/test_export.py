@@ -352,6 +352,14 @@ def test_error_is_relative_to_the_largest_logit(found, error):
     assert _error(answer, [np.array([[1.0, -4.0]])]) == error
 
 
+def test_a_reason_that_announces_another_says_that():
+    with pytest.raises(RuntimeError) as caught:
+        mlp().load_state_dict({})
+    assert reason(caught.value).endswith(
+        'for Sequential: Missing key(s) in state_dict: "1.weight", "1.bias", "3.weight", "3.bias".'
+    )
+
+
 def test_the_root_cause_is_the_reason(tmp_path):
     class Eigenvalues(nn.Module):
         def forward(self, x):
