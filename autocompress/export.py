@@ -216,12 +216,7 @@ def export_dense(model: nn.Module, example_input: Tensor, folder: Path) -> None:
     plain = copy.deepcopy(deployed(model, example_input)).cpu().to(memory_format=torch.contiguous_format).eval()
     traced = torch.zeros_like(_probes(example_input[:1].detach().cpu())[-1])
     folder.mkdir(parents=True, exist_ok=True)
-    program = capture(plain, traced)
-    writers: dict[str, Callable[[Path], None]] = {
-        "pt2": lambda path: _write_pt2(program, path),
-        "onnx": lambda path: write_onnx(plain, traced, path, program),
-    }
-    for name, write in writers.items():
+    for name, write in _writers(plain, traced, capture(plain, traced)).items():
         unfinished = folder / f".{FILES[name]}"
         write(unfinished)
         unfinished.replace(folder / FILES[name])
@@ -274,16 +269,12 @@ def _write_all(
     # A copy, as the caller's is stored beside it, in the layout that exporters know best.
     runs = copy.deepcopy(deployed(model, probes[0])).to(memory_format=torch.contiguous_format)
     answers: dict[str, Arrays | str] = {}
-    writers: dict[str, Callable[[Path], None]] = {}
-    program: ExportedProgram | None = None
     try:
         with quietly():
-            captured = program = capture(runs, traced)
+            program = capture(runs, traced)
     except Exception as error:  # whatever it raises for a model that it does not take
-        answers["pt2"] = reason(error)
-    else:
-        writers["pt2"] = lambda path: _write_pt2(captured, path)
-    writers["onnx"] = lambda path: write_onnx(runs, traced, path, program)
+        program, answers["pt2"] = None, reason(error)
+    writers = _writers(runs, traced, program)
     if "executorch" in formats:
         writers["executorch"] = lambda path: write_pte(runs, traced, path)
     # The last: it is loaded with autocompress, and the others must be known to run without.
@@ -307,6 +298,14 @@ def _write_all(
             answers["safetensors"], why_here = _rebuilt(elsewhere, folder, provenance, dense, inputs)
             not_fresh |= {"safetensors": why_here} if why_here else {}
     return answers, not_fresh
+
+
+def _writers(
+    model: nn.Module, batch: Tensor, program: ExportedProgram | None
+) -> dict[str, Callable[[Path], None]]:
+    """What writes the files that are always written, by format; without a program there is none for PyTorch's."""
+    onnx: dict[str, Callable[[Path], None]] = {"onnx": lambda path: write_onnx(model, batch, path, program)}
+    return onnx if program is None else {"pt2": lambda path: _write_pt2(program, path)} | onnx
 
 
 def _rebuilt(

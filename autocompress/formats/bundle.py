@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.arguments import instance, path, takes
 from autocompress.formats import weights
 from autocompress.formats.parity import Arrays, reason
 from autocompress.processes.parcel import pack
@@ -120,24 +119,11 @@ def _write_plan(plan: Mapping[str, Any], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-@takes(directory=path, model=instance("a torch.nn.Module", nn.Module), example_input=instance("a tensor", Tensor))
-def load(directory: str | Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:
-    """The compressed module again.
+def load(directory: Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:
+    """The compressed module from where `save`, or `autocompress.export.export`, wrote.
 
-    Args:
-        directory: Where `save`, or `autocompress.export.export`, wrote: a study's ``best/``.
-        model: Any instance of the dense architecture; its weights do not matter and it is not changed. Not
-            needed for tasks that autocompress brings.
-        example_input: A batch of one sample; zeros of the stored shape by default.
-
-    Returns:
-        The realized model with the stored weights, in eval mode on the CPU.
-
-    Raises:
-        ValueError: If a file is missing, damaged or of another version, or ``model`` is of another
-            architecture.
+    Otherwise as `autocompress.load`, which knows studies as well.
     """
-    directory = Path(directory)
     plan = read_plan(directory)
     if model is None:
         model = _known_architecture(plan["architecture"], directory)

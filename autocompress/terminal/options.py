@@ -25,6 +25,7 @@ OF_A_TRIAL = ("recovery", *OF_RECOVERY, "seed", "device")
 
 _NOT_KEPT = ("config", "save_config", "help")  # of the options, by their names in Python
 _OF_ONE_STUDY = ("name", "resume")  # not written by --save-config: the next study has another name
+EMPTY = "it is empty; give a value, or leave it out"
 
 
 class MaxDrop(click.ParamType[float]):
@@ -124,7 +125,10 @@ class Shape(click.ParamType[tuple[int, ...]]):
 
 
 class Home(click.Path):
-    """The folder of all studies. An empty text, as of an unset variable of a shell, is not the current folder."""
+    """The folder of all studies. An empty text, as of an unset variable of a shell, is not the current folder.
+
+    Looked at before it is a path, of which `_refuse_empty` cannot tell any more.
+    """
 
     def __init__(self) -> None:
         super().__init__(file_okay=False, path_type=Path)
@@ -132,7 +136,7 @@ class Home(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
         if value == "":
-            self.fail("it is empty; give a value, or leave it out", param, ctx)
+            self.fail(EMPTY, param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -207,7 +211,7 @@ def _refuse_empty(ctx: click.Context) -> None:
         value = ctx.params.get(param.name or "")
         given = value if isinstance(value, tuple) else (value,)
         if "" in given and param.default != "":
-            raise click.BadParameter("it is empty; give a value, or leave it out", param_hint=f"'{param.opts[0]}'")
+            raise click.BadParameter(EMPTY, param_hint=f"'{param.opts[0]}'")
 
 
 def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
