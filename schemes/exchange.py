@@ -56,7 +56,7 @@ def _computes_alike(model: nn.Module, layers: Mapping[str, Layer], x: Tensor) ->
         factors = (
             (weight, same.view(m, m, *ones))
             if m <= n
-            else (same.view(n, *weight.shape[1:]), weight.view(m, n, *ones))
+            else (same.view(n, *weight.shape[1:]), weight.reshape(m, n, *ones))
         )
         two = two_layers(copy.deepcopy(layer).eval(), *factors)
         if not name:

@@ -96,6 +96,17 @@ def test_the_nearest_matrix_of_its_rank(layer: nn.Module, density: float) -> Non
     torch.testing.assert_close(norms[0], norms[1])  # the factors share the scale
 
 
+def test_a_first_convolution_of_many_filters_in_channels_last() -> None:
+    """A kernel over few inputs, with more filters than entries each, laid out as a study has it: VGG's first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    model = model.eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8)
+    theta, masked, realized = compressed(model, x, 0.5)
+    assert "0" in theta.plan["ranks"]
+    assert error(run(realized, x), run(masked, x)) < 1e-5
+
+
 def of_spectrum(name: str, m: int, n: int) -> Tensor:
     """A matrix whose singular values fall in some way, in 64 bits."""
     torch.manual_seed(0)
