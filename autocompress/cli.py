@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autocompress.task_options import found_again, restore, take_options, task_options
+from autocompress.task_options import found_again, take_options, task_options
 from autocompress.terminal.commands import COMMANDS
 from autocompress.terminal.options import (
     OF_A_TRIAL,
@@ -25,6 +25,8 @@ from autocompress.terminal.options import (
     check_shared,
     checked,
     read_config,
+    resume_option,
+    take_resumed,
     write_config,
 )
 from autocompress.terminal.sweep_command import sweep
@@ -176,7 +178,7 @@ def cli() -> None:
 @task_options
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
-@click.option("--resume", metavar="NAME", help="Go on with a study; options not given are as they were.")
+@resume_option("study")
 @TRACKING_URI
 @click.option(
     "--export",
@@ -264,9 +266,9 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
     from autocompress.scheme import AUTO, parse_schemes
     from autocompress.searching.dimensions import parse_dimensions
 
-    options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_study(ctx, options)
+    options["out"] = checked("--out", prepare_out, options["out"])
     check_shared(ctx, options)
     if options["storage"]:
         checked("--storage", check_database, options["storage"])
@@ -282,16 +284,9 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
 
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the study that is resumed."""
-    from autocompress.disk.storage import study_settings
     from autocompress.notation import with_files
-    from autocompress.plugins import write_files_as
 
-    if options["name"]:
-        raise click.UsageError("--name and --resume cannot be given together; --resume names the study")
-    asked = checked("--resume", study_settings, options["out"], options["resume"])
-    asked["files"] = write_files_as(asked.get("files", {}))
-    given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
-    restore(options, given, asked)
+    asked, given = take_resumed(ctx, options, "study")
     recovery = asked["recovery"]
     asked |= {name: recovery.get(name) for name in OF_RECOVERY} | {"recovery": recovery["method"]}
     named = asked["objective"]
@@ -318,7 +313,7 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
     for name in (*same, *BUDGET):
         if name not in asked:  # an option that there was not when the study began
             continue
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+        if name not in given:
             options[name] = found.get(name, asked[name])
         elif name not in BUDGET and (said := _as_kept(name, options[name])) != asked[name]:
             before, now = (", ".join(one) if isinstance(one, tuple) else one for one in (asked[name], said))

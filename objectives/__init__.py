@@ -5,9 +5,21 @@ from .energy import energy
 from .latency import latency
 from .macs import macs
 from .memory import memory
+from .params import params
 from .product import product
 from .size import size
 from .throughput import throughput
 from .weighted_sum import weighted_sum
 
-__all__ = ["density", "energy", "latency", "macs", "memory", "product", "size", "throughput", "weighted_sum"]
+__all__ = [
+    "density",
+    "energy",
+    "latency",
+    "macs",
+    "memory",
+    "params",
+    "product",
+    "size",
+    "throughput",
+    "weighted_sum",
+]

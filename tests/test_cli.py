@@ -461,7 +461,7 @@ def test_a_study_survives_a_kill_and_an_interrupt(place, running, fork):
     survived = saved_trials(study)
     assert "0001" in survived
 
-    interrupted = running("--resume", "lasting", "--trials", 6, "--json")
+    interrupted = running("--resume", "last", "--trials", 6, "--json")
     first = interrupted.wait_for(FINISHED_TRIAL)
     assert first.startswith("trial  1 ")  # what was done is shown, and not done again
     for _ in survived:
@@ -489,8 +489,8 @@ def test_a_study_survives_a_kill_and_an_interrupt(place, running, fork):
     assert resumed.json["stopped"] != "interrupted"
     assert saved_trials(study).items() >= survived.items()
 
-    other = fork(place, "tune", "--resume", "lasting", "--scheme", "Prune")
-    assert other.status == USAGE
+    other = fork(place, "tune", "--resume", "lasti", "--scheme", "Prune")  # a beginning is enough
+    assert other.status == USAGE and "'lasting'" in other.error
     assert "'StructPrune'" in other.error and "'Prune'" in other.error
 
 
@@ -654,8 +654,8 @@ REFUSED = {
     "a file that raises": ("--objective raises.py:f", "'--objective'", "'raises.py:f'", "ZeroDivisionError"),
     "a name not in the file": ("--objective bad.py:zzz", "'--objective'", "'zzz'", "empty, text"),
     "out below a file": ("--out a_file/runs", "'--out'", "'a_file/runs'", "Not a directory"),
-    "nothing to resume": ("--resume nothing", "'--resume'", "'nothing'", "(there: "),
-    "a study outside": ("--resume ../cwd", "'--resume'", "'../cwd'"),
+    "nothing to resume": ("--resume nothing", "'--resume'", "there are no studies in "),
+    "a study outside": ("--resume ../cwd", "'--resume'", "there are no studies in "),
     "name and resume": ("--name a --resume b", "--name", "--resume"),
     "unknown device": ("--device tpu", "'--device'", "'tpu'", "cuda"),
     "training where there is none": ("--recovery none --lr 0.1", "'--recovery'", "lr=0.1", "trains nothing"),

@@ -31,6 +31,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("name", "value", "unit"),
     [
         ("density", 0.25, ""),
+        ("params", 100.0, "parameters"),
         ("size", 480, "bytes"),
         ("macs", 9000, "MACs"),
         ("latency", 2.0, "ms"),

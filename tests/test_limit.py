@@ -37,6 +37,7 @@ def limit(text: str) -> Limit:
         ("size<=1MB", 1e6, "size<=1MB"),
         ("size<=20.5kB", 20_500.0, "size<=20.5kB"),
         ("macs<=1M", 1e6, "macs<=1M"),
+        ("params<=100k", 1e5, "params<=100k"),
         ("memory<=2GiB", 2.0 * 2**30, "memory<=2GiB"),
         ("energy<=2J", 2000.0, "energy<=2J"),
         ("throughput>=10k", 1e4, "throughput>=10k"),

@@ -158,8 +158,8 @@ def in_unit(value: float, unit: str) -> str:
     """A value in its unit: bytes and counts in multiples of a thousand, scores to four decimals."""
     if unit == "bytes":
         return as_bytes(value)
-    if unit == "MACs":
-        return f"{as_count(value)} MACs"
+    if unit in ("MACs", "parameters"):
+        return f"{as_count(value)} {unit}"
     return f"{value:.4g} {unit}" if unit else f"{value:.4f}"
 
 

@@ -10,12 +10,13 @@ import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from autocompress.disk.files import DEFAULT_OUT, NAME
+from autocompress.task_options import restore
 
 T = TypeVar("T")
 
@@ -168,6 +169,16 @@ TRACKING_URI = click.option(
 )
 
 
+def resume_option(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option ``--resume`` of a command that makes studies or sweeps, see `take_resumed`."""
+    return click.option(
+        "--resume",
+        type=Run(),
+        metavar="NAME",
+        help=f"Go on with a {kind} (name, a beginning of it, path, or last); options not given are as they were.",
+    )
+
+
 def checked(option: str, check: Callable[..., T], *values: Any) -> T:
     """What ``check`` makes of an option's value; its ValueError becomes one that names the option."""
     try:
@@ -203,6 +214,38 @@ def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -
     options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
     options["device"] = checked("--device", usable_device, options["device"])
     options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
+
+
+def take_resumed(
+    ctx: click.Context, options: dict[str, Any], kind: Literal["study", "sweep"]
+) -> tuple[dict[str, Any], list[str]]:
+    """Finds the study or sweep that ``--resume`` names, and takes its task's options where none are given.
+
+    Args:
+        ctx: Of the command.
+        options: Of the command; changed in place: ``out`` and ``resume`` become the folder and the whole name.
+        kind: Which of the two the command resumes.
+
+    Returns:
+        The settings in its ``study.json``, whose ``files`` are those on this machine; the names of the options
+        that were given.
+
+    Raises:
+        click.UsageError: If there is none, if it is of the other kind, or if ``--name`` is given as well.
+    """
+    from autocompress.disk.record import find_study
+    from autocompress.disk.storage import study_settings
+    from autocompress.plugins import write_files_as
+
+    if options["name"]:
+        raise click.UsageError(f"--name and --resume cannot be given together; --resume names the {kind}")
+    folder = checked("--resume", find_study, options["out"], options["resume"])
+    options["out"], options["resume"] = folder.parent.resolve(), folder.name
+    settings = checked("--resume", study_settings, folder.parent, folder.name, kind)
+    settings["files"] = write_files_as(settings.get("files", {}))
+    given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+    restore(options, given, settings)
+    return settings, given
 
 
 def _refuse_empty(ctx: click.Context) -> None:

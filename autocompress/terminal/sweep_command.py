@@ -6,8 +6,17 @@ from typing import Any
 
 import click
 
-from autocompress.task_options import found_again, restore, take_options, without_constraint
-from autocompress.terminal.options import OF_RECOVERY, OUT, TRACKING_URI, Densities, check_shared, checked
+from autocompress.task_options import found_again, take_options, without_constraint
+from autocompress.terminal.options import (
+    OF_RECOVERY,
+    OUT,
+    TRACKING_URI,
+    Densities,
+    check_shared,
+    checked,
+    resume_option,
+    take_resumed,
+)
 
 INTERRUPTED = 130
 SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed, under their own names
@@ -41,7 +50,7 @@ SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed,
 @without_constraint
 @OUT
 @click.option("--name", help="The sweep's name.  [default: from task and time]")
-@click.option("--resume", metavar="NAME", help="Go on with a sweep; options not given are as they were.")
+@resume_option("sweep")
 @TRACKING_URI
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, progress on stderr.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
@@ -61,9 +70,9 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     from autocompress.sweeps.sweep_grid import distinct_schemes
     from autocompress.terminal.show import make_console, show_sweep
 
-    options["out"] = checked("--out", prepare_out, options["out"])
     if options["resume"]:
         _take_from_sweep(ctx, options)
+    options["out"] = checked("--out", prepare_out, options["out"])
     options["schemes"] = list(checked("--scheme", distinct_schemes, options["schemes"]).values())
     check_shared(ctx, options, score_steps=options.pop("score_steps") or None)
     asked = take_options(options)
@@ -84,16 +93,10 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
 
 def _take_from_sweep(ctx: click.Context, options: dict[str, Any]) -> None:
     """Fills in the options that were not given with those of the sweep that is resumed; others must agree."""
-    from autocompress.disk.storage import study_settings
     from autocompress.notation import with_files
-    from autocompress.plugins import write_files_as
 
-    if options["name"]:
-        raise click.UsageError("--name and --resume cannot be given together; --resume names the sweep")
-    asked = checked("--resume", partial(study_settings, kind="sweep"), options["out"], options["resume"])
-    files = asked["files"] = write_files_as(asked.get("files", {}))
-    given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
-    restore(options, given, asked)
+    asked, given = take_resumed(ctx, options, "sweep")
+    files = asked["files"]
     del options["constraints"]
     was = {name: asked[name] for name in SAME}
     was["schemes"] = tuple(with_files(one, files) for one in asked["schemes"])
