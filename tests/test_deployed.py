@@ -14,8 +14,10 @@ def lived_in(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
+            if module.weight is not None:
+                nn.init.uniform_(module.weight, 0.5, 2)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
     return model.eval()
 
 
@@ -42,6 +44,8 @@ FOLDED = {
     "grouped": (nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6)), IMAGE),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)), IMAGE),
     "linear": (nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), ROW),
+    "conv, not affine": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), IMAGE),
+    "linear, not affine": (nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5, affine=False)), ROW),
     "looks at the shape": (Written(lambda m, x: m.bn(y := m.conv(x)).view(y.shape[0], y.size(1), -1)), IMAGE),
     "looks at the type": (
         Written(lambda m, x: m.bn(m.conv(x.to(w.dtype) if (w := m.conv.weight).is_floating_point() else x))),

@@ -132,6 +132,9 @@ def _fold(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
         dtype = layer.weight.dtype
         layer, batchnorm = layer.float(), batchnorm.float()  # in 16 bits the product would be rounded on the way
         if isinstance(layer, nn.Linear):
+            for name, value in (("weight", 1.0), ("bias", 0.0)):
+                if getattr(batchnorm, name) is None:  # this function, unlike that for convolutions, needs both
+                    setattr(batchnorm, name, nn.Parameter(torch.full_like(batchnorm.running_mean, value)))
             fused: nn.Module = fuse_linear_bn_eval(layer, batchnorm)
         else:
             fused = fuse_conv_bn_eval(layer, batchnorm, transpose=isinstance(layer, TRANSPOSED))
