@@ -1,4 +1,4 @@
-"""The smallest version of a trained PyTorch network within an accuracy bound, proven on held-out data.
+"""Finds the smallest version of a trained PyTorch network within an accuracy bound, certified on held-out data.
 
 >>> import autocompress as ac
 >>> result = ac.tune(ac.digits(), scheme="StructPrune", max_drop=0.01)  # doctest: +SKIP
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from autocompress.task import Task
     from autocompress.tuning import tune
 
-# Each name by its module: torch, MLflow and Optuna are imported when something that needs them is used.
+# The public names by module. They are imported on first use, as importing torch, MLflow and Optuna takes seconds.
 _HOMES = {
     "studies.answer": ("load",),
     "networks.cka": ("layer_similarity", "linear_cka"),

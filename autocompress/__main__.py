@@ -1,4 +1,4 @@
-"""The process of the command line: ``autocompress``, or ``python -m autocompress``, which torchrun can start."""
+"""Entry point of the command line: ``autocompress``, or ``python -m autocompress``, which torchrun can start."""
 
 import atexit
 import contextlib
@@ -11,20 +11,17 @@ from autocompress.cli import main
 
 
 def run() -> NoReturn:
-    """Runs the command line, and ends the process as soon as that is done.
-
-    Python would first take apart, object by object, what the imported libraries hold: one to three seconds.
-    """
+    """Runs the command line and exits without the interpreter's tear-down of all modules, which takes 1 to 3 s."""
     status = 0
     try:
         main()
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    if threading.active_count() > 1:  # what others still do, Python waits for
+    except SystemExit as exit_:
+        status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    if threading.active_count() > 1:  # a normal exit waits for the other threads
         sys.exit(status)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read it has gone
+        with contextlib.suppress(OSError):  # the reader of a pipe has closed it
             stream.flush()
     os._exit(status)
 

@@ -1,7 +1,8 @@
-"""What callers from Python give: numbers, texts, one or several of a kind, each checked in one line.
+"""Checks the types of arguments that callers pass from Python, with one-line errors.
 
-`takes` checks the arguments of a function, `check_fields` those of a frozen dataclass. Both say what was given and
-what is allowed, and hand on plain types: NumPy's numbers become Python's, which JSON can hold.
+`takes` checks the arguments of a function, `check_fields` the fields of a frozen dataclass. The error says what
+was given and what is allowed. Values are converted to plain types: NumPy's numbers become Python's, which JSON can
+hold.
 """
 
 import functools
@@ -18,25 +19,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind:
-    """What an argument may be.
+    """A type of argument.
 
     Attributes:
-        what: It in words: ``"a whole number"``.
-        take: What is handed on for what was given; raises TypeError where that is something else.
+        what: The type in words, for the error: ``"a whole number"``.
+        take: Converts a given value to the value that the function receives; raises TypeError for any other type.
     """
 
     what: str
     take: Callable[[Any], Any]
 
     def such_as(self, example: str) -> "Kind":
-        """The same with an example in its words."""
+        """The same type, described with an example."""
         return replace(self, what=f"{self.what}, such as {example}")
 
-    def of(self, name: str, given: Any) -> Any:
-        """What is handed on.
+    def convert(self, name: str, given: Any) -> Any:
+        """The value that the function receives for the argument ``name``.
 
         Raises:
-            ValueError: If something else was given, under this name.
+            ValueError: If ``given`` is of another type.
         """
         try:
             return self.take(given)
@@ -56,10 +57,10 @@ def _number(given: Any) -> float:
 
 
 def _whole(given: Any) -> int:
-    taken = _number(given)
-    if taken != taken // 1:
+    value = _number(given)
+    if value != value // 1:
         raise TypeError
-    return int(taken)
+    return int(value)
 
 
 def _path(given: Any) -> Any:
@@ -75,7 +76,7 @@ def _function(given: Any) -> Any:
 
 
 def instance(what: str, *kinds: Any) -> Kind:
-    """An instance of one of some classes, which ``what`` says in words."""
+    """An instance of one of the classes ``kinds``; ``what`` describes them in words."""
 
     def take(given: Any) -> Any:
         if not isinstance(given, kinds):
@@ -86,17 +87,17 @@ def instance(what: str, *kinds: Any) -> Kind:
 
 
 def optional(kind: Kind) -> Kind:
-    """The same, or None."""
+    """The given type, or None."""
     return Kind(f"{kind.what}, or None", lambda given: None if given is None else kind.take(given))
 
 
 def several(kind: Kind) -> Kind:
-    """One of a kind, or any number of them: a tuple is handed on."""
+    """One value of a type or an iterable of them; the function receives a tuple."""
     return Kind(f"{kind.what}, or a list of such", lambda given: tuple(map(kind.take, listing(given))))
 
 
 def listing(given: Any) -> tuple[Any, ...]:
-    """One or several as a tuple; a text is one, not its letters, and so is a mapping. None is none."""
+    """One value or several, as a tuple: a string or a mapping counts as one value, None as no value."""
     if given is None:
         return ()
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
@@ -113,26 +114,29 @@ function = Kind("a function", _function)
 
 
 def takes(**kinds: Kind) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Has arguments of a function be of some kinds; None may be given where it is the default. A decorator.
+    """Decorates a function so that it checks and converts its arguments. None is allowed where it is the default.
+
+    Args:
+        kinds: The type of each argument, by its name.
 
     Raises:
-        ValueError: From the function, if one is not.
+        ValueError: From the decorated function, if an argument is of another type.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-        assert kinds.keys() <= defaults.keys(), "each kind is of an argument"
-        meant = {name: optional(kind) if defaults[name] is None else kind for name, kind in kinds.items()}
+        assert kinds.keys() <= defaults.keys(), "each type belongs to an argument"
+        allowed = {name: optional(kind) if defaults[name] is None else kind for name, kind in kinds.items()}
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError:
-                return function(*args, **kwargs)  # which Python refuses, with the function's name
-            for name in meant.keys() & bound.arguments.keys():
-                bound.arguments[name] = meant[name].of(name, bound.arguments[name])
+                return function(*args, **kwargs)  # raises Python's own TypeError, which names the function
+            for name in allowed.keys() & bound.arguments.keys():
+                bound.arguments[name] = allowed[name].convert(name, bound.arguments[name])
             return function(*bound.args, **bound.kwargs)
 
         return checked
@@ -141,10 +145,14 @@ def takes(**kinds: Kind) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def check_fields(config: Any, **kinds: Kind) -> None:
-    """Has fields of a frozen dataclass be of some kinds: to be called first in its ``__post_init__``.
+    """Checks and converts fields of a frozen dataclass; call it first in ``__post_init__``.
+
+    Args:
+        config: The dataclass instance.
+        kinds: The type of each field to check, by its name.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If a field is of another type.
     """
     for name, kind in kinds.items():
-        object.__setattr__(config, name, kind.of(name, getattr(config, name)))
+        object.__setattr__(config, name, kind.convert(name, getattr(config, name)))

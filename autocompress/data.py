@@ -1,4 +1,4 @@
-"""Data: the data sets that autocompress knows by name, as tasks."""
+"""The default task: scikit-learn's digits with a small residual network."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +18,12 @@ from autocompress.task import Task, as_task
 def digits(cache: Path | str | None = None, seed: int = 0) -> Task:
     """The default task: 1,797 scanned digits of 8x8 pixels and a small residual network.
 
-    The images are the UCI "Optical Recognition of Handwritten Digits" that scikit-learn carries, scaled to
+    The images are the UCI "Optical Recognition of Handwritten Digits" that come with scikit-learn, scaled to
     0…1 and split 50/25/25 into train, val and test, stratified by digit. The network is trained on first use,
     which takes seconds.
 
     Args:
-        cache: Folder to keep the trained network in; without one it is trained at every call.
+        cache: Folder in which the trained network is stored; without one it is trained at every call.
         seed: Seeds the split and the training.
     """
     images, labels = load_digits(return_X_y=True)
@@ -39,15 +39,15 @@ def digits(cache: Path | str | None = None, seed: int = 0) -> Task:
 
 
 def checked_task(given: Task | Callable[[], Task] | None, out: Path, progress: Callable[[str], None]) -> Task:
-    """The task that was given, or that a function makes, or by default the digits; looked at by `Task.check`.
+    """The given task, the one that a given function returns, or by default the digits; checked by `Task.check`.
 
     Args:
         given: See `autocompress.task.as_task`.
-        out: The folder for all studies, in whose cache the digits' network is kept.
-        progress: Is told if that is trained.
+        out: The folder of all studies, whose cache holds the digits' network.
+        progress: Called with a line of text before the digits' network is trained or loaded.
 
     Raises:
-        ValueError: If it is no task, or something in it does not fit.
+        ValueError: If ``given`` is no task, or `Task.check` refuses it.
     """
     if given is None:
         progress("training the dense model, or taking it from the cache")

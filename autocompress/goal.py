@@ -1,4 +1,4 @@
-"""Objective: what the search makes as small (or large) as it can within the accuracy bound."""
+"""Objective: the number that the search minimizes or maximizes within the accuracy bound."""
 
 import ast
 import contextlib
@@ -14,7 +14,7 @@ from autocompress.plugins import Registry, is_in_file, load_from_file, whole_spe
 
 Direction = Literal["minimize", "maximize"]
 Function: TypeAlias = Callable[[Measurement], float | None] | Callable[[Measurement, Measurement], float | None]
-# What it takes to measure what a machine did not: by the beginning of a field's name.
+# How to get measurements that are absent, by the first part of the field's name.
 REMEDIES = {
     "energy": "NVIDIA GPUs count energy, and processors whose RAPL counters in /sys/class/powercap you may read",
     "gpu": "they are an NVIDIA GPU's, so use --device cuda on a machine that has one",
@@ -31,12 +31,13 @@ class Objective:
 
     Attributes:
         name: As it appears in tables and logs.
-        function: Maps a measurement to the number, or to None when it lacks what the number is made of. With two
-            arguments it gets the dense model's measurement as well, taken beside the other.
+        function: Maps a measurement to the number, or to None if a field that it needs is absent. A function of
+            two arguments also gets the dense model's measurement, taken in turns with the first.
         direction: ``"minimize"`` or ``"maximize"``.
         unit: The number's unit, for tables; empty when it has none.
-        source: ``file.py:name`` where it came from a file, as it is written; of a combination what it combines.
-        whole: The former with the file's whole path: what finds it again in any folder.
+        source: ``file.py:name`` as the user wrote it, if it comes from a file; of a combination its spec, such as
+            ``weighted_sum(density=1)``.
+        whole: ``file.py:name`` with the file's absolute path, which finds it again in any folder.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Objective:
     whole: str = ""
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """Pickled by file or name where it has one: by then its function's own name is the objective's."""
+        """Pickles by file or registered name: in its module, `objective` has replaced the function."""
         if self.source:
             return as_objective, (self.whole or self.source,)
         if OBJECTIVES.find(self.name) is self:
@@ -70,7 +71,7 @@ class Objective:
 
     @property
     def arguments(self) -> int:
-        """How many arguments the function needs."""
+        """Number of arguments that the function requires."""
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except ValueError:  # a builtin
@@ -82,15 +83,15 @@ class Objective:
         """The objective's value.
 
         Args:
-            measurement: What the model costs.
-            dense: What the dense model costs; by default ``measurement`` is the dense model's.
+            measurement: The measurement of the model to judge.
+            dense: The dense model's measurement; by default ``measurement`` is taken for it.
 
         Raises:
             ObjectiveError: If the function raises, or returns something that is not a finite number; the message
-                names the measurements that it needs and that are absent, which is the usual reason.
+                names the absent measurements that it reads, which is the usual reason.
         """
         try:
-            value = self._of(measurement, dense or measurement)
+            value = self._call(measurement, dense or measurement)
         except ObjectiveError:
             raise
         except Exception as error:
@@ -101,15 +102,15 @@ class Objective:
         problem = f"returned {value!r}; it must return a finite number"
         raise ObjectiveError(f"the objective {self.name!r} {problem}{self._absent(measurement)}")
 
-    def _of(self, *measurements: Any) -> Any:
+    def _call(self, measurement: Any, dense: Any) -> Any:
         function: Callable[..., Any] = self.function
-        return function(*measurements[: 2 if self.is_relative else 1])
+        return function(measurement, dense) if self.is_relative else function(measurement)
 
     def _absent(self, measurement: Measurement) -> str:
-        """Which measurements the function needs that are absent, and what it takes to have them."""
+        """Names the absent measurements that the function reads and how to get them; empty if there are none."""
         watched = _Watched(measurement)
-        with contextlib.suppress(Exception):  # what it raised before
-            self._of(watched, watched)
+        with contextlib.suppress(Exception):  # reported by the caller
+            self._call(watched, watched)
         if not watched.absent:
             return ""
         remedies = [REMEDIES[key] for name in watched.absent for key in REMEDIES if name.startswith(key)]
@@ -119,7 +120,7 @@ class Objective:
 
 
 class _Watched:
-    """A measurement that writes down which of its absent fields are read."""
+    """A measurement that records which of its absent fields are read."""
 
     def __init__(self, measurement: Measurement) -> None:
         self._measurement = measurement
@@ -137,9 +138,9 @@ class Term:
     """One objective in a combination.
 
     Attributes:
-        weight: How much it counts.
-        relative: Its value over the dense model's; for one to be maximized the reverse. So 1 is the dense model
-            and less is better.
+        weight: Its weight, greater than 0.
+        relative: Its value over the dense model's, or the inverse if it is maximized: the dense model has 1, and
+            less is better.
     """
 
     weight: float
@@ -148,10 +149,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Combination:
-    """Makes one objective of several, as in ``weighted_sum(density=0.3, latency=0.7)``.
+    """A way to combine several objectives into one, as in ``weighted_sum(density=0.3, latency=0.7)``.
 
     Attributes:
-        name: What users call it.
+        name: The name that users write.
         function: Maps the terms to the number that is minimized.
     """
 
@@ -161,7 +162,7 @@ class Combination:
     unit: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by name: by then its function's own name is the combination's."""
+        """Pickles by registered name: in its module, `combination` has replaced the function."""
         return _registered, (self.name,)
 
     @property
@@ -170,10 +171,10 @@ class Combination:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     def of(self, **weights: float) -> Objective:
-        """The objective that combines those of these names.
+        """Combines the objectives of the given names, with the given weights, into one.
 
         Raises:
-            ValueError: If there are none, one is unknown, or a weight is not positive.
+            ValueError: If no name is given, a name is unknown, or a weight is not a positive number.
         """
         if not weights:
             raise ValueError(f"{self.name} combines objectives; write {self.name}(density=0.5, latency=0.5)")
@@ -197,13 +198,15 @@ def _registered(name: str) -> "Objective | Combination":
 
 
 def _plain(name: str) -> Objective:
-    found = _registered(name)
-    if isinstance(found, Combination):
+    """The registered objective of that name; ValueError if it is a combination."""
+    registered = _registered(name)
+    if isinstance(registered, Combination):
         raise ValueError(f"{name!r} is a combination itself; combine plain objectives")
-    return found
+    return registered
 
 
 def _ratio(objective: Objective, value: float, dense: float) -> float:
+    """`Term.relative`."""
     over, under = (value, dense) if objective.direction == "minimize" else (dense, value)
     if under == 0:
         raise ObjectiveError(f"the objective {objective.name!r} is 0, and nothing can be relative to it")
@@ -218,29 +221,29 @@ def objective(direction: Direction = "minimize", unit: str = "") -> Callable[[Fu
 
     Args:
         direction: ``"minimize"`` or ``"maximize"``.
-        unit: The unit of what the function returns.
+        unit: The unit of the function's result, for tables.
     """
 
     def register(function: Function) -> Objective:
-        made = Objective(function.__name__, function, direction, unit)
-        OBJECTIVES.add(made.name, made, definition=function)
-        return made
+        registered = Objective(function.__name__, function, direction, unit)
+        OBJECTIVES.add(registered.name, registered, definition=function)
+        return registered
 
     return register
 
 
 def combination(function: Callable[[Sequence[Term]], float]) -> Combination:
-    """Registers a function of `Term`s, a way to make one objective of several, under its own name. A decorator."""
-    made = Combination(function.__name__, function)
-    OBJECTIVES.add(made.name, made, definition=function)
-    return made
+    """Registers a function of `Term`s, which combines several objectives into one. A decorator."""
+    registered = Combination(function.__name__, function)
+    OBJECTIVES.add(registered.name, registered, definition=function)
+    return registered
 
 
 def as_objective(given: str | Objective | Function) -> Objective:
     """An objective from its name, a combination of names, ``file.py:name``, or a function (which is minimized).
 
     Raises:
-        ValueError: If a name is unknown, or the file does not hold a usable function.
+        ValueError: If a name is unknown, or the file does not define a usable function.
     """
     if isinstance(given, Objective):
         return given
@@ -249,8 +252,8 @@ def as_objective(given: str | Objective | Function) -> Objective:
             return _from_call(given)
         if ":" in given or given.endswith(".py"):
             return _from_file(given)
-        found = OBJECTIVES.get(given)
-        return found.of() if isinstance(found, Combination) else found
+        registered = OBJECTIVES.get(given)
+        return registered.of() if isinstance(registered, Combination) else registered
     if callable(given) and not isinstance(given, Combination):
         name = getattr(given, "__name__", "")
         return Objective(name if name.isidentifier() else "objective", given)  # a lambda's is <lambda>
@@ -258,7 +261,7 @@ def as_objective(given: str | Objective | Function) -> Objective:
 
 
 def _from_call(spec: str) -> Objective:
-    """The objective that ``name(other=weight, another)`` names; a weight that is not given is 1."""
+    """Parses a combination, ``name(other=weight, another)``; weights that are left out are 1."""
     wrong = ValueError(f"{spec!r} is no objective; write a name, or weighted_sum(density=0.5, latency=0.5)")
     try:
         call = ast.parse(spec.strip(), mode="eval").body
@@ -270,10 +273,10 @@ def _from_call(spec: str) -> Objective:
         raise wrong from None
     if len(weights) != len(call.args) + len(call.keywords):
         raise wrong
-    found = OBJECTIVES.get(call.func.id)
-    if isinstance(found, Objective):
-        raise ValueError(f"{spec!r}: {found.name} is an objective by itself and takes no others")
-    return found.of(**weights)
+    registered = OBJECTIVES.get(call.func.id)
+    if isinstance(registered, Objective):
+        raise ValueError(f"{spec!r}: {registered.name} is an objective by itself and takes no others")
+    return registered.of(**weights)
 
 
 def _from_file(spec: str) -> Objective:

@@ -10,13 +10,16 @@ and multipliers λ:
     multipliers  λ ← λ − μ (w − θ)
     C step       θ ← Π(w − λ/μ)
 
-Four things make it fit a budget of a few epochs. The density falls step by step from 1 to its target, so that
-no C step cuts deep. Entries that θ keeps are free (θ follows w there, and λ = 0), so that the penalty only
-pulls at what is about to go. The quadratic term is taken implicitly after each optimizer step, which is stable
-for every μ, up to μ = ∞: hard masks, and the frozen support of the polish. And a scheme may measure distance in
-the metric of the loss: the L step keeps a running mean of squared gradients for it.
+Four modifications make it work within a few epochs:
 
-Where θ stores other numbers than weights, the factors of a low rank, it is those that the polish trains.
+- The density falls step by step from 1 to its target, so that each C step removes little.
+- Entries that θ keeps are free (θ = w and λ = 0 there): the penalty acts only on entries about to be removed.
+- The quadratic term is applied implicitly after each optimizer step, which is stable for every μ, up to μ = ∞:
+  hard masks, and the frozen support of the polish.
+- A scheme may measure distances in the metric of the loss; the L step keeps a running mean of squared gradients.
+
+The *polish* is the last part of the budget: it trains the kept entries on a frozen support. Where θ replaces
+weights by other parameters, such as the factors of a low-rank matrix, the polish trains those.
 """
 
 import math
@@ -37,9 +40,9 @@ from autocompress.scheme import Facts, Scheme, Theta, Weights, as_numbers, can_b
 from autocompress.splits import Split
 from autocompress.task import Task
 
-SOFT = 1.0  # the first penalty where weights are drawn to θ
-ESTIMATED = 2  # gradient steps behind each C step from which on multipliers are worth something
-WIDE = 5.0  # norm at which gradients are clipped: where much is pruned, large steps lead out of a high loss
+SOFT = 1.0  # the first penalty if it is finite, in the units of `LearningCompression.mu`
+MIN_STEPS_FOR_MULTIPLIERS = 2  # gradient steps per C step below which multipliers are too noisy to help
+WIDE = 5.0  # norm at which gradients are clipped: after heavy pruning, large steps leave the high loss sooner
 PEAK_LR = {"sgd": 0.1, "adamw": 0.001}
 
 
@@ -47,7 +50,7 @@ PEAK_LR = {"sgd": 0.1, "adamw": 0.001}
 def c_step(
     scheme: Scheme, weights: Weights, multipliers: Weights, mu: float, density: float, facts: Facts
 ) -> Theta:
-    """The C step θ = Π(w − λ/μ). Weights without multipliers have λ = 0."""
+    """The C step θ = Π(w − λ/μ); λ = 0 for weights without multipliers."""
     shifted = {name: w.detach() for name, w in weights.items()}
     shifted |= {name: shifted[name].sub(multiplier, alpha=1 / mu) for name, multiplier in multipliers.items()}
     return scheme.pi(shifted, density, facts)
@@ -55,12 +58,18 @@ def c_step(
 
 @torch.no_grad()
 def residual(weights: Weights, theta: Weights, bound: Mapping[str, Tensor]) -> float:
-    """The primal residual ‖w − θ‖ / ‖w‖, w − θ over the entries that are bound to θ."""
+    """The primal residual ‖w − θ‖ / ‖w‖, with w − θ over the entries that are bound to θ.
+
+    Args:
+        weights: w by name.
+        theta: Δ(θ) by name.
+        bound: True at each entry that is bound to θ, by the name of the weight; other weights are left out.
+    """
     if not bound:
         return 0.0
-    away = [(weights[name] - theta[name]).mul_(as_numbers(is_bound)).norm() for name, is_bound in bound.items()]
-    size = [weights[name].norm() for name in bound]
-    return float(torch.stack(away).norm() / torch.stack(size).norm().clamp_min(1e-12))
+    distances = [(weights[name] - theta[name]).mul_(as_numbers(mask)).norm() for name, mask in bound.items()]
+    norms = [weights[name].norm() for name in bound]
+    return float(torch.stack(distances).norm() / torch.stack(norms).norm().clamp_min(1e-12))
 
 
 @dataclass(frozen=True)
@@ -68,32 +77,33 @@ class LearningCompression:
     """The L-C optimizer and its budget.
 
     Args:
-        epochs: Gradient steps of a whole recovery, in passes over the training data.
-        steps: The same, counted in steps; it overrides ``epochs``.
-        c_steps: How often the weights are compressed, if the budget has a gradient step for each.
-        alternating: Share of the steps in which L and C alternate; the rest polishes on a frozen support.
-        mu: The first penalty, in units of 1 / (learning rate x steps of one L step): at 1 a weight that the
-            loss does not care for shrinks to about 1/e of its distance from θ in one L step. Infinity keeps
-            w at θ from the first C step on: gradual pruning with hard masks. None is what suits the scheme and
-            the budget: infinity for one that removes whole channels (`autocompress.scheme.Hard`), and for one that
-            makes single weights zero (`autocompress.scheme.Masking`) where a single gradient step lies behind
-            each C step, too little to estimate multipliers; 1 otherwise.
-        mu_growth: Factor on μ from one C step to the next, as long as w and θ differ. What counts is where μ ends:
-            with fewer C steps it must be larger.
-        augmented: Whether there are multipliers: the augmented Lagrangian; without them the quadratic penalty.
+        epochs: Budget of a whole recovery, in passes over the training data.
+        steps: The same budget in gradient steps; it overrides ``epochs``.
+        c_steps: Number of C steps; fewer if the budget has no gradient step for each.
+        alternating: Share of the gradient steps in which L and C steps alternate; the rest polishes on a frozen
+            support.
+        mu: The first penalty, in units of 1 / (learning rate x steps of one L step): at 1 a weight without a
+            gradient shrinks to about 1/e of its distance from θ in one L step. Infinity keeps w at θ from the
+            first C step on: gradual pruning with hard masks. None chooses by the scheme and the budget: infinity
+            for a scheme that removes whole channels (`autocompress.scheme.Hard`), and for one that sets single
+            weights to zero (`autocompress.scheme.Masking`) if there is one gradient step per C step, too few to
+            estimate multipliers; 1 otherwise.
+        mu_growth: Factor on μ from one C step to the next, as long as w and θ differ. Its effect depends on the
+            final μ: with fewer C steps it must be larger.
+        augmented: Whether to use multipliers (the augmented Lagrangian) or the quadratic penalty alone.
         optimizer: ``"sgd"`` or ``"adamw"``.
-        lr: Peak learning rate; it follows one cosine over all the steps. None is 0.1 for SGD, 0.001 for AdamW.
+        lr: Peak learning rate of one cosine cycle over all the steps. None is 0.1 for SGD, 0.001 for AdamW.
         momentum: Nesterov momentum of SGD; the first moment's decay of AdamW.
         weight_decay: L2 penalty of SGD; decoupled decay of AdamW.
-        max_gradient: Norm at which gradients are clipped. None is what suits the scheme: 1 where whole channels go
-            at once, 5 otherwise. While weights are drawn to θ in L steps of a single gradient step it is 1.
-        distill: Weight of distillation from the dense model, against the task's own loss.
-        temperature: Softens the classes that are distilled.
-        precision: What gradients are computed in: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` under autocast.
+        max_gradient: Norm at which gradients are clipped. None is 1 for schemes that remove whole channels at
+            once, 5 otherwise. With a finite μ and L steps of a single gradient step it is always 1.
+        distill: Weight of distillation from the dense model, between 0 and 1; the task's loss has the rest.
+        temperature: Temperature of the distilled softmax.
+        precision: Precision of the gradients' computation: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` under autocast.
             ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere.
-        compile: Whether the forward pass goes through `torch.compile`.
-        score_steps: Whether the metric on val is scored after each C step and its L step, with everything that
-            is bound at θ, and logged as ``lc_score``: one pass over val each.
+        compile: Whether to run the forward pass through `torch.compile`.
+        score_steps: Whether to score val after each C step and its L step, with all bound entries set to θ, and
+            log it as ``lc_score``; it costs a pass over val each.
     """
 
     epochs: float = 45
@@ -136,7 +146,7 @@ class LearningCompression:
 
     @property
     def method(self) -> str:
-        """What it is called: ``"lc"``, the plain way that it is with these settings, or ``"auto"``."""
+        """The name of these settings in `autocompress.recovery.RECOVERIES`: lc, gradual, rewind or auto."""
         if not self.alternating:
             return "rewind"
         if self.mu is None:
@@ -144,21 +154,21 @@ class LearningCompression:
         return "gradual" if math.isinf(self.mu) else "lc"
 
     def suiting(self, scheme: Scheme, train: Split) -> "LearningCompression":
-        """The same with the penalty and the norm that suit a scheme and the budget, where none is given."""
+        """These settings, with ``mu`` and ``max_gradient``, if None, chosen by the scheme and the budget."""
         _, steps = self.schedule(self.n_steps(train))
-        is_hasty = steps < ESTIMATED and can_be_hard(scheme)
-        mu = self.mu or (math.inf if is_hard(scheme) or is_hasty else SOFT)
+        has_few_steps = steps < MIN_STEPS_FOR_MULTIPLIERS and can_be_hard(scheme)
+        mu = self.mu or (math.inf if is_hard(scheme) or has_few_steps else SOFT)
         narrow = is_hard(scheme) and math.isinf(mu)
         return replace(self, mu=mu, max_gradient=self.max_gradient or (MAX_GRADIENT if narrow else WIDE))
 
     @property
     def first_mu(self) -> float:
-        """The penalty that begins, in the units of ``mu``: that where weights are drawn to θ, if none is given."""
+        """The first penalty, in the units of ``mu``; `SOFT` if ``mu`` is None."""
         return self.mu or SOFT
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate, which the optimizer settles where none is given."""
+        """The peak learning rate; the optimizer's default if ``lr`` is None."""
         return PEAK_LR[self.optimizer] if self.lr is None else self.lr
 
     def recover(
@@ -179,42 +189,43 @@ class LearningCompression:
         Args:
             model: A copy of the dense model, on the device to train on.
             scheme: Supplies the C step.
-            facts: What the scheme found out about the model.
-            density: The target; at least the scheme's lowest.
+            facts: The result of the scheme's `analyze`.
+            density: The target density; at least the scheme's lowest.
             task: The data, the loss, and the dense model as the teacher.
             seed: Seeds the order of the batches.
-            start: Goes on from there: from a checkpoint of this very recovery, bit for bit, or from a denser
-                model (`State.warm`), whose weights and support are a head start.
-            checkpoint: Is handed the state after each L step, and at the end.
-            hopeless: Is shown the compressed model in the middle of the polish, and says whether to give it up.
+            start: The state to continue from: a checkpoint of this very recovery, which continues bit for bit, or
+                a denser model (`State.warm`), whose weights and support are a head start.
+            checkpoint: Called with the state after each L step, and at the end.
+            hopeless: Called with the compressed model in the middle of the polish; the recovery ends there if it
+                returns True.
 
         Returns:
-            θ; the model carries its decompressed weights and recalibrated BatchNorm statistics.
+            θ and the logs; the model carries the decompressed weights and recalibrated BatchNorm statistics.
 
         Raises:
             FloatingPointError: If the training diverged, see `autocompress.learning.training.Descent`.
         """
-        suited = self.suiting(scheme, task.train)
-        learner = Learner(suited, model, task, seed)
+        settings = self.suiting(scheme, task.train)
+        learner = Learner(settings, model, task, seed)
         state, w = start or State(), learner.weights
         learner.restore(state.learner)
         penalty, state = state.penalty, replace(state, penalty=Penalty.none(), learner=None)
         c_steps, steps = self.schedule(learner.descent.steps)
-        left = Shrunk(scheme, learner)
+        shrunk = Shrunk(scheme, learner)
         hard: Penalty | None = None
         while state.c_steps < c_steps and not state.has_agreed(density):
             target = self.density_at((state.c_steps + 1) / c_steps, density, state.initial)
-            mu = suited.first_mu * state.growth / (self.peak_lr * max(1, steps))
+            mu = settings.first_mu * state.growth / (self.peak_lr * max(1, steps))
             facts = observe(scheme, learner.evidence(provisional=steps > 1 and target > density), facts)
-            plan, penalty, hard, apart = self.constrain(scheme, w, penalty, mu, target, facts)
-            loss = left.l_step(steps, penalty, plan, facts)
-            logged = {"lc_density": target, "lc_residual": apart, "lc_loss": loss}
+            plan, penalty, hard, distance = self.constrain(scheme, w, penalty, mu, target, facts)
+            loss = shrunk.l_step(steps, penalty, plan, facts)
+            logged = {"lc_density": target, "lc_residual": distance, "lc_loss": loss}
             if hard is not None:
                 logged["lc_score"] = score_compressed(task, model, hard)
-            state = state.after(self.mu_growth if apart > AGREED else 1.0, **logged)
+            state = state.after(self.mu_growth if distance > AGREED else 1.0, **logged)
             if checkpoint:
                 checkpoint(replace(state, penalty=penalty, learner=learner.snapshot()))
-        del penalty, hard
+        del penalty, hard  # frees their tensors before the polish
         facts = observe(scheme, learner.evidence(), facts)
         given_up_at = polish(scheme, learner, freeze(scheme, w, density, facts), facts, task, seed, hopeless)
         theta = settle(scheme, learner, density, facts, task)
@@ -223,11 +234,10 @@ class LearningCompression:
         return Recovered(theta, state.curves, learner.descent.taken, given_up_at)
 
     def shortened(self, initial: float, density: float, train: Split) -> "LearningCompression":
-        """The recovery that starts from a model of density ``initial``: a head start needs fewer steps.
+        """The settings of a recovery that starts from a model of density ``initial`` and needs fewer steps.
 
-        A quarter of the steps trains anew, and another quarter goes with every factor e that the density falls; it
-        is never more than the whole budget. As the density has less far to fall, half as large a share of them
-        alternates, and more polishes.
+        It has (1 + ln(initial / density)) / 4 of the steps, at most all of them. As the density has less far to
+        fall, L and C steps alternate in half as large a share of them, and the polish is longer.
         """
         share = min(1.0, (1 + math.log(max(1.0, initial / density))) / 4)
         steps, c_steps = round(share * self.n_steps(train)), round(share * self.c_steps)
@@ -236,7 +246,12 @@ class LearningCompression:
     def constrain(
         self, scheme: Scheme, weights: Weights, penalty: Penalty, mu: float, density: float, facts: Facts
     ) -> tuple[Mapping[str, Any], Penalty, Penalty | None, float]:
-        """Multipliers and C step: θ's plan, the next penalty, the same at μ = ∞ if scored, and the residual."""
+        """Updates the multipliers and takes a C step.
+
+        Returns:
+            θ's plan; the penalty of the next L step; the same penalty at μ = ∞ if ``score_steps``, else None; and
+            the residual ‖w − θ‖ / ‖w‖.
+        """
         multipliers = penalty.multipliers(weights) if self.augmented else {}
         theta = c_step(scheme, weights, multipliers, mu, density, facts)
         values = scheme.delta(theta)
@@ -250,15 +265,16 @@ class LearningCompression:
         return self.steps or n_steps(train, self.epochs)
 
     def schedule(self, steps: int) -> tuple[int, int]:
-        """How many C steps there are in a budget of gradient steps, and the gradient steps after each."""
+        """Divides a budget of gradient steps: the number of C steps, and the gradient steps after each."""
         alternating = int(steps * self.alternating)
         c_steps = max(1, min(self.c_steps, alternating)) if self.alternating else 0
         return c_steps, alternating // max(1, c_steps)
 
     def density_at(self, progress: float, density: float, initial: float = 1.0) -> float:
-        """From ``initial`` to ``density`` as ``progress`` goes from 0 to 1, fast first and then slowly.
+        """The density to reach at a ``progress`` between 0 and 1, on the way from ``initial`` to ``density``.
 
-        The cubic of Zhu & Gupta, "To Prune, or Not to Prune" (2017), applied to the density's logarithm.
+        The cubic schedule of Zhu & Gupta, "To Prune, or Not to Prune" (2017), for the density's logarithm: it
+        falls fast first and then slowly.
         """
         if progress >= 1:
             return density

@@ -1,4 +1,4 @@
-"""Measurement: what a model costs. Every number is measured here or absent."""
+"""Measurement: size, arithmetic, latency, memory and energy of a model. A number is measured here or is None."""
 
 import copy
 import math
@@ -26,41 +26,41 @@ from autocompress.gauges.runtimes import CannotRun, Run, Runtime, check_runtime,
 from autocompress.networks.deployed import deployed, is_channels_last
 from autocompress.task import device_of, evaluating
 
-# Long against the 20 to 100 ms between two steps of a GPU's energy counter.
-ENERGY_WINDOW_S = 2.0
+ENERGY_WINDOW_S = 2.0  # many updates of a GPU's energy counter, which come every 20 to 100 ms
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model costs; a field that was not or cannot be measured is None.
+    """The costs of a model; a field that was not or cannot be measured is None.
 
-    Counted on the model as it is: density, parameters, bytes and MACs. Measured on the form in which it is
-    deployed, BatchNorm folded and channels last, see `autocompress.networks.deployed.deployed`: everything else.
+    Density, parameters, bytes and MACs are counted on the model as it is. Everything else is measured on the form
+    in which it is deployed, with BatchNorm folded and channels last, see
+    `autocompress.networks.deployed.deployed`.
 
     Attributes:
         density: Parameters kept over parameters of the dense model.
-        params: Parameters kept.
-        size_bytes: The saved weights on disk.
+        params: Number of parameters kept.
+        size_bytes: Size of the saved weights.
         macs: Multiply-accumulate operations of one sample's forward pass.
-        device: Where it was measured, e.g. ``"cpu"`` or ``"cuda:0 NVIDIA H200"``.
-        latency: Per runtime and batch size: those of ``runtime`` first, smallest batch first; empty when no time
-            was taken.
+        device: The device of the measurement, e.g. ``"cpu"`` or ``"cuda:0 NVIDIA H200"``.
+        latency: Per runtime and batch size: those of ``runtime`` first, smallest batch first; empty if the model
+            was not timed.
         peak_memory_bytes: Weights plus ``activation_memory_bytes``.
         gpu_memory_bytes: Memory in use on the whole GPU (NVML).
-        gpu_utilization_pct: Share of the time in which a kernel ran (NVML).
-        gpu_power_w: Mean power while it ran (NVML).
-        energy_j: Energy of one sample's inference at the largest batch: NVML's energy counter on a GPU, RAPL's of
-            the processor packages on a CPU that has it and lets it be read.
-        activation_memory_bytes: The most that one forward pass at the largest batch allocated at once, its input
-            left out.
-        gpu_process_memory_bytes: What this process held of the GPU's memory (NVML).
-        gpu_clock_mhz: Mean clock of the multiprocessors while it ran (NVML).
-        gpu_throttled: Why the GPU held its clocks back while it ran; empty when it did not (NVML).
-        runtime: What ran it for the numbers that objectives see, see `autocompress.gauges.runtimes.RUNTIMES`.
-        dtype: Type of its weights, such as ``"float32"``; None when no time was taken, as the next two.
+        gpu_utilization_pct: Percentage of the time in which a kernel ran (NVML).
+        gpu_power_w: Mean power while the model ran (NVML).
+        energy_j: Energy of one sample's inference at the largest batch: from NVML's energy counter on a GPU, from
+            the RAPL counters of the processor packages on a CPU whose counters can be read.
+        activation_memory_bytes: Peak of the memory allocated in one forward pass at the largest batch, without its
+            input.
+        gpu_process_memory_bytes: GPU memory held by this process (NVML).
+        gpu_clock_mhz: Mean clock of the multiprocessors while the model ran (NVML).
+        gpu_throttled: The reasons for which the GPU lowered its clocks while the model ran, if any (NVML).
+        runtime: The runtime of `latency_ms` and `throughput_per_s`, see `autocompress.gauges.runtimes.RUNTIMES`.
+        dtype: Type of the weights, such as ``"float32"``; like the next two None if the model was not timed.
         memory_format: ``"channels_last"`` or ``"contiguous"``.
-        threads: Of the CPU.
-        not_run: For each runtime that was asked for and could not run the model, why.
+        threads: Number of torch's CPU threads.
+        not_run: The reason for each requested runtime that could not run the model.
     """
 
     density: float
@@ -86,18 +86,18 @@ class Measurement:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Measurement":
-        """A measurement from its fields as they were written to disk; unknown ones are left out."""
+        """A measurement from its fields as stored on disk; unknown fields are ignored."""
         known = {field.name for field in fields(cls)}
-        given = {name: value for name, value in record.items() if name in known}
-        given["latency"] = tuple(Latency(**one) for one in record.get("latency", ()))
-        if given.get("gpu_throttled") is not None:
-            given["gpu_throttled"] = tuple(given["gpu_throttled"])
-        return cls(**given)
+        values = {name: value for name, value in record.items() if name in known}
+        values["latency"] = tuple(Latency(**latency) for latency in record.get("latency", ()))
+        if values.get("gpu_throttled") is not None:
+            values["gpu_throttled"] = tuple(values["gpu_throttled"])
+        return cls(**values)
 
     @property
     def own_latency(self) -> tuple[Latency, ...]:
-        """Its latency in ``runtime``, smallest batch first."""
-        return tuple(one for one in self.latency if one.runtime == self.runtime)
+        """Its latencies in ``runtime``, smallest batch first."""
+        return tuple(latency for latency in self.latency if latency.runtime == self.runtime)
 
     @property
     def latency_ms(self) -> float | None:
@@ -111,8 +111,8 @@ class Measurement:
 
     @property
     def noise(self) -> float:
-        """The widest of the intervals of its latencies in ``runtime``; 0 when no time was taken."""
-        return max((one.interval or 0.0 for one in self.own_latency), default=0.0)
+        """The widest confidence interval of its latencies in ``runtime``, relative; 0 if it was not timed."""
+        return max((latency.interval or 0.0 for latency in self.own_latency), default=0.0)
 
 
 _TAKES = {
@@ -138,12 +138,12 @@ def measure(
     budget_s: float = 0.6,
     runtimes: str | Sequence[str] = ("eager",),
 ) -> Measurement:
-    """What one model costs, see `compare`.
+    """Measures one model, see `compare`.
 
-    A module does not know what it was compressed from. Without ``params`` its zeros are counted, so one of
-    ``Prune`` has as many parameters as the dense model less BatchNorm; without ``dense_params`` its density is 1.
-    In ``result.model`` BatchNorm is folded besides, which the module of `autocompress.load` has as it was trained.
-    What ``result.measurements["compressed"]`` counts, counted again::
+    A module does not know the dense model that it comes from: without ``dense_params`` its density is 1, and
+    without ``params`` the zero weights that ``Prune`` leaves are counted as parameters. In ``result.model``
+    BatchNorm is folded, in the module of `autocompress.load` it is not. This measures the same as
+    ``result.measurements["compressed"]``::
 
         dense, kept = (result.measurements[name].params for name in ("dense", "compressed"))
         model = ac.load(result.folder / "best", task.model)
@@ -176,24 +176,23 @@ def compare(
     runtimes: str | Sequence[str] = ("eager",),
     onnx_files: Sequence[Path | None] | None = None,
 ) -> list[Measurement]:
-    """What several models cost. Their forward passes take turns, so that drift meets all of them alike.
+    """Measures several models. Their forward passes are timed in turns, so that drift affects all of them alike.
 
     Args:
-        models: They take float32 batches; none is changed, in mode, device or weights.
-        example_input: A batch of shape ``(n, ...)``; its first sample is measured with.
+        models: Models of float32 batches; their modes, devices and weights are left unchanged.
+        example_input: A batch of shape ``(n, ...)``; the first sample is used.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        dense_params: Parameters of the dense model, for the density; by default each model's own ``params``.
-        params: Parameters kept, per model; by default all that the model holds, zeros among them.
-        batch_sizes: Samples a forward pass, for latency; memory and energy are taken at the largest.
-        timing: Whether to run the models at all beyond counting: latency, memory, power and energy.
-        budget_s: Seconds of timing per model, runtime and batch size after which a median is taken as it is, if it
-            has 20 repeats behind it.
-        runtimes: Where latency is measured, see `autocompress.gauges.runtimes.RUNTIMES`; the first is the one that
-            objectives see. A runtime that does not take a model is named in `Measurement.not_run`.
-        onnx_files: Of models that are exported already, the file that ships, which ONNX Runtime then runs.
+        dense_params: Number of the dense model's parameters, for the density; by default each model's ``params``.
+        params: Number of parameters kept, per model; by default all that the model holds, including zeros.
+        batch_sizes: Samples per forward pass, for latency; memory and energy are measured at the largest.
+        timing: Whether to measure latency, memory, power and energy, or only to count.
+        budget_s: Seconds per model, runtime and batch size after which timing ends, once there are 20 repeats.
+        runtimes: The runtimes to time, see `autocompress.gauges.runtimes.RUNTIMES`; objectives see the first. A
+            runtime that cannot run a model is named in `Measurement.not_run`.
+        onnx_files: Per model, the exported ONNX file that ships, or None; ONNX Runtime runs it if given.
 
     Raises:
-        ValueError: If the device or a runtime is not there or a batch size is not positive.
+        ValueError: If the device or a runtime is not available, or an argument is not usable.
     """
     device = _checked(device)
     batch_sizes, runtimes = listing(batch_sizes), listing(runtimes)
@@ -205,30 +204,30 @@ def compare(
         raise ValueError(f"budget_s={budget_s}; it must be at least 0, and finite")
     if not example_input.ndim or not len(example_input):
         raise ValueError(f"example_input= is of shape {tuple(example_input.shape)}; it must hold a sample or more")
-    given = params or [None] * len(models)
-    for name, n in (("dense_params", dense_params), *(("params", n) for n in given)):
+    kept = params or [None] * len(models)
+    for name, n in (("dense_params", dense_params), *(("params", n) for n in kept)):
         if n is not None and n < 0:
             raise ValueError(f"{name}={n}; it must be at least 0")
-    named = [check_runtime(name, device) for name in dict.fromkeys(runtimes)]
+    checked_runtimes = [check_runtime(name, device) for name in dict.fromkeys(runtimes)]
     sample = example_input[:1].detach()
-    results = [_count(m, sample, dense_params, n, device) for m, n in zip(models, given, strict=True)]
+    results = [_count(m, sample, dense_params, n, device) for m, n in zip(models, kept, strict=True)]
     if not timing:
-        return [replace(result, runtime=named[0]) for result in results]
+        return [replace(result, runtime=checked_runtimes[0]) for result in results]
     on_device = [m if device_of(m) == device else copy.deepcopy(m).to(device) for m in models]
-    ships = [deployed(model, sample) for model in on_device]
+    deployables = [deployed(model, sample) for model in on_device]
     batches = [_batch(sample, n, device) for n in sorted(set(batch_sizes))]
     with ExitStack() as modes:
-        for model in ships:
+        for model in deployables:
             modes.enter_context(evaluating(model))
         files = onnx_files or [None] * len(models)
-        latencies, reasons = _latencies(ships, files, batches, named, budget_s)
+        latencies, reasons = _latencies(deployables, files, batches, checked_runtimes, budget_s)
         with torch.inference_mode():
             return [
                 _with_resources(
                     replace(
                         result,
                         latency=tuple(latency),
-                        runtime=named[0],
+                        runtime=checked_runtimes[0],
                         dtype=str(weight_dtype(model)).removeprefix("torch."),
                         memory_format="channels_last" if is_channels_last(model) else "contiguous",
                         threads=torch.get_num_threads(),
@@ -237,7 +236,7 @@ def compare(
                     model,
                     batches[-1],
                 )
-                for result, latency, reason, model in zip(results, latencies, reasons, ships, strict=True)
+                for result, latency, reason, model in zip(results, latencies, reasons, deployables, strict=True)
             ]
 
 
@@ -248,7 +247,12 @@ def _latencies(
     runtimes: Sequence[Runtime],
     budget_s: float,
 ) -> tuple[list[list[Latency]], list[dict[str, str]]]:
-    """For each model its latencies in every runtime that takes it, and why others do not."""
+    """Times models in turns.
+
+    Returns:
+        For each model its latencies in every runtime that can run it, and by runtime the reasons of those that
+        cannot.
+    """
     latencies: list[list[Latency]] = [[] for _ in models]
     reasons: list[dict[str, str]] = [{} for _ in models]
     for nth, runtime in enumerate(runtimes):
@@ -260,23 +264,23 @@ def _latencies(
                 reasons[i][runtime] = str(error)
         if runs:
             with torch.inference_mode(), progress.span(nth / len(runtimes), (nth + 1) / len(runtimes)):
-                found = time_in_turns(list(runs.values()), batches, budget_s, runtime)
-            for i, of_model in zip(runs, found, strict=True):
-                latencies[i] += of_model
+                timed = time_in_turns(list(runs.values()), batches, budget_s, runtime)
+            for i, model_latencies in zip(runs, timed, strict=True):
+                latencies[i] += model_latencies
     return latencies, reasons
 
 
 def _count(
     model: nn.Module, sample: Tensor, dense_params: int | None, params: int | None, device: torch.device
 ) -> Measurement:
-    """What is known of a model without timing it."""
+    """The measurement of a model with its counts only."""
     try:
         macs = count_macs(model, sample)
     except Exception as error:  # whatever a model may raise that is not made for this input
-        if "memory" in str(error):  # which a trial does something about
+        if "memory" in str(error):  # a trial retries with smaller batches
             raise
-        taken, reason = tuple(sample.shape), f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"the model does not take example_input=, of shape {taken}: {reason}") from error
+        shape, reason = tuple(sample.shape), f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"the model does not take example_input=, of shape {shape}: {reason}") from error
     params = count_params(model) if params is None else params
     dense_params = params if dense_params is None else dense_params
     return Measurement(
@@ -302,11 +306,12 @@ def _checked(device: str | torch.device) -> torch.device:
 
 
 def _batch(sample: Tensor, n: int, device: torch.device) -> Tensor:
+    """The sample ``n`` times, as a batch on the device."""
     return sample.to(device).repeat(n, *[1] * (sample.dim() - 1))
 
 
 def _with_resources(measurement: Measurement, model: nn.Module, x: Tensor) -> Measurement:
-    """Adds memory, energy where there is a counter and, on a GPU, what NVML saw while the model ran."""
+    """Adds memory, energy if there is a counter and, on a GPU, NVML's readings while the model runs."""
     activations = peak_bytes(model, x)
     weights_bytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     measurement = replace(
@@ -333,7 +338,7 @@ def _with_resources(measurement: Measurement, model: nn.Module, x: Tensor) -> Me
 
 
 def _run_for(run: Callable[[Tensor], object], x: Tensor, seconds: float) -> int:
-    """Runs the model over and over; how many passes it made."""
+    """Runs the model repeatedly, for some seconds but at least once; returns the number of passes."""
     passes, end = 0, time.perf_counter() + seconds
     while passes == 0 or time.perf_counter() < end:
         run(x)

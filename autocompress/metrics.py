@@ -1,7 +1,7 @@
-"""Metrics: how a model is judged, on top of scikit-learn.
+"""Metrics: scores of a model's outputs, on top of scikit-learn.
 
-Targets are class numbers of shape ``(n,)``, or, where a sample may have several labels, zeros and ones of shape
-``(n, labels)``. Outputs are logits: a sample's class is that of the largest, and it has the labels whose logit is
+Targets are class numbers of shape ``(n,)``, or, in multi-label tasks, zeros and ones of shape ``(n, labels)``.
+Outputs are logits. The predicted class is the one with the largest logit; a label is predicted if its logit is
 positive.
 """
 
@@ -33,11 +33,11 @@ class Metric:
         name: As it appears in tables and logs.
         score: Maps targets of shape ``(n,)`` and outputs of shape ``(n, classes)`` to a number.
         higher_is_better: Whether a larger score is the better one.
-        correct: For metrics that are a mean of right and wrong answers: targets and outputs to booleans of
-            shape ``(n,)``. They allow an exact paired bound on the drop; None otherwise.
-        description: What it is, in one line.
-        source: ``file.py:name`` where it came from a file, as it is written.
-        whole: The same with the file's whole path: what finds it again in any folder.
+        correct: For metrics that are a mean of right and wrong answers: maps targets and outputs to booleans of
+            shape ``(n,)``, which allow an exact paired bound on the drop. None for all others.
+        description: One line that explains it.
+        source: ``file.py:name`` as the user wrote it, if it comes from a file.
+        whole: ``file.py:name`` with the file's absolute path, which finds it again in any folder.
     """
 
     name: str
@@ -49,38 +49,38 @@ class Metric:
     whole: str = ""
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """Pickled by its file where it came from one: another process cannot import that."""
+        """Pickles a metric from a file as that file's path: another process cannot import its module."""
         if self.whole:
             return as_metric, (self.whole,)
         fields = (self.name, self.score, self.higher_is_better, self.correct, self.description)
         return Metric, fields
 
     def drop(self, dense: float, compressed: float, *, relative: bool = False) -> float:
-        """What compression lost: positive is worse. With ``relative``, as a share of the dense score."""
+        """How much worse the compressed score is; with ``relative``, as a fraction of the dense score."""
         lost = dense - compressed if self.higher_is_better else compressed - dense
-        # 0.97 - 0.96 is more than 0.01 by the last bit, and a drop of one point is within a bound of one
+        # In floats 0.97 - 0.96 exceeds 0.01 by the last bit, yet a drop of one point is within a bound of one.
         return round(lost / abs(dense) if relative and dense else lost, 12)
 
 
 def decisions(targets: Targets, outputs: Outputs) -> Targets:
-    """What the model decides, in the shape of ``targets``: the class, or a one for each label it sees."""
+    """The predictions, in the shape of ``targets``: the class, or a one for each predicted label."""
     return np.asarray(outputs > 0 if targets.ndim == 2 else outputs.argmax(axis=1), dtype=np.int64)
 
 
 def probabilities(targets: Targets, outputs: Outputs) -> NDArray[np.float64]:
-    """Probabilities of shape ``(n, classes)``: softmax of the logits, or a sigmoid of each where labels mix."""
+    """Probabilities of shape ``(n, classes)``: softmax of the logits, or the sigmoid of each for multi-label."""
     logits = outputs.astype(np.float64)
     return np.asarray(expit(logits) if targets.ndim == 2 else softmax(logits, axis=1))
 
 
 def smallest_class(targets: Targets) -> int:
-    """Samples of the rarest class; of the rarest value of any label where a sample may have several."""
+    """Number of samples of the rarest class; for multi-label, of the rarest value of any label."""
     columns = targets.T if targets.ndim == 2 else targets[None]
     return min(int(np.unique(column, return_counts=True)[1].min()) for column in columns)
 
 
 def classes_present(targets: Targets) -> int:
-    """How many classes there are samples of; where labels mix, how many values the labels take in all."""
+    """Number of classes that have samples; for multi-label, the number of values that the labels take in all."""
     columns = targets.T if targets.ndim == 2 else targets[None]
     return sum(len(np.unique(column)) for column in columns)
 
@@ -91,7 +91,7 @@ def _is_correct(targets: Targets, outputs: Outputs) -> NDArray[np.bool_]:
 
 
 def _sk() -> Any:
-    """scikit-learn's metrics, which take a second to import: whoever loads a model scores nothing."""
+    """scikit-learn's metrics, imported late: it takes a second, and loading a saved model needs none of them."""
     from sklearn import metrics
 
     return metrics
@@ -109,21 +109,22 @@ def _balanced_accuracy(targets: Targets, outputs: Outputs) -> float:
 
 
 def confusions(targets: Targets, outputs: Outputs) -> NDArray[np.int64]:
-    """Of each class against the rest [[TN, FP], [FN, TP]], shape ``(classes, 2, 2)``.
+    """One-vs-rest confusion matrices [[TN, FP], [FN, TP]], shape ``(classes, 2, 2)``.
 
-    As scikit-learn's `multilabel_confusion_matrix`, in a hundredth of its time: bootstraps ask for thousands.
+    Equals scikit-learn's `multilabel_confusion_matrix` and takes a hundredth of its time: a bootstrap computes
+    thousands.
     """
-    found, labels = decisions(targets, outputs), np.arange(outputs.shape[1])
+    predicted, labels = decisions(targets, outputs), np.arange(outputs.shape[1])
     is_class = targets > 0 if targets.ndim == 2 else targets[:, None] == labels
-    is_found = found > 0 if found.ndim == 2 else found[:, None] == labels
-    hits, n = (is_class & is_found).sum(axis=0), len(targets)
-    of_class, called = is_class.sum(axis=0), is_found.sum(axis=0)
-    counts = [n - of_class - called + hits, called - hits, of_class - hits, hits]
+    is_predicted = predicted > 0 if predicted.ndim == 2 else predicted[:, None] == labels
+    tp, n = (is_class & is_predicted).sum(axis=0), len(targets)
+    n_class, n_predicted = is_class.sum(axis=0), is_predicted.sum(axis=0)
+    counts = [n - n_class - n_predicted + tp, n_predicted - tp, n_class - tp, tp]
     return np.stack(counts, axis=1).reshape(-1, 2, 2)
 
 
 def _mean_share(hits: NDArray[np.int64], misses: NDArray[np.int64], what: str) -> float:
-    """The mean of hits / (hits + misses) over the classes that have any."""
+    """The mean of hits / (hits + misses), over the classes where that is defined."""
     n = hits + misses
     if not n.any():
         raise ValueError(f"there is no {what} sample to score")
@@ -131,7 +132,7 @@ def _mean_share(hits: NDArray[np.int64], misses: NDArray[np.int64], what: str) -
 
 
 def _positive(tables: NDArray[np.int64], targets: Targets) -> NDArray[np.int64]:
-    """Of two classes the second counts; of more, or of labels, all do."""
+    """The tables of the classes that count as positive: the second of two classes; otherwise all."""
     return tables[1:] if targets.ndim == 1 and len(tables) == 2 else tables
 
 
@@ -147,8 +148,8 @@ def _specificity(targets: Targets, outputs: Outputs) -> float:
 
 def _precision(targets: Targets, outputs: Outputs) -> float:
     c = _positive(confusions(targets, outputs), targets)
-    found = c[:, :, 1].sum(axis=1)
-    return float((c[:, 1, 1] / np.maximum(found, 1)).mean())  # what is never found has a precision of 0
+    n_predicted = c[:, :, 1].sum(axis=1)
+    return float((c[:, 1, 1] / np.maximum(n_predicted, 1)).mean())  # a class never predicted has precision 0
 
 
 def _f1(targets: Targets, outputs: Outputs) -> float:
@@ -156,20 +157,20 @@ def _f1(targets: Targets, outputs: Outputs) -> float:
 
 
 def _kappa(targets: Targets, outputs: Outputs) -> float:
-    found = decisions(targets, outputs)
+    predicted = decisions(targets, outputs)
     if targets.ndim == 2:
-        return float(np.mean([_cohen(a, b) for a, b in zip(targets.T, found.T, strict=True)]))
-    return _cohen(targets, found)
+        return float(np.mean([_cohen(a, b) for a, b in zip(targets.T, predicted.T, strict=True)]))
+    return _cohen(targets, predicted)
 
 
-def _cohen(targets: Targets, found: Targets) -> float:
-    if len(np.union1d(targets, found)) == 1:  # 0 / 0: nothing but agreement
+def _cohen(targets: Targets, predicted: Targets) -> float:
+    if len(np.union1d(targets, predicted)) == 1:  # kappa is 0 / 0: all agree on one class
         return 1.0
-    return float(_sk().cohen_kappa_score(targets, found))
+    return float(_sk().cohen_kappa_score(targets, predicted))
 
 
 def _macro(binary: Binary, targets: Targets, outputs: Outputs) -> float:
-    """The mean of a score of one class against the rest, over the classes that samples have and lack."""
+    """The one-vs-rest score ``binary``, averaged over the classes with both positive and negative samples."""
     p = probabilities(targets, outputs)
     if targets.ndim == 2:
         pairs = [(targets[:, k] > 0, p[:, k]) for k in range(p.shape[1])]
@@ -184,12 +185,12 @@ def _macro(binary: Binary, targets: Targets, outputs: Outputs) -> float:
 
 
 def _auc(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    """The Mann-Whitney statistic over its maximum, which is the area under the ROC curve; ties count half."""
+    """The area under the ROC curve, as the Mann-Whitney U over its maximum; ties count half."""
     from scipy.stats import rankdata  # takes a second to import, as `_sk`
 
     n_class = int(is_class.sum())
-    wins = rankdata(score)[is_class].sum() - n_class * (n_class + 1) / 2
-    return float(wins / (n_class * (len(score) - n_class)))
+    u = rankdata(score)[is_class].sum() - n_class * (n_class + 1) / 2
+    return float(u / (n_class * (len(score) - n_class)))
 
 
 def _average_precision(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
@@ -254,16 +255,16 @@ MetricLike: TypeAlias = str | Metric | Score
 
 
 def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
-    """A metric from its name, ``file.py:name``, a function, or itself.
+    """Turns a name, ``file.py:name`` or a function into a metric; returns a `Metric` as it is.
 
     Args:
-        given: A name of `METRICS`; ``recall[CLASS]``, ``specificity[CLASS]`` or ``precision[CLASS]`` of one class
-            by name or number; a function of targets and outputs, of which more is better; or a file and the name
-            of either in it.
+        given: A name of `METRICS`; ``recall[CLASS]``, ``sensitivity[CLASS]``, ``specificity[CLASS]`` or
+            ``precision[CLASS]`` of one class by name or number; a function of targets and outputs whose result is
+            better the larger it is; or ``file.py:name`` of a function or a `Metric`.
         classes: The names of the classes, in order.
 
     Raises:
-        ValueError: If there is no such metric; the message says what there is.
+        ValueError: If there is no such metric; the message lists the available ones.
     """
     if isinstance(given, Metric):
         return given
@@ -287,6 +288,7 @@ def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
 
 
 def _of_class(kind: str, which: str, classes: Sequence[str]) -> Metric:
+    """The metric ``kind[which]`` of one class, given by its name or its number."""
     if kind not in OF_ONE_CLASS:
         raise ValueError(f"unknown metric {kind}[{which}]; of one class there are {', '.join(OF_ONE_CLASS)}")
     if which in classes:
@@ -315,7 +317,7 @@ def _from_file(spec: str) -> Metric:
 
 @dataclass(frozen=True)
 class _CheckedScore:
-    """A user's function, its errors said in one line."""
+    """A user's score function whose errors and wrong results become one-line errors."""
 
     spec: str
     function: Callable[[Targets, Outputs], Any]

@@ -1,4 +1,4 @@
-"""Models: the architectures that can be made by name, fitted to the data, and the cache of trained ones."""
+"""Models: architectures by name, adapted to the data's channels and classes, and the cache of trained ones."""
 
 import difflib
 import hashlib
@@ -25,11 +25,11 @@ from autocompress.task import Loss
 class SmallResNet(nn.Module):
     """A residual network for small images: a stem and three basic blocks of 16, 32 and 64 channels.
 
-    The design of He et al., "Deep Residual Learning" (CVPR 2016), section 4.2, with one block a stage.
+    The design of He et al., "Deep Residual Learning" (CVPR 2016), section 4.2, with one block per stage.
 
     Args:
         in_channels: Channels of the images.
-        classes: How many classes there are.
+        classes: Number of classes.
     """
 
     def __init__(self, in_channels: int = 1, classes: int = 10) -> None:
@@ -42,7 +42,7 @@ class SmallResNet(nn.Module):
         self.classifier = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape ``(n, classes)`` of images of shape ``(n, in_channels, height, width)``."""
+        """Logits of shape ``(n, classes)`` for images of shape ``(n, in_channels, height, width)``."""
         logits: Tensor = self.classifier(self.pool(self.stages(self.stem(x))).flatten(1))
         return logits
 
@@ -55,19 +55,19 @@ def _block(inputs: int, outputs: int, stride: int) -> BasicBlock:
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"digits": SmallResNet}
-MOST = 100_000  # classes, or channels, of a description
-_AUXILIARY = ("googlenet", "inception_v3")  # heads that only training has; without them a batch is one tensor
+MOST = 100_000  # classes, or channels, that a description may ask for
+_AUXILIARY = ("googlenet", "inception_v3")  # their auxiliary heads make the output in training a tuple
 
 
 def build(description: str | Mapping[str, Any]) -> nn.Module:
-    """An untrained network from the description that is stored with what was compressed from it.
+    """An untrained network from the description of the dense architecture that a compressed model is stored with.
 
     Args:
         description: A name of `ARCHITECTURES`, or ``{"model": name, "classes": n, "in_channels": c}`` where the
             name is ``small_resnet``, one of torchvision's classifiers, or one of timm's.
 
     Raises:
-        ValueError: If it names nothing known.
+        ValueError: If it is no description, or its name is unknown.
     """
     if isinstance(description, str):
         if description not in ARCHITECTURES:
@@ -85,16 +85,16 @@ def build(description: str | Mapping[str, Any]) -> nn.Module:
 
 
 def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
-    """The untrained network of that name for so many classes and channels.
+    """The untrained network of a name, with this number of classes and input channels.
 
     Raises:
-        ValueError: If there is none; the message suggests near matches.
+        ValueError: If the name is unknown; the message suggests close matches.
     """
     if name == "small_resnet":
         return SmallResNet(in_channels, classes)
     if name.startswith("timm/"):
-        made: nn.Module = _create_timm(name.removeprefix("timm/"), classes, in_channels)
-        return made
+        network: nn.Module = _create_timm(name.removeprefix("timm/"), classes, in_channels)
+        return network
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known and _is_timm(name):
         return make_named(f"timm/{name}", classes, in_channels)
@@ -116,7 +116,7 @@ def _is_timm(name: str) -> bool:
 
 
 def _create_timm(name: str, classes: int, in_channels: int) -> Any:
-    if not re.fullmatch(r"[\w.]+", name):  # timm would take a place on the network, or a folder
+    if not re.fullmatch(r"[\w.]+", name):  # timm also accepts URLs and folders, which must not be loaded here
         raise ValueError(f"{name!r} is no name of a model of timm")
     try:
         timm = importlib.import_module("timm")
@@ -130,44 +130,48 @@ def _create_timm(name: str, classes: int, in_channels: int) -> Any:
 
 
 def first_conv(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
-    """The first 2-D convolution of a model with its name: what meets the image."""
+    """The first 2-D convolution of a model, which takes the image, with its name."""
     return next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
 
 
 def with_first_conv(model: nn.Module, in_channels: int) -> nn.Module:
-    """The model, its first convolution made anew if it takes another number of channels."""
-    found = first_conv(model)
-    if found is None or found[1].in_channels == in_channels:
+    """The model, its first convolution replaced by an untrained one if it takes another number of channels.
+
+    Raises:
+        ValueError: If that convolution is grouped.
+    """
+    first = first_conv(model)
+    if first is None or first[1].in_channels == in_channels:
         return model
-    name, conv = found
+    name, conv = first
     if conv.groups != 1:
         raise ValueError(
             f"the first convolution {name} has {conv.groups} groups and cannot take {in_channels} channels"
         )
     window: tuple[Any, Any, Any, Any] = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    made = nn.Conv2d(
+    new_conv = nn.Conv2d(
         in_channels, conv.out_channels, *window, bias=conv.bias is not None, padding_mode=conv.padding_mode
     )
-    model.set_submodule(name, made)
+    model.set_submodule(name, new_conv)
     return model
 
 
 def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d] | None:
-    """The last linear layer or convolution of a model with its name: what gives the logits."""
+    """The last linear layer or convolution of a model, which computes the logits, with its name."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     return layers[-1] if layers else None
 
 
 def with_classes(model: nn.Module, classes: int) -> nn.Module:
-    """The model, its classifier made anew if it gives another number of logits.
+    """The model, its classifier replaced by an untrained one if it gives another number of logits.
 
     Raises:
-        ValueError: If the model has no layer to make anew.
+        ValueError: If the model's last layer cannot be replaced.
     """
-    found = classifier(model)
-    if found is None:
+    last = classifier(model)
+    if last is None:
         raise ValueError("the model has no linear layer or convolution that could be made to give the logits")
-    name, layer = found
+    name, layer = last
     if isinstance(layer, nn.Linear):
         if layer.out_features != classes:
             model.set_submodule(name, nn.Linear(layer.in_features, classes, bias=layer.bias is not None))
@@ -183,9 +187,18 @@ def with_classes(model: nn.Module, classes: int) -> nn.Module:
 def trained(
     architecture: str, train: Split, loss: Loss, *, epochs: float, lr: float, seed: int, cache: Path | None
 ) -> nn.Module:
-    """The dense model of that architecture, trained on ``train``, or taken from the cache.
+    """The dense model of an architecture, trained on ``train`` or loaded from the cache, in eval mode.
 
-    The cache's key is a hash of everything that goes into the training, data included.
+    The cache's key is a hash of all that determines the training, including the data and torch's version.
+
+    Args:
+        architecture: A name of `ARCHITECTURES`.
+        train: The training data.
+        loss: Maps logits and targets to a scalar.
+        epochs: Passes over the training data.
+        lr: Peak learning rate.
+        seed: Seeds the initial weights and the training.
+        cache: Folder of the trained weights; None to train at every call.
     """
     torch.manual_seed(seed)
     model = ARCHITECTURES[architecture]()
@@ -206,7 +219,7 @@ def trained(
 
 
 def cached(model: nn.Module, train: Callable[[], None], file: Path | None) -> nn.Module:
-    """The model in eval mode with the weights in ``file``; without one it is trained, and its weights are kept."""
+    """The model in eval mode with the weights in ``file``; if that does not exist, trained and saved there."""
     if file and file.is_file():
         model.load_state_dict(weights.load(file))
         return model.eval()

@@ -1,7 +1,7 @@
-"""How schemes are written: lists of sums such as ``StructPrune(min_keep=4)+Quantize16``, as names and values.
+"""Parses the notation of schemes: lists of sums such as ``StructPrune(min_keep=4)+Quantize16``.
 
-In the place of a name there may be ``path/to/file.py:Name``; in quotes where the path has ``+``, ``,``, brackets
-or quotes itself.
+A term may also be ``path/to/file.py:Name``, in quotes if the path contains ``+``, ``,``, brackets or quotes. The
+text is parsed as a Python expression, in which placeholder names stand for the paths.
 """
 
 import ast
@@ -13,7 +13,7 @@ from typing import Any
 
 from autocompress.plugins import is_in_file
 
-UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # all of which Python's parser raises
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # whatever Python's parser may raise
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Term:
     """One term of a sum: ``StructPrune(min_keep=4)``.
 
     Attributes:
-        name: What it names: a name, or ``path/to/file.py:Name``.
-        parameters: What is given with it, by name.
+        name: A registered name, or ``path/to/file.py:Name``.
+        parameters: The values in brackets, by name.
     """
 
     name: str
@@ -39,34 +39,38 @@ class Term:
         return f"{name}({parameters})" if parameters else name
 
 
-_SPECIAL = ",+()[]{}'\""  # what a path has that must be in quotes
+_SPECIAL = ",+()[]{}'\""  # a path with one of these must be written in quotes
 _IN_FILE = re.compile(
     r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?P<before>^|[,+])\s*(?P<name>[^,+()\[\]{}'"]+\.py:\w+)"""
 )
-_STAND_IN = re.compile(r"\b_in_file_\d+_\b")
+_PLACEHOLDER = re.compile(r"\b_in_file_\d+_\b")
 
 
 def _without_files(spec: str) -> tuple[str, dict[str, str]]:
-    """A spec in Python's syntax: for each bare ``file.py:Name`` there is a name, by which the second has it.
+    """Replaces each unquoted ``file.py:Name`` by a placeholder name, which makes the spec a Python expression.
+
+    Returns:
+        The expression, and for each placeholder the ``file.py:Name`` that it stands for.
 
     Raises:
-        ValueError: If there is a file of such a path that it can only be named in quotes, and it is not in any.
+        ValueError: If an existing file must be named in quotes and is not.
     """
-    _refuse_bare(spec)
+    _refuse_unquoted(spec)
     in_files: dict[str, str] = {}
 
-    def stand_in(found: re.Match[str]) -> str:
-        if found["name"] is None:  # in quotes already
-            return found[0]
+    def placeholder(match: re.Match[str]) -> str:
+        if match["name"] is None:  # in quotes already
+            return match[0]
         name = f"_in_file_{len(in_files)}_"
-        in_files[name] = found["name"]
-        return str(found["before"]) + name
+        in_files[name] = match["name"]
+        return str(match["before"]) + name
 
-    return _IN_FILE.sub(stand_in, spec.strip()), in_files
+    return _IN_FILE.sub(placeholder, spec.strip()), in_files
 
 
-def _refuse_bare(spec: str) -> None:
-    starts = [0, *(found.end() for found in re.finditer(r"[,+]", spec))]
+def _refuse_unquoted(spec: str) -> None:
+    """Raises ValueError if an unquoted part of the spec is the path of a file that must be written in quotes."""
+    starts = [0, *(match.end() for match in re.finditer(r"[,+]", spec))]
     for end in re.finditer(r"\.py:\w+", spec):
         for start in starts:
             name = spec[start : end.end()].strip()
@@ -79,16 +83,16 @@ def _refuse_bare(spec: str) -> None:
 
 
 def in_quotes(name: str) -> str:
-    """A scheme's name as it is written: in quotes where it is a path with characters that mean something."""
+    """A scheme's name as it is written: in quotes if it is a path with special characters."""
     return repr(name) if set(name) & set(_SPECIAL) else name
 
 
 def with_files(spec: str, files: Mapping[str, str]) -> str:
-    """A list of sums with other files in the place of some.
+    """Replaces paths of files in a list of sums.
 
     Args:
-        spec: What was written.
-        files: For each path in it what is to be there.
+        spec: The list as it was written.
+        files: The new path for each path to replace.
 
     Raises:
         ValueError: As `terms`.
@@ -98,30 +102,30 @@ def with_files(spec: str, files: Mapping[str, str]) -> str:
         file, colon, name = term.name.rpartition(":")
         return Term(files.get(file, file) + colon + name, term.parameters)
 
-    return ", ".join("+".join(str(moved(term)) for term in terms(one)) for one in listed(spec))
+    return ", ".join("+".join(str(moved(term)) for term in terms(scheme)) for scheme in listed(spec))
 
 
 def listed(spec: str) -> list[str]:
-    """What commas part in ``spec``, but for those within brackets; ``spec`` itself where it cannot be read.
+    """Splits a spec at its commas, except those within brackets; ``[spec]`` if it cannot be parsed.
 
     Raises:
-        ValueError: If a file in it must be in quotes.
+        ValueError: If a file in it must be named in quotes and is not.
     """
     text, in_files = _without_files(spec)
     try:
-        found = ast.parse(f"[{text}]", mode="eval").body
-        assert isinstance(found, ast.List)
-        written = [ast.unparse(one) for one in found.elts]
-        return [_STAND_IN.sub(lambda name: in_files.get(name[0], name[0]), one) for one in written] or [spec]
+        parsed = ast.parse(f"[{text}]", mode="eval").body
+        assert isinstance(parsed, ast.List)
+        items = [ast.unparse(item) for item in parsed.elts]
+        return [_PLACEHOLDER.sub(lambda name: in_files.get(name[0], name[0]), item) for item in items] or [spec]
     except UNREADABLE:
         return [spec]
 
 
 def terms(spec: str) -> list[Term]:
-    """The terms of the sum that ``spec`` is, in order.
+    """Parses a sum such as ``StructPrune(min_keep=4)+Quantize16`` into its terms, in order.
 
     Raises:
-        ValueError: If it is none, or what is given with a name is no plain value or given twice.
+        ValueError: If ``spec`` is not a sum, or a parameter is given twice or is not a plain value.
     """
     text, in_files = _without_files(spec)
     try:
@@ -135,6 +139,7 @@ def terms(spec: str) -> list[Term]:
 
 
 def _parts(node: ast.expr) -> list[ast.expr]:
+    """The summands of a (nested) sum, from left to right."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _parts(node.left) + _parts(node.right)
     return [node]
@@ -159,7 +164,7 @@ def _term(node: ast.expr, spec: str, in_files: Mapping[str, str]) -> Term:
 
 
 def _name(node: ast.expr, in_files: Mapping[str, str]) -> str | None:
-    """What a name, or ``file.py:Name`` in quotes, says; None of anything else."""
+    """The name that a node stands for: a name, a placeholder or a quoted ``file.py:Name``; None for any other."""
     if isinstance(node, ast.Name):
         return in_files.get(node.id, node.id)
     quoted = node.value if isinstance(node, ast.Constant) else None
@@ -167,11 +172,19 @@ def _name(node: ast.expr, in_files: Mapping[str, str]) -> str | None:
 
 
 def literal(node: ast.expr, source: str) -> Any:
-    """The value of a Python literal, or a bare word taken as a string: ``dtype=bf16``."""
+    """The value of a Python literal; a bare word counts as a string, as in ``dtype=bf16``.
+
+    Args:
+        node: The parsed value.
+        source: The text that it was parsed from, for the error.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if isinstance(node, ast.Name):
         return node.id
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, RecursionError):  # the latter two where a list is a key, or it is endless
+    except (ValueError, TypeError, RecursionError):  # TypeError: a list as a key; RecursionError: nested too deep
         written = (ast.get_source_segment(source, node) or "")[:100]
         raise ValueError(f"{written!r} is not a plain value; write a number or a word") from None

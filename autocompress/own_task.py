@@ -1,5 +1,6 @@
-"""A task from options: the data is read, the model made to fit it and, where no weights are given, trained."""
+"""Makes a task from options: reads the data, builds a model that fits it and trains it if it has no weights."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from autocompress.arguments import function, path, several, takes
 from autocompress.data import digits
@@ -27,7 +28,7 @@ from autocompress.verdict.limit import REQUIREMENT, parse_constraints
 
 TRAIN_EPOCHS = 30
 BATCH_SIZE = 64
-FLOATS_BYTES = 1_000_000_000  # inputs that nothing augments are held ready for the model up to this
+FLOATS_BYTES = 1_000_000_000  # up to this size, inputs without augmentation are held preprocessed, in float32
 
 Progress = Callable[[str], None]
 
@@ -42,18 +43,18 @@ def make_task(
     progress: Progress = lambda what: None,
     **fields: Any,
 ) -> Task:
-    """The task that options describe, its dense model trained or taken from the cache.
+    """Makes the task that options describe; its dense model is trained, or loaded from the cache.
 
     Example:
         ``ac.make_task(data="pneumoniamnist.npz", model="resnet18", metric="auc", out="autocompress-runs")``
 
     Args:
-        options: What is compressed and how it is judged; or give its fields by name.
-        out: The folder for all studies, in which dense models are cached; None to train at every call.
-        device: Where the dense model is trained.
-        constraints: To be checked before anything is trained.
-        progress: Is told what takes time.
-        **fields: Of `TaskOptions`.
+        options: The model, the data and the metric; or give the fields of `TaskOptions` by name.
+        out: The folder of all studies, which has the cache of dense models; None to train at every call.
+        device: The device on which the dense model is trained.
+        constraints: Constraints of the study, which are tried on the data before anything is trained.
+        progress: Called with a line of text before each step that takes time.
+        **fields: Fields of `TaskOptions`, which replace those of ``options``.
 
     Raises:
         ValueError: If the model or the data cannot be used; the message says why, in one line.
@@ -63,14 +64,14 @@ def make_task(
     if options.data in (None, "digits") and replace(options, data=None, metric="accuracy").is_default:
         task = digits(cache=cache)
         task.classes = tuple(str(k) for k in range(10))
-        return _as_asked(task, options, constraints)
-    made = _of_factory(options) if _is_factory(options.data) else _of_images(options, progress)
-    if isinstance(made, Task):
-        return _as_asked(made, options, constraints)
-    task = _assembled(made, options, constraints)
+        return _with_options(task, options, constraints)
+    parts = _from_factory(options) if _is_factory(options.data) else _from_images(options, progress)
+    if isinstance(parts, Task):
+        return _with_options(parts, options, constraints)
+    task = _assemble(parts, options, constraints)
     epochs = options.train_epochs
     if epochs is None:
-        epochs = 0 if made.model.is_trained else TRAIN_EPOCHS
+        epochs = 0 if parts.model.is_trained else TRAIN_EPOCHS
     if epochs:
         training = DenseTraining(
             epochs=epochs,
@@ -91,21 +92,22 @@ def make_task(
     return task
 
 
-def _assembled(made: "_Parts", options: TaskOptions, constraints: Sequence[str]) -> Task:
-    """The task with the model as it was made, checked."""
-    y, preprocessing = _all_labels(made.parts["train"]), made.preprocessing
+def _assemble(parts: "_Parts", options: TaskOptions, constraints: Sequence[str]) -> Task:
+    """The checked task of a model, not trained yet, and its data."""
+    y, preprocessing = _all_labels(parts.splits["train"]), parts.preprocessing
+    note = _positive_class_note(options.metric, constraints, parts.classes, y)
     task = Task(
-        made.model.model,
-        *(made.parts[part] for part in PARTS),
-        loss=_loss(options, y, len(made.classes)),
-        metric=as_metric(options.metric, made.classes),
-        name=made.name,
-        architecture=made.model.architecture,
-        classes=made.classes,
+        parts.model.model,
+        *(parts.splits[part] for part in PARTS),
+        loss=_loss(options, y, len(parts.classes)),
+        metric=as_metric(options.metric, parts.classes),
+        name=parts.name,
+        architecture=parts.model.architecture,
+        classes=parts.classes,
         preprocessing=preprocessing.words if preprocessing else "",
         input=preprocessing.to_json() if preprocessing else {},
         options=options.to_json(),
-        notes=(*made.notes, *made.model.notes, *_meaning(options.metric, constraints, made.classes, y)),
+        notes=(*parts.notes, *parts.model.notes, *note),
     )
     task.check()
     _check_metrics(task, constraints)
@@ -113,17 +115,17 @@ def _assembled(made: "_Parts", options: TaskOptions, constraints: Sequence[str])
 
 
 def _all_labels(split: Split) -> Tensor:
-    """The targets of all samples, read once where the split does not hold them."""
+    """The targets of all samples; reads all of them if the split does not hold its labels in memory."""
     y = held_labels(split)
     return y if y is not None else torch.cat([batch for _, batch in split.batches()])
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The data and the model, before they are put together."""
+    """The model and the data of a task; ``splits`` are named as in `PARTS`."""
 
     name: str
-    parts: Mapping[str, Split]
+    splits: Mapping[str, Split]
     classes: tuple[str, ...]
     model: Made
     preprocessing: Preprocessing | None
@@ -134,8 +136,8 @@ def _is_factory(data: str | None) -> bool:
     return bool(data and (data.endswith(".py") or data.rpartition(":")[0].endswith(".py")))
 
 
-def _of_images(options: TaskOptions, progress: Progress) -> _Parts:
-    """Images that a reader finds."""
+def _from_images(options: TaskOptions, progress: Progress) -> _Parts:
+    """Reads images and builds a model that fits them."""
     if options.data_args:
         raise ValueError(f"--data-args go to a factory, and {options.data or 'digits'!r} is none; leave them out")
     augmentations = parse_augmentations(options.augment)
@@ -158,7 +160,7 @@ def _of_images(options: TaskOptions, progress: Progress) -> _Parts:
     batch = options.batch_size or BATCH_SIZE
     plain = Sampling(batch, workers=options.data_workers)
     training = replace(plain, augmentations=augmentations, weights=_sample_weights(options, train.y))
-    parts = {
+    splits = {
         part: _split(samples, preprocessing, training if part == "train" else plain)
         for part, samples in found.parts.items()
     }
@@ -167,16 +169,16 @@ def _of_images(options: TaskOptions, progress: Progress) -> _Parts:
         notes += (
             "images are normalised by the data's own mean: if the weights learned otherwise, give --normalize",
         )
-    return _Parts(found.name, parts, found.classes, model, preprocessing, notes)
+    return _Parts(found.name, splits, found.classes, model, preprocessing, notes)
 
 
 def _split(samples: Samples, preprocessing: Preprocessing, sampling: Sampling) -> Split:
-    """Ready for the model where there is room and nothing changes them; else as pixels, or as files."""
+    """Samples as a split: preprocessed in memory if they fit and are not augmented; else as pixels or files."""
     if samples.pixels is None:
         return FileImages(samples.files, samples.y, preprocessing, sampling)
     height, width = preprocessing.size
-    as_floats = 4 * len(samples) * preprocessing.channels * height * width
-    if sampling.augmentations or sampling.weights is not None or as_floats > FLOATS_BYTES:
+    floats_bytes = 4 * len(samples) * preprocessing.channels * height * width
+    if sampling.augmentations or sampling.weights is not None or floats_bytes > FLOATS_BYTES:
         return HeldImages(samples.pixels, samples.y, preprocessing, sampling)
     return TensorSplit(preprocessing(samples.pixels), samples.y, sampling.batch_size)
 
@@ -194,7 +196,7 @@ def _model(options: TaskOptions, classes: int, channels: int) -> Made:
 
 
 def _normalization(options: TaskOptions, found: Found, model: Made) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation, per channel."""
+    """Mean and standard deviation by which inputs are normalized, per channel; empty without normalization."""
     kind = options.normalize
     if kind == "auto":
         kind = "imagenet" if any("torchvision's weights" in note for note in model.notes) else "data"
@@ -217,6 +219,7 @@ def _normalization(options: TaskOptions, found: Found, model: Made) -> tuple[tup
 
 
 def _sample_weights(options: TaskOptions, y: Tensor) -> Tensor | None:
+    """With ``--balance sampler``, weights of shape ``(n,)`` by which training samples are drawn; else None."""
     if options.balance != "sampler":
         return None
     if y.ndim == 2:
@@ -231,22 +234,24 @@ def _loss(options: TaskOptions, y: Tensor, classes: int) -> Any:
     return ClassLoss(weights, options.label_smoothing)
 
 
-def _meaning(metric: str, constraints: Sequence[str], classes: Sequence[str], y: Tensor) -> tuple[str, ...]:
-    """Which class counts as the positive one, where that matters."""
-    asked = " ".join((metric, *constraints))
-    if y.ndim == 2 or len(classes) != 2 or not any(word in asked for word in ("sensitivity", "specificity")):
-        return ()
-    if "[" in asked:
+def _positive_class_note(
+    metric: str, constraints: Sequence[str], classes: Sequence[str], y: Tensor
+) -> tuple[str, ...]:
+    """A note on which of two classes is the positive one, if the metric or a constraint depends on it."""
+    scores = " ".join((metric, *constraints))
+    is_named = "[" in scores  # as in recall[CLASS]
+    if y.ndim == 2 or len(classes) != 2 or is_named or not re.search("sensitivity|specificity", scores):
         return ()
     return (f"sensitivity is the share found of class {classes[1]!r}, specificity that of {classes[0]!r}",)
 
 
 def _check_metrics(task: Task, constraints: Sequence[str]) -> None:
-    """Tries the metric and the constraints, on random outputs, before hours are spent."""
+    """Scores random outputs with the metric and those of the constraints, to fail before hours are spent."""
     example = TensorSplit(task.example_input, torch.zeros(1, dtype=torch.long))
     required = parse_constraints(constraints, task.classes)
-    for metric in (task.metric, *(one.metric for one in required if isinstance(one, Constraint))):
-        _try_metric(metric, labels_of(task.val), predict(task.model, example)[0].shape[1])
+    n_logits = predict(task.model, example)[0].shape[1]
+    for metric in (task.metric, *(limit.metric for limit in required if isinstance(limit, Constraint))):
+        _try_metric(metric, labels_of(task.val), n_logits)
 
 
 def _try_metric(metric: Metric, y: Tensor, classes: int) -> None:
@@ -257,38 +262,36 @@ def _try_metric(metric: Metric, y: Tensor, classes: int) -> None:
         raise ValueError(f"the metric {metric.name} cannot be scored on val: {error}") from error
 
 
-# A factory's data
-
-
-def _of_factory(options: TaskOptions) -> _Parts | Task:
-    """What ``file.py:factory`` gives: a task, or train, val and test."""
+def _from_factory(options: TaskOptions) -> _Parts | Task:
+    """Calls ``file.py:factory``, which returns a task, or train, val and test."""
     spec = options.data
     assert spec is not None
-    given = call_factory(spec, load_factory(spec), parse_arguments(options.data_args))
-    if isinstance(given, Task):
+    result = call_factory(spec, load_factory(spec), parse_arguments(options.data_args))
+    if isinstance(result, Task):
         _refuse_others(options, ("data", "data_args", "metric"), f"{spec!r} gives a task, which has its own")
-        return given
+        return result
     used = tuple(name for name in vars(options) if name not in _FOR_IMAGES)
     _refuse_others(options, used, f"{spec!r} prepares its own data")
     if options.balance == "sampler":
         raise ValueError(f"--balance sampler: {spec!r} makes its own batches; use --balance weights")
-    if isinstance(given, Mapping) and set(PARTS) <= set(given):
-        given = [given[part] for part in PARTS]
-    if not isinstance(given, list | tuple) or len(given) != 3:
-        raise ValueError(f"{spec!r} gives a {type(given).__name__}; it must give a Task, or (train, val, test)")
+    if isinstance(result, Mapping) and set(PARTS) <= set(result):
+        result = [result[part] for part in PARTS]
+    if not isinstance(result, list | tuple) or len(result) != 3:
+        raise ValueError(f"{spec!r} gives a {type(result).__name__}; it must give a Task, or (train, val, test)")
     batch = options.batch_size or BATCH_SIZE
-    loaders = [_loader(data, part, batch, options.data_workers) for part, data in zip(PARTS, given, strict=True)]
-    parts = {part: as_split(data, part) for part, data in zip(PARTS, loaders, strict=True)}
-    x, _ = next(parts["train"].batches())
-    classes = _classes(given[0], parts["train"])
+    splits = {
+        part: as_split(_loader(data, part, batch, options.data_workers), part)
+        for part, data in zip(PARTS, result, strict=True)
+    }
+    x, _ = next(splits["train"].batches())
+    classes = _classes(result[0], splits["train"])
     channels = x.shape[1] if x.ndim == 4 else 3
-    name = Path(spec.rpartition(":")[0]).stem
-    return _Parts(
-        name, parts, classes, _model(replace(options, channels=channels), len(classes), channels), None, ()
-    )
+    model = _model(replace(options, channels=channels), len(classes), channels)
+    return _Parts(Path(spec.rpartition(":")[0]).stem, splits, classes, model, None, ())
 
 
 def _refuse_others(options: TaskOptions, used: Sequence[str], because: str) -> None:
+    """Raises ValueError, with the reason ``because``, if options other than ``used`` are not at their defaults."""
     unused = [
         name for name, value in vars(TaskOptions()).items() if name not in used and getattr(options, name) != value
     ]
@@ -301,27 +304,23 @@ _FOR_IMAGES = ("label", "group", "split", "image_size", "channels", "normalize",
 
 
 def _loader(data: Any, part: str, batch_size: int, workers: int) -> Data:
-    """Loaders, pairs and splits as they are; a data set in a DataLoader."""
+    """A DataLoader of a data set; other forms of data, such as loaders and pairs of tensors, as they are."""
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) != 2):
         dataset = cast(Dataset[Any], data)
-        return DataLoader(dataset, batch_size, shuffle=part == "train", num_workers=workers, collate_fn=_collate)
+        return DataLoader(dataset, batch_size, shuffle=part == "train", num_workers=workers)
     return cast(Data, data)
 
 
-def _collate(samples: list[Any]) -> Any:
-    return list(default_collate(samples))
-
-
 def _classes(data: Any, split: Split) -> tuple[str, ...]:
-    """The names of the classes, or their numbers."""
+    """The names of the classes as the data set has them, or else their numbers."""
     if names := getattr(getattr(data, "dataset", data), "classes", None):
         return tuple(map(str, names))
     y = _all_labels(split)
     return tuple(str(k) for k in range(y.shape[1] if y.ndim == 2 else int(y.max()) + 1))
 
 
-def _as_asked(task: Task, options: TaskOptions, constraints: Sequence[str]) -> Task:
-    """A task that came whole, with the metric that was asked for."""
+def _with_options(task: Task, options: TaskOptions, constraints: Sequence[str]) -> Task:
+    """A ready-made task with the metric of the options, checked."""
     if options.metric != "accuracy":
         task.metric = as_metric(options.metric, task.classes)
     task.options = options.to_json()

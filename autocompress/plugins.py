@@ -1,8 +1,11 @@
-"""Finds schemes and objectives: registries by name, and the entry points that fill them.
+"""Finds schemes and objectives: registries by name, the entry points that fill them, and users' Python files.
 
-The engine knows no scheme and no objective by name. Those that ship with autocompress come through the same
-door as a third party's: a module listed under ``[project.entry-points."autocompress.plugins"]`` that
-registers what it defines when it is imported.
+The engine knows no scheme and no objective by name. Those that ship with autocompress are found in the same way as
+a third party's: a module listed under ``[project.entry-points."autocompress.plugins"]`` registers what it defines
+when it is imported.
+
+A *spec* is the text that names such an object: a registered name, or ``path/to/file.py:name``. A study stores
+specs as the user wrote them, and the absolute paths of the files, so that it can be resumed from any folder.
 """
 
 import difflib
@@ -24,15 +27,15 @@ ENTRY_POINT_GROUP = "autocompress.plugins"
 
 T = TypeVar("T")
 
-_FROM_FILES: dict[str, ModuleType] = {}
-_FILES: dict[str, str] = {}  # of each of these modules, by its whole path
-_WRITTEN: dict[str, str] = {}  # how each file is written, by its whole path: as it was given first
-_MODULES: dict[str, str] = {}  # the files of modules that lie in the folder that was current, or is a study's
+_FROM_FILES: dict[str, ModuleType] = {}  # modules run from users' files, and those beside them, by module name
+_FILES: dict[str, str] = {}  # module name -> absolute path, of the files that `load_from_file` has run
+_WRITTEN: dict[str, str] = {}  # absolute path -> path as the user first wrote it
+_MODULES: dict[str, str] = {}  # module name -> absolute path, of modules imported from the current folder
 
 
 @cache
 def load_plugins() -> None:
-    """Imports every installed plugin once. One that fails is named in a warning and costs only itself."""
+    """Imports every installed plugin once. A plugin that fails to import is skipped, with a warning."""
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
         try:
             entry.load()
@@ -44,10 +47,10 @@ def load_plugins() -> None:
 
 
 class Registry(Generic[T]):
-    """Named things of one kind, filled by plugins on first look-up.
+    """Objects of one kind by name, filled by plugins on first look-up.
 
     Args:
-        kind: What is registered, as users call it (``"scheme"``).
+        kind: The kind in the words of users (``"scheme"``), for errors.
     """
 
     def __init__(self, kind: str) -> None:
@@ -56,15 +59,15 @@ class Registry(Generic[T]):
         self._modules: dict[str, str] = {}
 
     def add(self, name: str, item: T, definition: Any = None) -> None:
-        """Registers ``item``; its own module may register the name again (a notebook cell run twice).
+        """Registers ``item``. A module may register the same name again: a notebook cell may be run twice.
 
         Args:
-            name: What users call it.
-            item: What `get` returns.
-            definition: The class or function that a user wrote, where ``item`` was made from one.
+            name: The name that users write.
+            item: The object that `get` returns.
+            definition: The user's class or function that ``item`` was made from, if ``item`` is not itself that.
 
         Raises:
-            ValueError: If another module's definition already has the name.
+            ValueError: If another module has registered the name.
         """
         module: str = (item if definition is None else definition).__module__
         owner = self._modules.get(name, module)
@@ -75,15 +78,15 @@ class Registry(Generic[T]):
         self._items[name], self._modules[name] = item, module
 
     def find(self, name: str) -> T | None:
-        """The thing of that name, or None."""
+        """The object registered under ``name``, or None."""
         load_plugins()
         return self._items.get(name)
 
     def get(self, name: str) -> T:
-        """The thing of that name.
+        """The object registered under ``name``.
 
         Raises:
-            ValueError: If there is none; the message suggests near matches and lists what there is.
+            ValueError: If there is none; the message suggests close matches and lists all names.
         """
         item = self.find(name)
         if item is not None:
@@ -100,12 +103,12 @@ class Registry(Generic[T]):
 
 
 def load_from_file(spec: str) -> Any:
-    """The object that ``path/to/file.py:name`` names. The file is run, each time it is asked for.
+    """Runs a Python file and returns the object that ``path/to/file.py:name`` names.
 
-    It may import the modules that lie beside it, as a script may.
+    The file is run at every call. Like a script, it may import modules from its own folder.
 
     Raises:
-        ValueError: If the file does not exist, fails when it is run, or has no such name.
+        ValueError: If the file does not exist, raises when it is run, or does not define the name.
     """
     file, _, name = spec.rpartition(":")
     if not file or not name:
@@ -117,10 +120,10 @@ def load_from_file(spec: str) -> Any:
         raise ValueError(f"{spec!r}: there is no file {file!r}{hint}")
     if path.suffix != ".py":
         raise ValueError(f"{spec!r}: {file!r} is not a Python file; name a .py file")
-    load_plugins()  # first, so that a name the file registers cannot push out an installed plugin's
+    load_plugins()  # first, so that a name that the file registers cannot displace an installed plugin's
     try:
         module = _run(path)
-        _FILES[module.__name__] = _enter(file)
+        _FILES[module.__name__] = _record_path(file)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{spec!r}: running {file!r} raised {type(error).__name__}: {reason}") from error
@@ -133,16 +136,17 @@ def load_from_file(spec: str) -> Any:
 
 
 def import_from_here(name: str) -> ModuleType:
-    """Imports a module that is installed or, as for ``python -m``, lies in the current folder.
+    """Imports a module that is installed or, as with ``python -m``, lies in the current folder.
 
-    That of a study which is resumed comes from the folder that was current when it began, see `write_files_as`.
+    A study that is resumed imports its module from the folder that was current when the study was started, see
+    `write_files_as`.
 
     Raises:
         Exception: Whatever the import raises.
     """
     here = _folder_of(name, _MODULES[name]) if name in _MODULES else Path.cwd()
     if str(here) not in sys.path:
-        sys.path.append(str(here))  # behind all that is installed, which it shall not hide
+        sys.path.append(str(here))  # last, so that it does not shadow installed packages
     module = importlib.import_module(name)
     if module.__file__ and _folder_of(name, module.__file__) == here:
         _MODULES[name] = module.__file__
@@ -153,30 +157,30 @@ def import_from_here(name: str) -> ModuleType:
 
 
 def _folder_of(module: str, file: str) -> Path:
-    """The folder in which a module is found by its name."""
+    """The folder on ``sys.path`` from which the module called ``module`` is imported as ``file``."""
     depth = module.count(".") + (Path(file).name == "__init__.py")
     return Path(file).resolve().parents[depth]
 
 
 def spec_of(definition: type) -> str:
-    """What names a class: ``path/to/file.py:Name`` of one that `load_from_file` has made, else its own name."""
-    whole = _FILES.get(definition.__module__)
-    return f"{_WRITTEN.get(whole, whole)}:{definition.__name__}" if whole else definition.__name__
+    """The spec of a class: ``path/to/file.py:Name`` if `load_from_file` has loaded it, else its own name."""
+    file = _FILES.get(definition.__module__)
+    return f"{_WRITTEN.get(file, file)}:{definition.__name__}" if file else definition.__name__
 
 
 def is_in_file(spec: str) -> bool:
-    """Whether it is written as ``path/to/file.py:name``, whatever else is in the path."""
+    """Whether a spec has the form ``path/to/file.py:name``, whatever characters are in the path."""
     return re.fullmatch(r".+\.py:\w+", spec, re.DOTALL) is not None
 
 
 def whole_spec(spec: str) -> str:
-    """``path/to/file.py:name`` with the file's whole path: what names it in any folder."""
+    """The spec ``path/to/file.py:name`` with the file's absolute path, which is valid in any folder."""
     file, _, name = spec.rpartition(":")
     return f"{Path(file).resolve()}:{name}"
 
 
 def written_spec(spec: str) -> str:
-    """What `whole_spec` made, with the file's path as it was given first: what names it wherever it is seen."""
+    """A spec from `whole_spec` with the path as the user first wrote it, for tables and records."""
     file, _, name = spec.rpartition(":")
     return f"{_WRITTEN[file]}:{name}" if file in _WRITTEN else spec
 
@@ -186,62 +190,66 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """As it appears in tables."""
+        """The name in tables."""
 
     @property
     def source(self) -> str:
-        """Where it came from, as it is written."""
+        """Its spec as the user wrote it; empty if it does not come from a file."""
 
     @property
     def whole(self) -> str:
-        """The same with a whole path, of one that came from a file."""
+        """Its spec with an absolute path; empty if it does not come from a file."""
 
 
-def name_of(one: Named) -> str:
-    """What a study knows it by: where it came from, as that is written now; else its own name."""
-    return written_spec(one.whole) if one.whole else one.source or one.name
+def name_of(named: Named) -> str:
+    """The spec that a study stores: the file's path as it is written now, or else the name."""
+    return written_spec(named.whole) if named.whole else named.source or named.name
 
 
 def files_in(*specs: str) -> dict[str, str]:
-    """The files that are named in some specs: by the path or the module that is written there, the whole path."""
+    """The absolute paths of the files in some specs, by the path or the module name that is written there."""
     files = {path: whole for whole, path in _WRITTEN.items() if any(f"{path}:" in spec for spec in specs)}
     modules = {name: file for name, file in _MODULES.items() if any(spec.startswith(f"{name}:") for spec in specs)}
     return files | modules
 
 
 def write_files_as(files: Mapping[str, str]) -> dict[str, str]:
-    """Has files written as a study has them that is resumed, perhaps in another folder.
+    """Makes specs name files as a resumed study does, which may have been started in another folder.
 
     Args:
-        files: What `files_in` returned when it began.
+        files: The result of `files_in` when the study was started.
 
     Returns:
-        Those of them that are there still.
+        The entries of ``files`` whose file still exists.
     """
-    there = {path: whole for path, whole in files.items() if Path(whole).is_file()}
-    for path, whole in there.items():
+    existing = {path: whole for path, whole in files.items() if Path(whole).is_file()}
+    for path, whole in existing.items():
         if not path.endswith(".py"):
             _MODULES[path] = whole
             continue
-        _WRITTEN.update({other: other for other, taken in _WRITTEN.items() if taken == path})
+        # another file that is written in the same way is from now on written with its absolute path
+        _WRITTEN.update({other: other for other, written in _WRITTEN.items() if written == path})
         _WRITTEN[whole] = path
-    return there
+    return existing
 
 
-def _enter(file: str) -> str:
-    """The whole path of a file that has been run; it is written as it was given unless another one is."""
+def _record_path(file: str) -> str:
+    """Records how a file that has been run is written, and returns its absolute path.
+
+    It is written as given, unless another file is written so already.
+    """
     whole, given = str(Path(file).resolve()), os.path.normpath(file)
     _WRITTEN.setdefault(whole, whole if given in _WRITTEN.values() else given)
     return whole
 
 
 def modules_from_files() -> list[ModuleType]:
-    """The modules that `load_from_file` has made, and those beside them: other processes may not have them."""
+    """Modules run from users' files and imported from beside them, which other processes cannot import by name."""
     return list(_FROM_FILES.values())
 
 
 def _run(path: Path) -> ModuleType:
-    """Runs a file as a module under a name of its own: two files called model.py are two modules."""
+    """Runs a file as a module whose name is unique to its path: two files called model.py are two modules."""
     digest = zlib.crc32(str(path.resolve()).encode())
     name = f"{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{digest:08x}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -250,7 +258,7 @@ def _run(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     folder = path.resolve().parent
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # behind all that is installed, which it shall not hide
+        sys.path.append(str(folder))  # last, so that it does not shadow installed packages
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -261,7 +269,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _beside(folder: Path) -> dict[str, ModuleType]:
-    """The modules that have been imported from a folder itself: its files, and packages in it."""
+    """The imported modules that lie in a folder, by name: its files, and the packages in it with all they hold."""
     modules, here = list(sys.modules.items()), f"{folder}{os.sep}"
     files = {name: getattr(module, "__file__", None) for name, module in modules}
     tops = {

@@ -1,7 +1,7 @@
-"""How far what takes time has come: reported from where the work is done, heard by whoever shows it.
+"""Progress of long work: the code that does it reports, a listener such as the terminal's display shows it.
 
-A report is a share between 0 and 1 of the innermost `span`. Where nobody listens, as in the process of a worker,
-it costs a look at a variable.
+A report is the completed fraction, between 0 and 1, of the innermost `span`. Without a listener, as in a worker
+process, a report costs one look at a variable.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def report(done: float) -> None:
-    """Says that the share ``done`` of what runs now is done."""
+    """Reports that the fraction ``done``, between 0 and 1, of the current `span` is completed."""
     listener = _listener.get()
     if listener is not None:
         listener(done)
@@ -23,7 +23,7 @@ def report(done: float) -> None:
 
 @contextmanager
 def heard_by(listener: Listener | None) -> Iterator[None]:
-    """For a ``with`` block, what is reported in this thread goes to ``listener``; nowhere if that is None."""
+    """Sends the reports of a ``with`` block, in this thread, to ``listener``; discards them if it is None."""
     token = _listener.set(listener)
     try:
         yield
@@ -33,7 +33,7 @@ def heard_by(listener: Listener | None) -> Iterator[None]:
 
 @contextmanager
 def span(begin: float, end: float) -> Iterator[None]:
-    """For a ``with`` block, what is reported is a part of the whole, from ``begin`` to ``end`` of it."""
+    """Maps the reports of a ``with`` block to the part from ``begin`` to ``end`` of the enclosing span."""
     outer = _listener.get()
     with heard_by(outer and (lambda done: outer(begin + (end - begin) * done))):
         yield

@@ -1,7 +1,7 @@
-"""Recovery: how a compressed network regains what it lost. L-C, and the plain ways it is measured against.
+"""Recovery: how a network is compressed and regains its accuracy. L-C, and the baselines it is compared with.
 
-All of them train through the same L step with the same data, teacher and learning-rate cycle. Most are limits
-of L-C: at μ = ∞ weights that a C step prunes are zero at once and for good.
+All of them train through the same L step with the same data, teacher and learning-rate schedule. Most are special
+cases of L-C: at μ = ∞ weights that a C step prunes are zero at once and for good.
 """
 
 import math
@@ -26,7 +26,7 @@ from autocompress.task import Task
 
 @runtime_checkable
 class Recovery(Protocol):
-    """How a trial compresses a model and trains it."""
+    """A way to compress a model and train it, as a frozen dataclass."""
 
     @property
     def method(self) -> str:
@@ -42,12 +42,12 @@ class Recovery(Protocol):
 
 
 def learning_compression(mu: float = SOFT, **settings: Any) -> LearningCompression:
-    """Learning-compression whatever the scheme: what is about to go is drawn to zero, and may come back."""
+    """L-C with a finite penalty, whatever the scheme: weights to be pruned are drawn to zero and may come back."""
     return LearningCompression(mu=mu, **settings)
 
 
 def gradual(**settings: Any) -> LearningCompression:
-    """Gradual pruning: the density falls step by step, and what goes is zero at once.
+    """Gradual pruning: the density falls step by step, and pruned weights are zero at once.
 
     Zhu & Gupta, "To Prune, or Not to Prune" (2017).
     """
@@ -63,7 +63,7 @@ def rewind(**settings: Any) -> LearningCompression:
 
 
 def finetune(lr: float | None = None, optimizer: Optimizer = "sgd", **settings: Any) -> LearningCompression:
-    """One-shot pruning, then fine-tuning at a small learning rate: a tenth of what others begin with.
+    """One-shot pruning, then fine-tuning at a small learning rate: by default a tenth of the others' peak.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015).
     """
@@ -72,13 +72,13 @@ def finetune(lr: float | None = None, optimizer: Optimizer = "sgd", **settings: 
 
 @dataclass(frozen=True)
 class Iterative:
-    """Rounds of pruning and training in turn, each with a learning-rate cycle of its own.
+    """Rounds of pruning and training in turn, each with its own learning-rate schedule.
 
     The density falls by the same factor in every round (Han et al., NeurIPS 2015; Renda et al., ICLR 2020).
 
     Args:
-        training: The training of all the rounds together.
-        rounds: How many there are.
+        training: The settings of the training; its budget is that of all the rounds together.
+        rounds: Number of rounds.
     """
 
     training: LearningCompression = field(default_factory=rewind)
@@ -104,23 +104,23 @@ class Iterative:
         """Compresses ``model`` in place, see `Recovery.recover`."""
         total = self.n_steps(task.train)
         rounds = min(self.rounds, total)
-        for done in range(rounds):
-            steps = total * (done + 1) // rounds - total * done // rounds
-            target = density ** ((done + 1) / rounds)
-            one_round = replace(self.training, steps=steps)
-            with progress.span(done / rounds, (done + 1) / rounds):
-                found = one_round.recover(model, scheme, facts, target, task, seed * rounds + done)
-        return replace(found, steps=total)
+        for i in range(rounds):
+            steps = total * (i + 1) // rounds - total * i // rounds
+            target = density ** ((i + 1) / rounds)
+            training = replace(self.training, steps=steps)
+            with progress.span(i / rounds, (i + 1) / rounds):
+                recovered = training.recover(model, scheme, facts, target, task, seed * rounds + i)
+        return replace(recovered, steps=total)
 
 
 @dataclass(frozen=True)
 class Layerwise:
-    """One layer after the other is pruned to its final width, with training after each.
+    """Prunes one layer after the other to its final density, with training after each.
 
-    The layers' shares are those of the dense model: what the scheme prunes at the target density.
+    The scheme decides on the dense model, once, which entries of each layer it prunes at the target density.
 
     Args:
-        training: The training of all the layers together.
+        training: The settings of the training; its budget is that of all the layers together.
     """
 
     training: LearningCompression = field(default_factory=rewind)
@@ -141,26 +141,26 @@ class Layerwise:
         learner = Learner(self.training.suiting(scheme, task.train), model, task, seed)
         facts = observe(scheme, learner.evidence(), facts)
         theta = scheme.pi({name: w.detach() for name, w in learner.weights.items()}, density, facts)
-        whole = frozen(scheme, theta)
-        bound = whole.bound.keys()
+        all_layers = frozen(scheme, theta)
+        bound = all_layers.bound.keys()
         pruned: list[str] = []
         layers = _by_layer([name for name in learner.weights if name in bound])
-        for left, names in zip(range(len(layers), 0, -1), layers, strict=True):
+        for n_left, names in zip(range(len(layers), 0, -1), layers, strict=True):
             pruned += names
-            penalty = whole.only(pruned)
+            penalty = all_layers.only(pruned)
             penalty.apply(learner.weights, lr=1.0)
-            learner.l_step(learner.descent.steps_left // left, penalty)
+            learner.l_step(learner.descent.steps_left // n_left, penalty)
         return Recovered(settle(scheme, learner, density, facts, task), steps=learner.descent.taken)
 
 
 def _by_layer(names: Iterable[str]) -> list[list[str]]:
-    """Names of parameters, those of one layer together, in the order in which they come."""
+    """Groups the names of parameters by layer, in their order."""
     return [list(layer) for _, layer in groupby(names, key=lambda name: name.rpartition(".")[0])]
 
 
 @dataclass(frozen=True)
 class Untrained:
-    """Compression alone: BatchNorm's statistics are computed anew, no weight is trained."""
+    """Compression without training: only BatchNorm's statistics are recalibrated."""
 
     @property
     def method(self) -> str:
@@ -168,7 +168,7 @@ class Untrained:
         return "none"
 
     def n_steps(self, train: Split) -> int:
-        """None."""
+        """Zero gradient steps."""
         return 0
 
     def recover(
@@ -191,7 +191,7 @@ def layerwise(**settings: Any) -> Layerwise:
 
 
 def untrained(**settings: Any) -> Untrained:
-    """No training at all, see `Untrained`: there is nothing to set.
+    """No training at all, see `Untrained`; it takes no settings.
 
     Raises:
         ValueError: If a setting is given.
@@ -214,7 +214,11 @@ RECOVERIES: Mapping[str, Callable[..., Recovery]] = {
 
 
 def make_recovery(method: str, **settings: Any) -> Recovery:
-    """The recovery of that name, with the settings of its `LearningCompression` that are given, or its own.
+    """Makes a recovery from its name and settings.
+
+    Args:
+        method: A name of `RECOVERIES`.
+        settings: Settings of its `LearningCompression`, and ``rounds`` of ``iterative``.
 
     Raises:
         ValueError: If there is no such method, or a setting is refused.
@@ -227,10 +231,10 @@ def make_recovery(method: str, **settings: Any) -> Recovery:
 
 
 def as_recovery(given: str | Recovery, epochs: float | None = None) -> Recovery:
-    """A recovery from its name or itself, with another budget where one is given.
+    """A recovery from its name or as an object; if ``epochs`` is given, with that budget.
 
     Raises:
-        ValueError: If it is neither, or the budget is refused.
+        ValueError: If ``given`` is neither, or the budget is refused.
     """
     recovery = make_recovery(given) if isinstance(given, str) else given
     if isinstance(recovery, type) or not isinstance(recovery, Recovery):
@@ -240,7 +244,7 @@ def as_recovery(given: str | Recovery, epochs: float | None = None) -> Recovery:
 
 
 def with_settings(recovery: Recovery, **settings: Any) -> Recovery:
-    """The same recovery with other settings of its training: another budget, for instance.
+    """The same recovery with other settings of its training, such as its budget.
 
     Raises:
         ValueError: If a value is refused.
@@ -253,12 +257,12 @@ def with_settings(recovery: Recovery, **settings: Any) -> Recovery:
 
 
 def suiting(recovery: Recovery, scheme: Scheme, train: Split) -> Recovery:
-    """The recovery with what suits a scheme and the budget in the place of ``auto``."""
+    """The recovery, with settings that are chosen by scheme and budget (``auto``) filled in."""
     return recovery.suiting(scheme, train) if isinstance(recovery, LearningCompression) else recovery
 
 
 def settings_of(recovery: Recovery) -> dict[str, Any]:
-    """What a recovery was made with, the settings of its training among them: JSON types only."""
+    """The settings of a recovery and its training, and its ``method``: JSON types only."""
     settings: dict[str, Any] = asdict(recovery)  # type: ignore[call-overload]  # recoveries are dataclasses
     settings |= settings.pop("training", {})
     training = getattr(recovery, "training", recovery)

@@ -1,8 +1,8 @@
-"""Scheme: what may be compressed and how. The optimizer and the search see only this protocol.
+"""Scheme: what may be compressed and how. Recovery and the search see only this protocol.
 
-A scheme is a frozen dataclass with four functions. In the terms of Carreira-Perpiñán & Idelbayev, "Learning-
-Compression Algorithms for Neural Net Pruning" (CVPR 2018): `pi` is the C step Π, `delta` the decompression Δ,
-and `realize` turns the result into the model that ships.
+A scheme is a frozen dataclass. In the terms of Carreira-Perpiñán & Idelbayev, "Learning-Compression Algorithms
+for Neural Net Pruning" (CVPR 2018), `Scheme.pi` is the C step Π and `Scheme.delta` the decompression Δ;
+`Scheme.realize` turns the result into the model that ships.
 """
 
 import inspect
@@ -24,7 +24,7 @@ Facts: TypeAlias = Any
 
 
 def as_numbers(mask: Tensor) -> Tensor:
-    """0 and 1 in the place of False and True, in the same memory: torch computes with bool a third as fast."""
+    """A view of a bool mask as zeros and ones of type uint8, with which torch computes three times as fast."""
     return mask.view(torch.uint8)
 
 
@@ -33,14 +33,15 @@ class Theta:
     """Compressed weights θ, the result of a C step.
 
     Attributes:
-        values: The weights as the scheme stores them; `Scheme.delta` decompresses them. What is not stored
-            under the name of a weight, such as a factor, has the name that it has in the realized model.
+        values: The weights as the scheme stores them; `Scheme.delta` decompresses them. A tensor that replaces a
+            weight, such as a factor, is stored under its name in the realized model.
         support: For each weight by name, which of its entries the compressed model keeps (bool, the weight's
-            shape). What is not named is kept whole. Kept entries are free: θ follows w there. Where a weight
-            is compressed as a whole, into factors for instance, no entry is kept or free.
-        kept: Parameters of the realized model.
+            shape). Weights that are not named are kept whole. Kept entries are free: θ equals w there. Of a weight
+            that is replaced as a whole, by factors for instance, no entry is kept.
+        kept: Number of parameters of the realized model.
         plan: What `Scheme.realize` must know to build the compressed architecture: JSON types only.
-        drawn: Names of the weights whose kept entries are not free but drawn to θ: they lie on a coarse grid.
+        drawn: Names of the weights whose kept entries are not free: they are quantized to a coarse grid, and the
+            L step draws w towards θ there too.
     """
 
     values: Weights
@@ -60,20 +61,23 @@ class Scheme(Protocol):
 
     @property
     def tolerance(self) -> float:
-        """How far a realized output may lie from the masked model's, over the largest output.
+        """How far the realized model's outputs may differ from the masked model's, relative to the largest output.
 
         1e-5 for schemes that are exact, larger for those that compute in fewer bits.
         """
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Facts:
-        """What the scheme must know of the architecture, found once per study. The model is not changed.
+        """Analyzes the architecture, once per study. The model is not changed.
 
         Args:
-            model: The dense model, on the device that it is compressed on.
-            example_input: A batch of one sample, on the same.
+            model: The dense model, on the device on which it will be compressed.
+            example_input: A batch of one sample, on the same device.
+
+        Returns:
+            The facts that the other methods need of the architecture, of any type.
 
         Raises:
-            ValueError: If there is nothing in the model that the scheme could compress; it names the scheme.
+            ValueError: If the scheme can compress nothing in the model; the message names the scheme.
         """
 
     def lowest_density(self, facts: Facts) -> float:
@@ -82,41 +86,41 @@ class Scheme(Protocol):
     def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
         """The C step: the compressed weights nearest to ``weights`` (all the model's parameters by name).
 
-        Idempotent, and the same whatever was compressed before; it draws from no global generator. The density
-        reached, ``theta.kept`` over the dense model's parameters, is at most ``density``.
+        Idempotent and deterministic: it depends on no earlier call and uses no global random generator. The
+        density reached, ``theta.kept`` over the number of the dense model's parameters, is at most ``density``.
 
         Raises:
             ValueError: If ``density`` is below `lowest_density`.
         """
 
     def delta(self, theta: Theta) -> Weights:
-        """Decompresses: the weights in the dense model's shapes.
-
-        Zero where a weight keeps other entries than these.
-        """
+        """Decompresses θ to weights in the dense model's shapes, with zeros for pruned entries."""
 
     def realize(self, model: nn.Module, theta: Theta, facts: Facts) -> nn.Module:
-        """The model that ships, from a model of the dense architecture that carries ``delta(theta)``.
+        """Builds the model that ships, as a new module; ``model`` is not changed.
 
-        A new module; ``model`` is not changed. Its weights may be anything when only the architecture is
-        wanted, as when a saved model is loaded.
+        Args:
+            model: A model of the dense architecture with the weights ``delta(theta)``; with arbitrary weights if
+                only the compressed architecture is wanted, as when a saved model is loaded.
+            theta: The result of the last C step.
+            facts: The result of `analyze`.
         """
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a C step may look at beside the weights.
+    """What a scheme may observe before a C step, beside the weights.
 
     Attributes:
-        model: The network as it is now, on its device. It is looked at, not changed.
+        model: The current network on its device; not to be changed.
         batches: Serves some training batches ``(x, y)``, the same ones at every call.
         loss: Maps logits and targets to a scalar.
-        gradient_moments: Returns per weight a running mean of its gradient to a power: 1, or 2 (the diagonal of
-            the empirical Fisher matrix, up to a factor). Training keeps it from the first call; empty until then.
-        last: Whether what is seen now ships. While training goes on, what `Scheme.realize` alone needs to know
-            need not be looked at.
-        provisional: Whether a C step to a lower density follows, with what training has gathered until then to go
-            by: a short look will do.
+        gradient_moments: Returns, by weight, a running mean of the gradient's power: 1, or 2 (the diagonal of the
+            empirical Fisher matrix, up to a factor). Training records it from the first call on; empty until then.
+        last: Whether the result of this C step ships. Until then, facts that `Scheme.realize` alone needs, such as
+            the ranges of activations, need not be collected.
+        provisional: Whether a C step to a lower density follows, with more gradients recorded by then, so that
+            few batches suffice now.
     """
 
     model: nn.Module
@@ -129,40 +133,40 @@ class Evidence:
 
 @runtime_checkable
 class Observer(Protocol):
-    """A scheme that also looks at data: at gradients, or at what the layers put out."""
+    """A scheme that also depends on data: on gradients, or on the outputs of layers."""
 
     def observe(self, evidence: Evidence, facts: Facts) -> Facts:
-        """The facts, with what `Scheme.pi` needs to know of the data in them. Called before every C step.
+        """Returns the facts completed with what `Scheme.pi` needs of the data. Called before every C step.
 
-        What it has seen before must not matter: a recovery that is resumed begins to look anew.
+        The result must not depend on earlier calls: a recovery that is resumed has not made them.
         """
 
 
 @runtime_checkable
 class Hard(Protocol):
-    """A scheme that says what becomes of the weights that a C step takes out."""
+    """A scheme that says whether its C step should take full effect at once (an infinite penalty μ)."""
 
     @property
     def hard(self) -> bool:
-        """Whether they are best at θ at once and for good, not drawn to it: those of whole channels are."""
+        """Whether weights are best set to θ at once and for good, as whole channels are, and not drawn to it."""
 
 
 @runtime_checkable
 class Masking(Protocol):
-    """A scheme that says whether θ is w with zeros: its weights can be at θ and still be trained."""
+    """A scheme that says whether θ is w with some entries set to zero: weights at θ can still be trained."""
 
     @property
     def masks(self) -> bool:
-        """Whether entries become zero and nothing else: then they may be so at once where steps are few."""
+        """Whether a C step only sets entries to zero; then it may take effect at once if steps are few."""
 
 
 def is_hard(scheme: Scheme) -> bool:
-    """Whether a scheme is `Hard`; of a composition, whether all of its parts are."""
+    """Whether a scheme's C step should take effect at once; for a composition, whether all parts' should."""
     return all(isinstance(part, Hard) and part.hard for part in parts_of(scheme))
 
 
 def can_be_hard(scheme: Scheme) -> bool:
-    """Whether a scheme is `Hard` or `Masking`; of a composition, whether all of its parts are."""
+    """Whether a C step can take effect at once (`Hard` or `Masking`); of a composition, whether all parts' can."""
     return all(is_hard(part) or (isinstance(part, Masking) and part.masks) for part in parts_of(scheme))
 
 
@@ -171,15 +175,15 @@ class Choosy(Protocol):
     """A scheme that cannot be composed with every other."""
 
     def check_parts(self, parts: tuple[Scheme, ...]) -> None:
-        """Checks a composition that it is to be a part of.
+        """Checks the parts of a composition, of which this scheme is one.
 
         Raises:
-            ValueError: If it cannot be one.
+            ValueError: If this scheme cannot be composed with the others.
         """
 
 
 def observe(scheme: Scheme, evidence: Evidence, facts: Facts) -> Facts:
-    """The facts as `Observer.observe` completes them; unchanged for a scheme that looks at weights alone."""
+    """The facts as `Observer.observe` completes them; unchanged if the scheme is not an `Observer`."""
     return scheme.observe(evidence, facts) if isinstance(scheme, Observer) else facts
 
 
@@ -188,11 +192,11 @@ class Staged(Protocol):
     """A scheme whose density can differ from one part of the network to another."""
 
     def staged(self, relative: Mapping[str, float]) -> "Scheme":
-        """The same scheme with these relative densities by module; modules without one have 1."""
+        """The same scheme with these relative densities by module name; 1 for modules that are not named."""
 
 
 def density_error(density: float, lowest: float) -> ValueError:
-    """The error for a target that cannot be met: it names the lowest density that can."""
+    """The error for a density that cannot be reached; it names the lowest one that can."""
     return ValueError(f"density {density:.4g} cannot be reached; the lowest possible here is {lowest:.4g}")
 
 
@@ -246,7 +250,7 @@ class Compose:
         return min(part.lowest_density(f) for part, f in zip(self.parts, facts, strict=True))
 
     def pi(self, weights: Weights, density: float, facts: Facts) -> Theta:
-        """Projects with one part after the other, each on what the part before it stores."""
+        """Projects with one part after the other, each applied to the values that the part before it stores."""
         support: dict[str, Tensor] = {}
         kept, plans, drawn = None, [], frozenset[str]()
         theta = None
@@ -284,7 +288,7 @@ def parts_of(scheme: Scheme) -> tuple[Scheme, ...]:
 
 
 def by_part(scheme: Scheme, theta: Theta, facts: Facts) -> list[tuple[Scheme, Theta, Facts]]:
-    """Each part of a composition with θ under its plan and with its facts, or the scheme itself with both."""
+    """Each part of a composition with θ under that part's plan, and its facts; a plain scheme is its own part."""
     if not isinstance(scheme, Compose):
         return [(scheme, theta, facts)]
     thetas = [replace(theta, plan=plan) for plan in theta.plan["parts"]]
@@ -315,12 +319,12 @@ def register_scheme(make: MakesScheme) -> MakesScheme:
     return make
 
 
-AUTO = "auto"  # in the place of schemes: those that were registered with `automatic`
+AUTO = "auto"  # stands for all schemes that were registered with `automatic`
 AUTOMATIC: dict[str, Callable[..., Scheme]] = {}
 
 
 def automatic(make: MakesScheme) -> MakesScheme:
-    """Has ``--scheme auto`` try a registered scheme, where it finds something to compress. A decorator."""
+    """Adds a registered scheme to those that ``--scheme auto`` tries on models it can compress. A decorator."""
     AUTOMATIC[make.__name__] = make
     return make
 
@@ -340,21 +344,22 @@ def parse_schemes(spec: str) -> tuple[Scheme, ...]:
 
 
 def as_schemes(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
-    """One scheme or several, given as they are or as `parse_schemes` takes them.
+    """One scheme or several, each as an object or a spec; a single text may list several, see `parse_schemes`.
 
     Raises:
         ValueError: As `parse_schemes`, or if there are none.
     """
-    several = listing(given)
-    if len(several) == 1 and isinstance(several[0], str):
-        return parse_schemes(several[0])
-    schemes = tuple(parse_scheme(one) if isinstance(one, str) else _checked(one) for one in several)
+    items = listing(given)
+    if len(items) == 1 and isinstance(items[0], str):
+        return parse_schemes(items[0])
+    schemes = tuple(parse_scheme(item) if isinstance(item, str) else _checked(item) for item in items)
     if not schemes:
         raise ValueError("there is no scheme in an empty list; name one")
     return _distinct(schemes)
 
 
 def _distinct(given: Iterable[Scheme]) -> tuple[Scheme, ...]:
+    """The schemes as a tuple; ValueError if two are equal."""
     schemes = tuple(given)
     names = list(map(describe, schemes))
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -363,23 +368,23 @@ def _distinct(given: Iterable[Scheme]) -> tuple[Scheme, ...]:
 
 
 def is_auto(given: str | Scheme | Sequence[str | Scheme]) -> bool:
-    """Whether what `as_schemes` takes is ``auto``."""
-    return [one.strip() for one in listing(given) if isinstance(one, str)] == [AUTO]
+    """Whether an argument of `as_schemes` is ``auto``."""
+    return [item.strip() for item in listing(given) if isinstance(item, str)] == [AUTO]
 
 
 def parse_scheme(spec: str, *, run_files: bool = True) -> Scheme:
     """The scheme that ``spec`` names: ``Prune``, ``StructPrune(min_keep=4)``, ``StructPrune+Quantize16``.
 
-    In the place of a name there may be ``path/to/file.py:Name``, a class or a function that returns a scheme. The
-    file is run; what it holds need not be registered, and is from then on.
+    A name may also be ``path/to/file.py:Name``, where Name is a class or a function that returns a scheme. The
+    file is run and the scheme registered.
 
     Args:
-        spec: What was written.
-        run_files: Whether files may be run. Where they may not, what is in one must be registered already.
+        spec: A name, a name with parameters, or a sum of them.
+        run_files: Whether files may be run. If not, the scheme of a file must be registered already.
 
     Raises:
         ValueError: If a name is unknown, a parameter does not exist or its value is refused; or if a file does not
-            exist, fails when it is run or holds no such scheme.
+            exist, raises when it is run or does not define the scheme.
     """
     parts = [_make(term, run_files) for term in terms(spec)]
     return parts[0] if len(parts) == 1 else Compose(*parts)
@@ -392,38 +397,39 @@ def _make(term: Term, run_files: bool) -> Scheme:
         takes = ", ".join(allowed) or "none"
         raise ValueError(f"{term.name} has no parameter {unknown[0]!r} (it has: {takes})")
     try:
-        made = _checked(make(**term.parameters), f"{term.name} gives")
+        scheme = _checked(make(**term.parameters), f"{term.name} gives")
     except TypeError as error:
         raise ValueError(f"{term.name}: {error}") from error
-    for kind in map(type, parts_of(made)):
-        if spec_of(kind) != kind.__name__:  # of a file: from here on known by its name
-            register_scheme(kind)
-    return made
+    for scheme_class in map(type, parts_of(scheme)):
+        if spec_of(scheme_class) != scheme_class.__name__:  # from a file: found by its name from now on
+            register_scheme(scheme_class)
+    return scheme
 
 
 def _from_file(spec: str, run: bool) -> Callable[..., Scheme]:
-    """What makes the scheme that ``file.py:Name`` names."""
+    """The class or function that ``file.py:Name`` names; without ``run``, the one registered as Name."""
     if not run:
-        known = SCHEMES.find(spec.rpartition(":")[2])
-        if known is None:
+        registered = SCHEMES.find(spec.rpartition(":")[2])
+        if registered is None:
             raise ValueError(f"the scheme {spec} is in a file, which is not run for this; import it first")
-        return known
-    found = load_from_file(spec)
-    if not callable(found):
+        return registered
+    make: Callable[..., Scheme] = load_from_file(spec)
+    if not callable(make):
         raise ValueError(
-            f"{spec!r} is a {type(found).__name__}; name a scheme's class or a function that makes one"
+            f"{spec!r} is a {type(make).__name__}; name a scheme's class or a function that makes one"
         )
-    make: Callable[..., Scheme] = found
     return make
 
 
-def _checked(made: Any, who: str = "scheme= is") -> Scheme:
-    """A scheme that has all that one must have."""
-    if isinstance(made, type):
-        raise ValueError(f"{who} the class {made.__name__}, not a scheme; write {made.__name__}()")
-    if lacking := [member for member in vars(Scheme) if member[0] != "_" and not hasattr(made, member)]:
-        raise ValueError(f"{who} a {type(made).__name__}, which is no scheme: without {', '.join(lacking)}")
-    scheme: Scheme = made
+def _checked(candidate: Any, subject: str = "scheme= is") -> Scheme:
+    """The given object if it has all members of `Scheme`; else ValueError, which begins with ``subject``."""
+    if isinstance(candidate, type):
+        name = candidate.__name__
+        raise ValueError(f"{subject} the class {name}, not a scheme; write {name}()")
+    if lacking := [member for member in vars(Scheme) if member[0] != "_" and not hasattr(candidate, member)]:
+        name = type(candidate).__name__
+        raise ValueError(f"{subject} a {name}, which is no scheme: without {', '.join(lacking)}")
+    scheme: Scheme = candidate
     return scheme
 
 

@@ -1,4 +1,8 @@
-"""Search: ask for a configuration, submit a trial, tell the study what came of it."""
+"""Search: asks the sampler for a configuration, submits a trial, tells the study its result.
+
+A *coordinator* is a process that runs `search`; several may share one study. The *answer* is the trial that the
+study would report now, see `autocompress.searching.selection`.
+"""
 
 import contextlib
 import math
@@ -21,40 +25,41 @@ from autocompress.searching.space import Arm, Configuration, Space
 from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, run_trial
 from autocompress.verdict.constraint import Checked
 
-TOLERANCE = 0.15  # share of the threshold's density to within which it shall be known, unless told otherwise
-SPARSER = 1.3  # how many times sparser a density must be to be tried for the answer before the last trials
-HOPELESS = 0.1  # probability up to which a density is not worth a last trial
+TOLERANCE = 0.15  # default relative precision to which the threshold's density is to be known
+SPARSER = 1.3  # an answer this many times sparser than the present one is tried for before the last trials, too
+HOPELESS = 0.1  # densities with at most this probability of being within the bound are not tried for the answer
 BUDGET_SPENT = "the budget of trials is spent"
 INTERRUPTED = "interrupted"
 TIME_IS_UP = "the time is up"
-WAIT_FOR_OTHERS_S = 1.0  # between two looks at whether another coordinator's last trials have finished
+WAIT_FOR_OTHERS_S = 1.0  # interval at which to check whether other coordinators' last trials have finished
 
 
 class Events(Protocol):
-    """What a search reports as it goes."""
+    """Callbacks of a search."""
 
     def begins(self, number: int) -> None:
-        """A trial is about to run."""
+        """Called before a trial is submitted."""
 
     def trial(self, result: TrialResult) -> None:
-        """A trial has finished; it is saved and the study knows of it."""
+        """Called after a trial has finished, has been saved and has been told to the study."""
 
     def failed(self, number: int, reason: str) -> None:
-        """A trial ended without a result."""
+        """Called after a trial has ended without a result."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is searched and for how long.
+    """The search space, the bound and the budget of a search.
 
     Attributes:
-        space: What each trial may choose from.
-        bound: What may be lost.
-        trials: Trials in all, those of an earlier run of the study included.
+        space: The configurations that trials may have.
+        bound: The largest allowed drop.
+        trials: Number of trials, including those of an earlier run of the study.
         timeout_s: Seconds after which no further trial begins; None for no limit.
-        workers: Trials at a time.
-        tolerance: The search ends when the threshold's density is known to within this share; in the last quarter
-            of its trials also when its answer is within it of the lowest density that has a probability of 90%.
+        workers: Number of trials that run at a time.
+        tolerance: The search ends when the 80% interval of the threshold's density is relatively this narrow; in
+            the last quarter of its trials also when its answer is within this fraction of the lowest density that
+            is within the bound with a probability of 90%.
         steps: Gradient steps of all trials together after which no further one begins; None for no limit.
     """
 
@@ -68,14 +73,22 @@ class Plan:
 
 
 def set_sampler(study: optuna.Study, name: str, plan: Plan, seed: int) -> None:
-    """Gives the study its sampler, which goes on where the study's trials end."""
+    """Sets the study's sampler, which depends on the study's trials alone and so continues an earlier search."""
     study.sampler = make_sampler(name, plan.space, plan.bound.max_drop, seed, plan.tolerance)
 
 
 def add_dense(
     study: optuna.Study, space: Space, values: Sequence[float], bound: Bound, constraints: Sequence[Checked] = ()
 ) -> None:
-    """Enters the dense model as the study's trial 0: density 1 and nothing lost, at no cost."""
+    """Adds the dense model to an empty study as trial 0, of density 1 and drop 0.
+
+    Args:
+        study: The Optuna study; left unchanged if it has trials already.
+        space: The search space.
+        values: The dense model's objectives.
+        bound: The largest allowed drop.
+        constraints: The constraints, checked on the dense model.
+    """
     if study.get_trials(deepcopy=False):
         return
     study.add_trial(
@@ -84,7 +97,7 @@ def add_dense(
             params=space.dense_params,
             distributions=space.distributions,
             user_attrs={"drop": 0.0, "drop_se": 0.0, "dense": True, **_cost_excess(constraints)},
-            constraints={"drop": -bound.max_drop, **{one.text: one.excess for one in constraints}},
+            constraints={"drop": -bound.max_drop, **{checked.text: checked.excess for checked in constraints}},
         )
     )
 
@@ -98,32 +111,35 @@ def search(
     events: Events,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Runs trials until the answer is known well enough or the budget is spent; returns which, in words.
+    """Runs trials until the answer is known well enough or the budget is spent.
 
-    Trials that run when a search is cut short are left as they are: the next search of the study runs them again,
-    at their densities and with their seeds, and so comes to the same answer. Where several coordinators share the
-    study, each runs those that one that died has left, and returns when no other has any left to wait for.
+    Trials that are running when a search is cut short stay in the state RUNNING: the next search of the study runs
+    them again, with their densities and seeds, and so arrives at the same answer. If several coordinators share
+    the study, each also runs the trials that a killed one has left, and returns when all trials are finished.
 
     Args:
         study: An Optuna study with the dense model as trial 0.
-        plan: What is searched and for how long.
-        make_spec: The trial of that number in that configuration.
+        plan: The search space, the bound and the budget.
+        make_spec: Makes the spec of a trial from its number and its configuration.
         executor: Runs the trials: in this process, a pool, or a cluster.
-        folder: Keeps every trial before the study knows of it, so that a kill loses none.
-        events: Is told of every trial, in the order in which they finish.
-        asked_to_stop: Whether no further trial shall begin; those that run are waited for.
+        folder: The study's folder, where each trial is saved before the study is told, so that a kill loses none.
+        events: Receives all events, in the order in which trials finish.
+        asked_to_stop: Returns whether no further trial shall begin; running ones are waited for.
+
+    Returns:
+        The reason why the search ended, in words.
     """
     deadline = time.monotonic() + plan.timeout_s if plan.timeout_s else None
     pending: dict[Future[TrialResult], optuna.Trial] = {}
 
     def begin() -> str | None:
-        """Submits a trial, or says why none shall begin."""
+        """Submits a trial, or returns the reason why none is to begin."""
         if asked_to_stop():
             return INTERRUPTED
         if deadline is not None and time.monotonic() > deadline:
             return TIME_IS_UP
         with folder.turn():
-            for result in adopt(study, plan.bound, folder):  # of another coordinator, which has died
+            for result in adopt(study, plan.bound, folder):  # trials of another coordinator that was killed
                 events.trial(result)
             trial = next(_abandoned(study, folder), None)
             if trial is None:
@@ -155,10 +171,10 @@ def search(
 
 
 def adopt(study: optuna.Study, bound: Bound, folder: StudyFolder) -> list[TrialResult]:
-    """Counts the trials that a killed coordinator had saved but not told the study of, and returns them."""
+    """Tells the study the results that a killed coordinator had saved but not told, and returns them."""
     adopted = []
     for trial in _abandoned(study, folder):
-        with contextlib.suppress(ValueError):  # not saved, or not whole: it will run again
+        with contextlib.suppress(ValueError):  # not saved, or incomplete: it will run again
             result = folder.load_trial(trial.number)
             _record(study, trial, result, bound)
             adopted.append(result)
@@ -167,67 +183,77 @@ def adopt(study: optuna.Study, bound: Bound, folder: StudyFolder) -> list[TrialR
 
 
 def _abandoned(study: optuna.Study, folder: StudyFolder) -> Iterator[optuna.Trial]:
-    """Claims, one after the other, the trials that were begun and that nobody runs."""
+    """Claims, one after the other, the trials in state RUNNING that no coordinator has claimed."""
     for trial in _states(study, TrialState.RUNNING):
         if not folder.claim(trial.number):
             continue
         if study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING:
             yield optuna.Trial(study, trial._trial_id)
-        else:  # whoever ran it was done just now
+        else:  # it finished between the two looks, and its coordinator gave the claim back
             folder.give_back(trial.number)
 
 
-def _begun(study: optuna.Study) -> int:
+def _n_begun(study: optuna.Study) -> int:
+    """The number of trials that have begun, without the dense model's trial 0."""
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    return len(states) - states.count(TrialState.WAITING) - 1  # one is the dense model
+    return len(states) - states.count(TrialState.WAITING) - 1
 
 
 def _reason_to_stop(study: optuna.Study, plan: Plan) -> str | None:
-    """Why no further trial shall begin, in words. Sees to it that some of them can be the answer."""
-    left = plan.trials - _begun(study)
-    if left <= 0:
+    """The reason why no further trial is to begin, if any; otherwise may enqueue the next one, see `_settled`."""
+    n_left = plan.trials - _n_begun(study)
+    if n_left <= 0:
         return BUDGET_SPENT
     if plan.steps is not None and sum(t.user_attrs.get("steps", 0) for t in finished(study)) >= plan.steps:
         return "the budget of epochs is spent"
     if plan.space.low == 1 and len(plan.space.arms) == 1:
-        return "the scheme has no density to search over" if _begun(study) else None
+        return "the scheme has no density to search over" if _n_begun(study) else None
     if isinstance(study.sampler, optuna.samplers.GridSampler) and study.sampler.is_exhausted(study):
         return "the grid is complete"
     if not isinstance(study.sampler, ThresholdSampler | ArmSampler) or not finished(study):
         return None
     trials = study.get_trials(deepcopy=False)
     if isinstance(study.sampler, ArmSampler):
-        arm, known = study.sampler.best(trials, study.directions), study.sampler.done(trials, study.directions)
+        arm, reason = study.sampler.best(trials, study.directions), study.sampler.done(trials, study.directions)
     else:
-        arm, known = plan.space.arms[0], study.sampler.done(trials, plan.tolerance)
-    return _settled(study, plan, arm, left, known) if arm else known
+        arm, reason = plan.space.arms[0], study.sampler.done(trials, plan.tolerance)
+    return _settled(study, plan, arm, n_left, reason) if arm else reason
 
 
-def _settled(study: optuna.Study, plan: Plan, arm: Arm, left: int, known: str | None) -> str | None:
-    """Why no further trial shall begin, in words, ``known`` among them. Else the next one may be for the answer.
+def _settled(study: optuna.Study, plan: Plan, arm: Arm, n_left: int, reason: str | None) -> str | None:
+    """The reason why no further trial is to begin; None after enqueuing a trial that may become the answer.
 
-    The last trials go to the lowest density that has the answer's probability. So does any of a study with one
-    curve while that is much lower than the answer's: what is proposed for knowledge can hardly be the answer.
+    The sampler's proposals serve to locate the threshold, where a trial is feasible with 50% probability only; the
+    answer must be feasible with 90%. So the last quarter of the trials, and those after the sampler is done, try
+    the lowest density with 90% until the answer is near it. With one curve (`ThresholdSampler`), so does any trial
+    while that density is much lower than the answer's.
+
+    Args:
+        study: The Optuna study.
+        plan: The search space, the bound and the budget.
+        arm: The arm whose answer is sought.
+        n_left: Trials left in the budget.
+        reason: The sampler's reason why no proposal of its own is worth a trial, if any.
     """
-    of_one_curve, is_last = isinstance(study.sampler, ThresholdSampler), left <= max(1, plan.trials // 4)
-    if not (known or is_last or of_one_curve):
+    has_one_curve, is_last = isinstance(study.sampler, ThresholdSampler), n_left <= max(1, plan.trials // 4)
+    if not (reason or is_last or has_one_curve):
         return None
-    density, found = _where_the_answer_is(study, plan, arm)
-    sparser = asked_density(found) / density if density and found else None
-    is_there = sparser is not None and sparser <= 1 + plan.tolerance
-    is_wanted = not is_there if known or is_last else sparser is not None and sparser > SPARSER
+    density, best = _target_and_answer(study, plan, arm)
+    ratio = asked_density(best) / density if density and best else None
+    is_reached = ratio is not None and ratio <= 1 + plan.tolerance
+    is_wanted = not is_reached if reason or is_last else ratio is not None and ratio > SPARSER
     if density is not None and is_wanted and not _is_running(study, arm, density):
         study.enqueue_trial(plan.space.params_at(arm, _untried(study, arm, density)), skip_if_exists=True)
         return None
-    if found and is_there and left <= plan.trials // 4 and of_one_curve:
-        realized = found.user_attrs["density"]  # as the tables have it, not as it was asked
+    if best and is_reached and n_left <= plan.trials // 4 and has_one_curve:
+        realized = best.user_attrs["density"]  # the one in tables, not the target
         probable = f"density {realized:.3g} is within the bound with {PROBABILITY:.0%} probability"
-        return known or f"{probable}, and within {plan.tolerance:.0%} of the lowest that is"
-    return known
+        return reason or f"{probable}, and within {plan.tolerance:.0%} of the lowest that is"
+    return reason
 
 
 def _untried(study: optuna.Study, arm: Arm, density: float) -> float:
-    """The lowest density from this one up that is no experiment of the arm's again."""
+    """The lowest density, at least ``density``, that differs from all that the arm has tried."""
     for tried in sorted(asked_density(trial) for trial in of_arm(arm, finished(study))):
         if abs(math.log(density / tried)) < APART:
             density = tried * math.exp(APART)
@@ -235,7 +261,7 @@ def _untried(study: optuna.Study, arm: Arm, density: float) -> float:
 
 
 def _is_running(study: optuna.Study, arm: Arm, density: float) -> bool:
-    """Whether a trial of the arm runs at about that density."""
+    """Whether a trial of the arm is running at about that density."""
     running = of_arm(arm, _states(study, TrialState.RUNNING))
     return any(abs(trial.params["density"] / density - 1) <= TOLERANCE for trial in running)
 
@@ -244,18 +270,22 @@ def _states(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=states)
 
 
-def _where_the_answer_is(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[float | None, FrozenTrial | None]:
-    """Where an arm's answer should lie, if anywhere, as a density; its answer, where that is feasible with 90%."""
-    belief, best = posterior(study, plan.space, plan.bound, arm), answer(study, plan.space, plan.bound)
-    if belief is None:
+def _target_and_answer(study: optuna.Study, plan: Plan, arm: Arm) -> tuple[float | None, FrozenTrial | None]:
+    """The density that the arm's answer should have, and its present answer; each None if there is none.
+
+    The density is the lowest one that is within the bound with 90% probability, or the highest that the limits on
+    costs allow if that is lower. The answer counts only if it is within the bound with 90% probability itself.
+    """
+    curve, best = posterior(study, plan.space, plan.bound, arm), answer(study, plan.space, plan.bound)
+    if curve is None:
         return None, None
     own = of_arm(arm, _states(study, TrialState.COMPLETE))
-    density, affordable = belief.threshold(PROBABILITY), math.exp(-affordable_depth(own))
-    if affordable < density and belief.p_feasible(affordable) <= HOPELESS:
+    density, affordable = curve.threshold(PROBABILITY), math.exp(-affordable_depth(own))
+    if affordable < density and curve.p_feasible(affordable) <= HOPELESS:
         return None, None
     own_best = best if best is not None and arm.holds(best.params) else None
-    probable = own_best is not None and belief.p_feasible(asked_density(own_best)) >= PROBABILITY
-    return min(density, affordable), own_best if probable else None
+    is_probable = own_best is not None and curve.p_feasible(asked_density(own_best)) >= PROBABILITY
+    return min(density, affordable), own_best if is_probable else None
 
 
 def _tell(
@@ -266,7 +296,7 @@ def _tell(
     folder: StudyFolder,
     events: Events,
 ) -> None:
-    """Enters a finished trial into the study. What failed for a reason of its own is recorded as failed."""
+    """Saves a finished trial and tells the study; a trial that failed is recorded as failed, with the reason."""
     try:
         result = future.result()
     except (RealizationError, FloatingPointError, torch.OutOfMemoryError, BrokenExecutor) as error:
@@ -286,7 +316,7 @@ def _record(study: optuna.Study, trial: optuna.Trial, result: TrialResult, bound
     for name, value in attributes.items():
         trial.set_user_attr(name, value)
     for name, excess in constraints.items():
-        if name not in trial.constraints:  # a killed process may have set some
+        if name not in trial.constraints:  # a killed process may have set it, and it can be set only once
             trial.set_constraint(name, excess)
     study.tell(trial, result.values)
 
@@ -296,17 +326,17 @@ def entry_of(result: TrialResult, bound: Bound) -> tuple[dict[str, Any], dict[st
     drop, drop_se = result.effective_drop(bound.max_drop)
     names = ("score", "density", "density_asked", "feasible", "rejected", "seconds", "steps", "start")
     attributes = {name: getattr(result, name) for name in names} | {"drop": drop, "drop_se": drop_se}
-    # Without a constraint the trial would count as feasible.
+    # Optuna counts a trial without constraints as feasible.
     constraints = {"drop": (drop if result.rejected else result.drop) - bound.max_drop}
-    constraints |= {one.text: one.excess for one in result.constraints}
+    constraints |= {checked.text: checked.excess for checked in result.constraints}
     attributes |= {"noise": result.measurement.noise, **_cost_excess(result.constraints)}
     return attributes, constraints
 
 
 def _cost_excess(constraints: Sequence[Checked]) -> dict[str, float]:
-    """The largest excess of costs over their limits, at most 0 where all are met; nothing without limits."""
-    costs = [one.excess for one in constraints if one.is_cost]
-    return {"cost_excess": max(costs)} if costs else {}
+    """The user attribute ``cost_excess``, the largest log ratio of a cost to its limit; empty without limits."""
+    excesses = [checked.excess for checked in constraints if checked.is_cost]
+    return {"cost_excess": max(excesses)} if excesses else {}
 
 
 def failures(study: optuna.Study) -> list[tuple[int, str]]:

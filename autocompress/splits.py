@@ -17,7 +17,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 class Split(Protocol):
     """One part of the data, served in batches of ``(x, y)``: x of shape ``(n, ...)``, y of shape ``(n,)``.
 
-    Where a sample may have several labels, y is of shape ``(n, labels)``, floating, of zeros and ones.
+    In multi-label tasks y has shape ``(n, labels)`` and holds zeros and ones as floating-point numbers.
     """
 
     @property
@@ -29,7 +29,7 @@ class Split(Protocol):
         """Samples in a full batch."""
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass. With a generator: shuffled by it, the last incomplete batch left out (for training)."""
+        """Serves one pass; with a generator in an order drawn from it, without the incomplete last batch."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TensorSplit:
     def __post_init__(self) -> None:
         if self.y.ndim == 2 and self.y.shape[1] == 1 and not self.y.is_floating_point():  # as MedMNIST has them
             object.__setattr__(self, "y", self.y.squeeze(1))
-        if not self.y.is_floating_point():  # the loss takes no other numbers of classes
+        if not self.y.is_floating_point():  # cross-entropy takes class numbers of no other type
             object.__setattr__(self, "y", self.y.long())
         if len(self.x) != len(self.y):
             raise ValueError(f"x holds {len(self.x)} samples and y {len(self.y)}; they must be as many")
@@ -56,7 +56,7 @@ class TensorSplit:
         return len(self.x)
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `Split.batches`."""
+        """Serves one pass, see `Split.batches`."""
         n, size = self.n_samples, min(self.batch_size, self.n_samples)
         if generator is None:
             for start in range(0, n, size):
@@ -69,9 +69,10 @@ class TensorSplit:
 
 
 def kept_on(split: Split, device: torch.device) -> Split:
-    """The split with its samples on the device, if it holds them as tensors that take a quarter of the room there.
+    """The split with its samples on a CUDA device, if it holds tensors and they fit a quarter of the free memory.
 
-    A split may say itself what it keeps there, as images do; a loader is served as it is.
+    A split may have a method ``kept_on(device, limit_bytes)`` of its own, as images do. All other splits, such as
+    DataLoaders, are returned unchanged.
     """
     if device.type != "cuda":
         return split
@@ -92,17 +93,17 @@ class LoaderSplit:
 
     @cached_property
     def n_samples(self) -> int:
-        """How many samples a pass serves: its sampler may draw fewer than the data set holds, or more."""
-        whole = self.loader.batch_sampler is None  # each sample of the data set is a batch
+        """How many samples a pass serves; the sampler may draw fewer or more than the data set holds."""
+        is_batched = self.loader.batch_sampler is None  # each item of the data set is a batch already
         try:
-            drawn = len(self.loader.sampler)  # type: ignore[arg-type]  # not all have a length
+            n_drawn = len(self.loader.sampler)  # type: ignore[arg-type]  # not all have a length
         except TypeError:
-            drawn = len(self.loader.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
-        return drawn * self.batch_size if whole else drawn
+            n_drawn = len(self.loader.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
+        return n_drawn * self.batch_size if is_batched else n_drawn
 
     @cached_property
     def batch_size(self) -> int:
-        """Samples in a full batch; those of the first one where neither the loader nor its sampler says it."""
+        """Samples in a full batch; in the first one if neither the loader nor its sampler states a size."""
         sampler = self.loader.batch_sampler
         stated = self.loader.batch_size or getattr(sampler, "batch_size", None)
         if stated is None and sampler is not None:
@@ -110,12 +111,12 @@ class LoaderSplit:
         return stated or len(next(iter(self.loader))[0])
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `Split.batches`. The generator, when given, seeds the loader's own."""
+        """Serves one pass, see `Split.batches`. A generator seeds torch's global one and those of the loader."""
         if generator is not None:
             seed = int(torch.randint(2**31, (1,), generator=generator))
             torch.manual_seed(seed)
-            for one in (self.loader, self.loader.sampler):  # one of the user's own would remember other trials
-                if isinstance(own := getattr(one, "generator", None), torch.Generator):
+            for owner in (self.loader, self.loader.sampler):  # a user's generator has a state from earlier trials
+                if isinstance(own := getattr(owner, "generator", None), torch.Generator):
                     own.manual_seed(seed)
         smallest = min(self.batch_size, self.n_samples) if generator is not None else 1
         yield from (batch for batch in cast(Iterable[Batch], self.loader) if len(batch[0]) >= smallest)
@@ -123,7 +124,7 @@ class LoaderSplit:
 
 @dataclass(frozen=True)
 class HalfBatches:
-    """A split with each of its batches cut in two, for a device that has no room for a whole one."""
+    """A split with each of its batches cut in two, for a device without the memory for a whole one."""
 
     split: Split
 
@@ -138,9 +139,9 @@ class HalfBatches:
         return (min(self.split.batch_size, self.n_samples) + 1) // 2
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """One pass, see `Split.batches`."""
+        """Serves one pass, see `Split.batches`."""
         for x, y in self.split.batches(generator):
-            yield from zip(*(torch.split(one, self.batch_size) for one in (x, y)), strict=True)
+            yield from zip(*(torch.split(tensor, self.batch_size) for tensor in (x, y)), strict=True)
 
 
 Data: TypeAlias = Split | DataLoader[Batch] | tuple[Tensor, Tensor]
@@ -150,7 +151,7 @@ def as_split(data: Data, name: str) -> Split:
     """Any accepted form of data as a `Split`.
 
     Raises:
-        ValueError: If ``data`` is of another form or empty; ``name`` says which part it was.
+        ValueError: If ``data`` is of another form or empty; the message names the part by ``name``.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor | np.ndarray) for t in data):
         for array in data:
@@ -178,19 +179,19 @@ def as_split(data: Data, name: str) -> Split:
 
 
 def held_labels(split: Split) -> Tensor | None:
-    """All targets of a split that holds them; None of others, which would have to read all samples."""
+    """All targets of a split that holds them in memory; None for others, which would have to read all samples."""
     y = getattr(split, "y", None)
     return y if isinstance(y, Tensor) else None
 
 
 def labels_of(split: Split) -> Tensor:
-    """All targets of a split that holds them; of others those of the first batch."""
+    """All targets of a split that holds them in memory; for others those of the first batch."""
     y = held_labels(split)
     return y if y is not None else next(split.batches())[1]
 
 
 def fingerprint(split: Split) -> bytes:
-    """A hash of a split's samples; of a DataLoader, which would have to read them all, of how many there are."""
+    """A hash of a split's samples; for a DataLoader, which would have to read them all, of their number."""
     if isinstance(split, TensorSplit):
         return hashlib.sha256(as_bytes(split.x) + as_bytes(split.y)).digest()
     own = getattr(split, "fingerprint", None)
@@ -198,14 +199,14 @@ def fingerprint(split: Split) -> bytes:
 
 
 def sample_digests(split: Split) -> set[bytes]:
-    """A hash of each different input of a split that holds its samples; none of others, which would read all."""
-    held = split.x if isinstance(split, TensorSplit) else getattr(split, "pixels", None)
-    if not isinstance(held, Tensor):
+    """The hashes of the distinct inputs of a split that holds its samples in memory; an empty set for others."""
+    inputs = split.x if isinstance(split, TensorSplit) else getattr(split, "pixels", None)
+    if not isinstance(inputs, Tensor):
         return set()
-    rows = held.detach().cpu().contiguous().reshape(len(held), -1).view(torch.uint8).numpy()
+    rows = inputs.detach().cpu().contiguous().reshape(len(inputs), -1).view(torch.uint8).numpy()
     return {hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows}
 
 
 def as_bytes(tensor: Tensor) -> bytes:
-    """The values of a tensor in order."""
+    """The bytes of a tensor's values, in row-major order."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

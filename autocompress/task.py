@@ -1,4 +1,4 @@
-"""Task: what is compressed and how it is judged."""
+"""Task: a trained model, its data, its loss and its metric."""
 
 import copy
 import hashlib
@@ -34,7 +34,7 @@ from autocompress.splits import (
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-MANY_CLASSES = 5  # that a note names
+MAX_CLASSES_NAMED = 5  # in a note on classes without samples
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,28 @@ def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Task:
-    """A trained model, its data, and how it is judged.
+    """A trained model, its data, its loss and its metric.
 
-    Train must have samples of every class that val and test have. A class that val or test lack is noted: nothing
-    is known of what is lost there. Neither is looked for in a DataLoader, which would have to be read.
+    Train must have samples of every class that val and test have. A class without samples in val or test is
+    reported in `notes`: a loss of accuracy on it goes unseen. DataLoaders are exempt from both, as they would have
+    to be read as a whole.
 
     Args:
-        model: The trained dense model: logits of shape ``(n, classes)`` from a batch.
-        train: What recovery trains on. A DataLoader or a pair of tensors ``(x, y)``.
-        val: What the search sees.
-        test: What only the verdict sees, once.
+        model: The trained dense model; it maps a batch to logits of shape ``(n, classes)``.
+        train: The data that recovery trains on: a DataLoader or a pair of tensors ``(x, y)``.
+        val: The data on which the search scores trials.
+        test: The data for the verdict, evaluated once at the end of a study.
         loss: Maps logits and targets to a scalar; `classification_loss` by default.
-        metric: The score that the bound on the drop is about: its name, see `autocompress.metrics.METRICS`, a
-            `Metric`, or a function of targets and outputs of which more is better.
+        metric: The score whose drop is bounded: a name of `autocompress.metrics.METRICS`, a `Metric`, or a
+            function of targets and outputs whose result is better the larger it is.
         name: Names the task in the study, the tables and MLflow.
-        architecture: How `autocompress.load` can make the dense architecture again without being handed it, see
-            `autocompress.models.build`; only tasks that autocompress itself makes have one.
+        architecture: The dense architecture, as `autocompress.models.build` takes it, so that `autocompress.load`
+            needs no model; None unless autocompress itself made the task.
         classes: The names of the classes, or of the labels, in order.
-        preprocessing: What was done to a sample before the model sees it, in words.
+        preprocessing: How samples are preprocessed before the model sees them, in words.
         input: The same for programs, such as the mean and standard deviation: JSON types only.
-        options: How the task was made, for resuming a study of it: JSON types only.
-        notes: What whoever starts a study should know of the model and the data.
+        options: The options that the task was made from, for resuming a study of it: JSON types only.
+        notes: Remarks on the model and the data that are shown when a study is started.
 
     Raises:
         ValueError: If a split is empty or of a form that is not understood.
@@ -119,13 +120,13 @@ class Task:
         self.notes = (*listing(notes), *self._absences())
 
     def check(self) -> None:
-        """Looks at one batch of each split and at what the model makes of it.
+        """Checks one batch of each split, and the model and the loss on it, before hours are spent on them.
 
         Raises:
-            ValueError: If something does not fit, before hours are spent on it: in one line, with the remedy.
+            ValueError: If something does not fit; one line, with the remedy.
         """
         check_model(self.model)
-        first = {"val": _first_batch("val", self.val)}  # each is read once: for that a loader starts its workers
+        first = {"val": _first_batch("val", self.val)}  # read once: a loader starts its workers for each pass
         expected = tuple(first["val"][0].shape[1:])
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
             first[name] = x, y = first.get(name) or _first_batch(name, split)
@@ -161,7 +162,7 @@ class Task:
         self._check_loss(*first["train"])
 
     def _check_loss(self, x: Tensor, y: Tensor) -> None:
-        """That the loss takes logits and targets of a batch, and what it gives can be trained on."""
+        """Checks that the loss maps a batch's logits and targets to a scalar with a gradient."""
         device = device_of(self.model)
         with evaluating(self.model), torch.no_grad():
             logits = self.model(x[:2].to(device)).requires_grad_()
@@ -173,25 +174,28 @@ class Task:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{called}, and raised {type(error).__name__}: {reason}") from error
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            found = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            if not isinstance(value, Tensor):
+                returned = type(value).__name__
+            elif value.numel() != 1:
+                returned = f"a tensor of shape {tuple(value.shape)}"
+            else:
+                returned = "a number without a gradient"
+            raise ValueError(
+                f"{called}, and returned {returned}; it must return a scalar tensor, such as their mean"
             )
-            cut_off = isinstance(value, Tensor) and value.numel() == 1
-            what = "a number without a gradient" if cut_off else found
-            raise ValueError(f"{called}, and returned {what}; it must return a scalar tensor, such as their mean")
 
     def loss_on(self, device: str | torch.device) -> Loss:
-        """The loss on a device: where it is a module, a copy with its weights of classes there."""
+        """The loss on a device: a copy there if it is a module with tensors such as class weights."""
         if isinstance(self.loss, nn.Module) and list(chain(self.loss.parameters(), self.loss.buffers())):
             return copy.deepcopy(self.loss).to(device)
         return self.loss
 
     def _check_labels(self, n_logits: int) -> None:
-        """That the model has a logit for every class."""
-        kinds = set()
+        """Checks that the model has a logit for every class, and `_check_presence`."""
+        target_dims = set()
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
             y = labels_of(split)
-            kinds.add(y.ndim)
+            target_dims.add(y.ndim)
             if y.ndim == 2 and y.shape[1] != n_logits:
                 raise ValueError(f"{name}= has {y.shape[1]} labels a sample and the model gives {n_logits} logits")
             if y.ndim == 1 and not 0 <= int(y.min()) <= int(y.max()) < n_logits:
@@ -200,7 +204,7 @@ class Task:
                     f"{name}= has a sample of class {wrong}, and the model gives {n_logits} logits: classes 0 to "
                     f"{n_logits - 1}"
                 )
-        if len(kinds) > 1:
+        if len(target_dims) > 1:
             raise ValueError("train=, val= and test= must all have class numbers (n,), or all labels (n, labels)")
         if self.classes and len(self.classes) != n_logits:
             raise ValueError(
@@ -209,13 +213,13 @@ class Task:
         self._check_presence()
 
     def _check_presence(self) -> None:
-        """That train has every class that is judged, and no part just one."""
-        present = self._classes_held()
+        """Checks that train has every class that val or test have, and that no split has a single class."""
+        present = self._classes_present()
         unseen = set().union(*present.values()) - present["train"] if "train" in present else set()
         if unseen:
             raise ValueError(
-                f"train= has no sample of class {self._called(min(unseen))}, which is judged: the network would "
-                "forget it; add samples, or leave the class out"
+                f"train= has no sample of class {self._class_label(min(unseen))}, which is judged: the network "
+                "would forget it; add samples, or leave the class out"
             )
         for name, classes in present.items():
             if labels_of(getattr(self, name)).ndim == 1 and len(classes) < 2:
@@ -224,17 +228,17 @@ class Task:
                 )
 
     def _absences(self) -> Iterator[str]:
-        """In words, which classes cannot be judged."""
-        present = self._classes_held()
-        everywhere = set().union(*present.values())
-        for name, what in (("val", "the search sees nothing"), ("test", "the verdict says nothing")):
-            if absent := everywhere - present.get(name, everywhere):
-                first = ", ".join(self._called(k) for k in sorted(absent)[:MANY_CLASSES])
-                more = f" and {len(absent) - MANY_CLASSES} more" if len(absent) > MANY_CLASSES else ""
-                yield f"{name} has no sample of class {first}{more}: {what} of what is lost there"
+        """Notes on classes that have no samples in val or in test."""
+        present = self._classes_present()
+        classes = set().union(*present.values())
+        for name, effect in (("val", "the search sees nothing"), ("test", "the verdict says nothing")):
+            if absent := classes - present.get(name, classes):
+                first = ", ".join(self._class_label(k) for k in sorted(absent)[:MAX_CLASSES_NAMED])
+                more = f" and {len(absent) - MAX_CLASSES_NAMED} more" if len(absent) > MAX_CLASSES_NAMED else ""
+                yield f"{name} has no sample of class {first}{more}: {effect} of what is lost there"
 
-    def _classes_held(self) -> dict[str, set[int]]:
-        """The classes of each part; of a DataLoader they are not known without reading all of it."""
+    def _classes_present(self) -> dict[str, set[int]]:
+        """The classes that have samples, by the name of the split; splits that hold no labels are left out."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
         held = {name: y for name, split in splits.items() if (y := held_labels(split)) is not None}
         return {
@@ -242,20 +246,20 @@ class Task:
             for name, y in held.items()
         }
 
-    def _called(self, k: int) -> str:
-        """A class by its number and, if it has one, its name."""
+    def _class_label(self, k: int) -> str:
+        """The number of class ``k``, with its name if it has one."""
         return f"{k} ({self.classes[k]})" if 0 <= k < len(self.classes) and self.classes[k] != str(k) else str(k)
 
     @property
     def specs(self) -> tuple[str, ...]:
-        """What its model and its metric were given as, which may name files."""
+        """The specs of the model and the metric, which may name files, see `autocompress.plugins`."""
         return self.options.get("model") or "", name_of(self.metric)  # a model's file is a whole path already
 
     def fingerprint(self) -> str:
-        """A hash of the model's weights and of the data: what makes it the same task.
+        """A hash of the model's weights and the data, by which a study that is resumed recognizes its task.
 
-        Of a DataLoader it is the number of samples and, but for training, the first batch: it would take long to
-        read all of them.
+        Of a DataLoader, which would take long to read, only the number of samples is hashed and, for val and test,
+        the first batch.
         """
         digest = hashlib.sha256()
         for split in (self.train, self.val, self.test):
@@ -285,33 +289,37 @@ class Task:
     def example_input(self) -> Tensor:
         """One validation sample as a batch of shape ``(1, ...)``."""
         x, _ = next(self.val.batches())
-        return x[:1].clone()  # a view would keep the whole batch, and take it along to other processes
+        return x[:1].clone()  # a view would keep the whole batch in memory, and in pickles for other processes
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
-        """Runs ``model`` in eval mode over ``split``, on the model's device, and scores it."""
+        """Runs ``model`` in eval mode over ``split``, on the model's device, and scores it.
+
+        Raises:
+            FloatingPointError: If outputs are not finite and the metric needs their values, as AUC does.
+        """
         outputs, targets = predict(model, split)
-        # Decisions can be made with any logits; scores that rank or weigh them need numbers.
+        # An argmax exists for any logits; scores that rank or weigh them need finite numbers.
         if self.metric.correct is None and not np.isfinite(outputs).all():
             raise FloatingPointError("the model's outputs are not all finite numbers")
         return Evaluation(self.metric.score(targets, outputs), outputs, targets)
 
 
 def as_task(given: Task | Callable[[], Task]) -> Task:
-    """A task, or what a function makes.
+    """The given task, or the one that a given function returns.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If ``given`` is neither.
     """
-    made = given() if callable(given) and not isinstance(given, nn.Module | type) else given
-    if not isinstance(made, Task):
+    task = given() if callable(given) and not isinstance(given, nn.Module | type) else given
+    if not isinstance(task, Task):
         raise ValueError(
-            f"task= is {' '.join(repr(made).split()):.100}; it must be a Task, or a function that makes one"
+            f"task= is {' '.join(repr(task).split()):.100}; it must be a Task, or a function that makes one"
         )
-    return made
+    return task
 
 
 def _first_batch(name: str, split: Split) -> Batch:
-    """The first batch of a part, if it is one."""
+    """The first batch of the split ``name``; ValueError if there is none or it is not a pair of tensors."""
     batch: Any = next(iter(split.loader if isinstance(split, LoaderSplit) else split.batches()), None)
     if batch is None:
         raise ValueError(
@@ -327,7 +335,7 @@ def _first_batch(name: str, split: Split) -> Batch:
 
 
 def _check_order(name: str, split: LoaderSplit, first: Batch) -> None:
-    """That a loader whose first batch was ``first`` serves the same samples at every pass, and all of them."""
+    """Checks that a loader, whose first batch was ``first``, serves all samples in the same order again."""
     if isinstance(split.loader.sampler, RandomSampler):
         raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
     if split.loader.drop_last:
@@ -347,7 +355,7 @@ def _is_same(first: Batch, second: Batch) -> bool:
 
 
 def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:
-    """That inputs are finite, and targets class numbers or zeros and ones."""
+    """Checks that inputs are finite, and that targets are class numbers or zeros and ones."""
     inputs = split.x if isinstance(split, TensorSplit) else x
     if not inputs.isfinite().all():
         where = (~inputs.isfinite()).flatten(1).any(1).nonzero()
@@ -367,7 +375,11 @@ def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:
-    """Logits ``(n, classes)`` and targets as the split has them; the model's mode is left as it was."""
+    """Runs ``model`` in eval mode over ``split``; reports progress.
+
+    Returns:
+        Logits of shape ``(n, classes)``, and targets of shape ``(n,)`` or ``(n, labels)``.
+    """
     device = device_of(model)
     outputs, targets, seen = [], [], 0
     with evaluating(model), torch.inference_mode():
@@ -386,14 +398,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """The same model, its 2-D convolutions laid out in the order in which CPUs and GPUs run them fastest."""
+    """Converts a model in place to the memory format in which CPUs and GPUs run 2-D convolutions fastest."""
     if any(parameter.dim() == 5 for parameter in model.parameters()):
-        return model  # 3-D convolutions have another order, and torch refuses to mix the two
+        return model  # `channels_last` is for 4-D tensors; torch raises on the weights of 3-D convolutions
     return model.to(memory_format=torch.channels_last)
 
 
 class evaluating:
-    """Puts a model in eval mode for a ``with`` block and gives every module its own mode back."""
+    """Puts a model in eval mode for a ``with`` block, then restores the mode of every module."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modes = [(module, module.training) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""The options that say what is compressed and how it is judged: model, data, metric. Imports no torch."""
+"""The options of a task: model, data and metric, for the command line and for `make_task`. Imports no torch."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ import click
 
 from autocompress.arguments import Kind, check_fields, flag, number, optional, several, text, whole
 
-_KINDS: Mapping[Any, Kind] = {  # by the type of a field
+_KINDS: Mapping[Any, Kind] = {  # by the annotation of a field
     str: text,
     str | None: optional(text),
     tuple[str, ...]: several(text),
@@ -20,39 +20,41 @@ _KINDS: Mapping[Any, Kind] = {  # by the type of a field
     float | None: optional(number),
     bool: flag,
 }
-MOVABLE = ("data", "weights", "data_workers")  # may differ when a study is resumed: what they lead to is compared
+MOVABLE = ("data", "weights", "data_workers")  # may differ when a study is resumed: its task is compared by hash
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What is compressed and how it is judged; the fields are the options of the command line.
+    """The model, the data and the metric of a task; the fields are the options of the command line.
 
     Attributes:
         model: ``small_resnet``, a classifier of torchvision, ``timm/NAME``, ``file.py:factory`` or
             ``package.module:factory``.
-        model_args: ``key=value`` for the factory.
-        weights: A ``.pt`` or ``.safetensors`` file, ``none``, or ``auto`` for what is on this machine.
+        model_args: Arguments of the model's factory, each as ``key=value``.
+        weights: A ``.pt`` or ``.safetensors`` file, ``none``, or ``auto`` for torchvision's weights if they are on
+            this machine.
         data: ``digits``, a ``.npz`` file, a folder of images, a ``.csv`` table, ``name:folder`` of torchvision, or
             ``file.py:factory``.
-        data_args: ``key=value`` for the factory.
+        data_args: Arguments of the data's factory, each as ``key=value``.
         label: Columns of a table that hold labels.
-        group: What must not be in two parts, such as a patient: a regular expression on paths, or a column.
-        split: Shares of train, val and test, where the data does not say.
+        group: How to find groups of images, such as those of a patient, that must not be divided between train,
+            val and test: a regular expression on paths, or a column of a table.
+        split: Shares of train, val and test, if the data set is not divided already.
         image_size: ``64`` or ``64x48`` (height x width).
         channels: 1 or 3.
         normalize: ``imagenet``, ``data``, ``none``; ``auto`` for imagenet with torchvision's weights, else data.
-        augment: Names of augmentations and sets.
-        balance: ``none``, ``weights`` of the classes in the loss, or a ``sampler``.
+        augment: Names of augmentations, or of sets of them.
+        balance: ``none``, class ``weights`` in the loss, or a ``sampler`` that draws rare classes more often.
         batch_size: Samples in a batch.
-        data_workers: Processes that read images which are not held in memory.
-        strict: Whether an image that cannot be read is an error.
+        data_workers: Number of processes that read images which are not held in memory.
+        strict: Whether an image that cannot be read is an error; otherwise it is left out.
         label_smoothing: Share of the target that is spread over all classes.
-        train_epochs: Of the dense model; 0 to take it as it is; None for 30 if its weights are not trained.
+        train_epochs: Epochs of the dense model's training; 0 for none; None for 30 if its weights are not trained.
         train_optimizer: ``adamw`` or ``sgd``.
         train_lr: Peak learning rate of the dense model's training.
-        patience: Epochs without a better score after which it ends.
-        freeze: A share of the layers, or names, that are not trained.
-        metric: What the bound on the drop is about.
+        patience: Epochs without a better score on val after which that training ends.
+        freeze: A share of the layers, or names of layers, that are not trained.
+        metric: The score whose drop is bounded.
         task_seed: Seeds the split, new weights and the training.
     """
 
@@ -95,12 +97,12 @@ class TaskOptions:
 
     @property
     def is_default(self) -> bool:
-        """Whether nothing was asked for: the digits and the small network that comes with them."""
+        """Whether all options are at their defaults: the digits and their small network."""
         return self == TaskOptions()
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width."""
+        """Height and width in pixels; None for the data's own."""
         if self.image_size is None:
             return None
         match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", self.image_size)
@@ -110,7 +112,7 @@ class TaskOptions:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Shares of train, val and test, which sum to 1."""
+        """The fractions of train, val and test, which sum to 1; empty if `split` cannot be read."""
         try:
             shares = [float(share) for share in self.split.split("/")]
         except ValueError:
@@ -119,7 +121,7 @@ class TaskOptions:
         return tuple(share / total for share in shares) if total else ()
 
     def to_json(self) -> dict[str, Any]:
-        """For ``study.json``; files by their whole path, so that a study can be resumed from anywhere."""
+        """The fields for ``study.json``, with absolute paths, so that a study can be resumed from any folder."""
         stored = asdict(self)
         for name in ("data", "weights", "model", "metric"):
             stored[name] = _absolute(stored[name])
@@ -127,7 +129,7 @@ class TaskOptions:
 
 
 def _absolute(spec: str | None) -> str | None:
-    """A path, or ``file.py:name``, as a whole path; anything else as it is."""
+    """A path, or ``file.py:name``, of an existing file with its absolute path; anything else as it is."""
     if not spec:
         return spec
     path, colon, name = spec.rpartition(":")
@@ -270,14 +272,14 @@ def task_options(command: F) -> F:
 
 
 def without_constraint(command: F) -> F:
-    """Adds the options of `TaskOptions` to a command that has no bound to meet."""
+    """Adds the options of `TaskOptions` to a command, without ``--constraint``."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def take_options(options: dict[str, Any]) -> TaskOptions:
-    """Takes the options of the task out of a command's.
+    """Removes the options of the task from a command's options and returns them.
 
     Raises:
         ValueError: If one is not usable.
@@ -286,26 +288,26 @@ def take_options(options: dict[str, Any]) -> TaskOptions:
 
 
 def found_again(spec: str, files: Mapping[str, str]) -> str:
-    """``path/to/file.py:name``, of a study, with the file's path as it is found in this folder.
+    """A spec of a study with the file's absolute path, so that it is found from this folder.
 
     Args:
-        spec: What ``study.json`` holds; what names no file is returned as it is.
-        files: By the path that is written in it, the whole one.
+        spec: A spec in ``study.json``, such as ``path/to/file.py:name``; others are returned as they are.
+        files: The absolute paths of the study's files, by the paths that are written in its specs.
     """
     path = next((path for path in files if spec.startswith(f"{path}:")), "")
     return files.get(path, "") + spec.removeprefix(path)
 
 
 def restore(options: dict[str, Any], given: Sequence[str], asked: Mapping[str, Any]) -> None:
-    """Fills in the options of a study that is resumed, where they were not given.
+    """Fills in the options of a study that is resumed, except those given again on the command line.
 
     Args:
-        options: Of the command; changed in place.
-        given: Names of those that were given.
-        asked: What ``study.json`` holds, with the ``files`` that are there.
+        options: The command's options by name; changed in place.
+        given: Names of the options that were given.
+        asked: The settings in ``study.json``, with those of its ``files`` that still exist.
 
     Raises:
-        ValueError: If one was given that would make it another study.
+        ValueError: If an option was given that differs from the study's and is not one of `MOVABLE`.
     """
     stored = TaskOptions(**asked.get("task_options", {}))
     for name, value in vars(stored).items():
@@ -318,7 +320,7 @@ def restore(options: dict[str, Any], given: Sequence[str], asked: Mapping[str, A
             )
     if "constraints" not in given:
         files = asked.get("files", {})
-        options["constraints"] = tuple(found_again(one, files) for one in asked.get("constraints", ()))
+        options["constraints"] = tuple(found_again(spec, files) for spec in asked.get("constraints", ()))
 
 
 def _absolute_if_text(value: Any) -> Any:

@@ -1,4 +1,9 @@
-"""One trial: compress in one configuration, recover, realize, score on val, measure. A pure function."""
+"""One trial: compress in one configuration, recover, realize, score on val, measure. A pure function.
+
+A *cheap* trial saves time: it may start from the model of an earlier, denser trial instead of the dense model, it
+leaves such models ("starts") for others, and it gives up in the middle of its polish if it can hardly meet the
+bound.
+"""
 
 import copy
 import math
@@ -26,20 +31,20 @@ from autocompress.task import Evaluation, Task, channels_last, device_of, evalua
 from autocompress.verdict.constraint import Checked
 from autocompress.verdict.limit import Limit, Requirement, check_all
 
-TRAINING_SHARE = 0.95  # of a trial's time, as a rule; the rest builds, scores and measures the model
+TRAINING_SHARE = 0.95  # typical share of a trial's time; the rest builds, scores and measures the model
 
-# The test that ends a recovery. What it will have lost in the end is at least this share of what the compressed
-# model has lost in the middle of the polish: on the digits it was never less than 0.69.
+# The test by which a trial is given up assumes that the final drop is at least this share of the drop in the
+# middle of the polish; on the digits it was never less than 0.69.
 REMAINS = 0.5
-ERROR = 0.01  # probability that a trial at the bound is given up
-# A recovery from the dense model leaves starts on its way: at these multiples of its density, up to the highest
-# that is worth more than the dense model.
+ERROR = 0.01  # probability that a trial whose final drop would be at the bound is given up
+# A recovery from the dense model leaves starts at these multiples of its density, up to the highest density from
+# which starting is cheaper than from the dense model.
 PATH, PATH_HIGHEST = (2, 4, 8), 0.7
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How much of the metric may be lost.
+    """The largest allowed drop of the metric.
 
     Attributes:
         max_drop: 0.01 is one point, or 1% of the dense model's score if ``relative``.
@@ -56,12 +61,12 @@ class Bound:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a trial may start from, in place of the dense model.
+    """A model that a trial may start from instead of the dense model.
 
     Attributes:
         trial: The number of the trial that left it.
         density: Its density.
-        weights: The state dict of the dense architecture, with what is compressed away at its compressed value.
+        weights: Its state dict in the dense architecture; pruned entries have their compressed values.
     """
 
     trial: int
@@ -75,24 +80,24 @@ class TrialSpec:
 
     Attributes:
         number: The trial's number in its study, from 1: the dense model is 0.
-        density: What the search proposes.
+        density: The target density, proposed by the search.
         task: The dense model, the data and the metric.
-        scheme: How to compress.
-        facts: What the scheme found out about the model, once for the study.
-        recovery: How to compress and train.
-        objectives: What the search optimizes.
-        bound: What may be lost.
+        scheme: The scheme that compresses.
+        facts: The result of the scheme's `analyze`, which is computed once per study.
+        recovery: The method that compresses and trains.
+        objectives: The numbers that the search optimizes.
+        bound: The largest allowed drop.
         dense: The dense model's evaluation on val.
         seed: Seeds the trial.
-        device: Where it runs, as torch names it.
+        device: The device to train on, as torch names it.
         timing: Whether the objective or a constraint needs latency, memory or energy.
-        dense_cost: What the dense model costs, for objectives that are relative to it.
-        runtime: What runs the model where its latency is measured, see `autocompress.gauges.runtimes.RUNTIMES`.
-        profile_device: Where it is measured; None for ``device``.
-        constraints: What else the compressed model must reach on val, and what it may cost.
+        dense_cost: The dense model's measurement, for objectives that are relative to it.
+        runtime: The runtime of latency measurements, see `autocompress.gauges.runtimes.RUNTIMES`.
+        profile_device: The device of measurements; None for ``device``.
+        constraints: Further conditions on val scores and on costs.
         start: A denser model of an earlier trial to start from; None for the dense model.
-        cheap: Whether the trial gives up when it cannot make it, and leaves starts for others.
-        params: What else the search proposed, by name; it is in the scheme and the recovery already.
+        cheap: Whether the trial may give up early and leaves starts for others.
+        params: Further parameters proposed by the search, by name; scheme and recovery have them already.
     """
 
     number: int
@@ -118,32 +123,31 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial found.
+    """The result of a trial.
 
     Attributes:
         number: The trial's number in its study, from 1: the dense model is 0.
         density_asked: The density that the search proposed.
         density: The density of the realized model, at most the one asked for.
         score: The metric on val.
-        drop: What was lost on val against the dense model, as the study counts it (absolute or relative);
-            0.01 is one point.
-        drop_se: Standard error of ``drop``, from the samples that one model gets right and the other wrong.
+        drop: The drop on val from the dense model, as the study counts it (absolute or relative); 0.01 is one
+            point.
+        drop_se: Standard error of ``drop``, see `autocompress.certify.drop_standard_error`.
         feasible: Whether ``drop`` is within the study's bound and the constraints are met.
-        values: The objectives, in their order.
+        values: The objectives, in the order of the study's.
         seconds: Wall time of the whole trial.
-        measurement: What the realized model costs.
+        measurement: The costs of the realized model.
         plan: What `Scheme.realize` needs to build the architecture again; JSON types only.
-        curves: What recovery logged, by name: one number per C step.
-        model: The realized model, in eval mode on the CPU; None when the trial was read back from disk.
-        constraints: What came of each constraint, of metrics on val.
+        curves: The logs of the recovery, by name: one number per C step.
+        model: The realized model, in eval mode on the CPU; None if the trial was read from disk.
+        constraints: The checked constraints, scores among them on val.
         steps: Gradient steps taken.
         start: The number of the trial whose model it started from; None for the dense model.
         start_density: The density of that model.
-        given_up_at: The share of the polish at which it was rejected; None if its recovery came to its end.
-        recovery: Which it was, see `autocompress.recovery.RECOVERIES`: what ``auto`` came to for its scheme.
-        starts: By density: the state dicts that denser trials and sparser ones can start from; not on disk with
-            the record, but beside it.
-        params: What the search proposed beside the density, by name.
+        given_up_at: The share of the polish after which it was rejected; None if its recovery was completed.
+        recovery: The recovery's name in `autocompress.recovery.RECOVERIES`, with ``auto`` resolved.
+        starts: State dicts that other trials can start from, by density; stored beside the record, not in it.
+        params: Parameters that the search proposed beside the density, by name.
     """
 
     number: int
@@ -175,49 +179,50 @@ class TrialResult:
 
     @property
     def rejected(self) -> bool:
-        """Whether the trial was given up before its end, because it could not make it."""
+        """Whether the trial was given up before its end, because it could hardly meet the bound."""
         return self.given_up_at is not None
 
     @property
     def standing(self) -> str:
-        """Whether it is feasible, in a word for tables."""
+        """Whether it is feasible, as a word for tables: yes, no or rejected."""
         return "rejected" if self.rejected else "yes" if self.feasible else "no"
 
     def effective_drop(self, max_drop: float) -> tuple[float, float]:
-        """The drop as the search counts it, with its standard error: beyond the bound by what is missed most.
+        """The drop that the search models, with its standard error: the constraints' excesses count as drops.
 
-        A density is feasible where the drop D(u) is within its bound and every excess e_k(u) of a constraint
-        is at most 0, which is where max(D, bound + e_k) is within the bound: one curve, again nearly monotone,
-        that crosses the bound where the first of them fails. So the search and its answer need to know of one
-        threshold only. The maximum of noisy numbers errs to the safe side.
+        At log density u, the drop D(u) must be at most the bound and each constraint's excess e_k(u) at most 0.
+        Both hold where max(D, bound + e_k) is at most the bound. That maximum is again a nearly monotone curve of
+        u, so the search needs to model one curve and one threshold only. The maximum of noisy numbers errs on the
+        safe side. Limits on costs are left out: costs fall where the drop rises.
 
-        What a constraint on a cost misses is no part of it: the cost falls where the drop rises.
+        For a rejected trial this is a lower bound on the drop that it would have had in the end.
 
-        Of a trial that was rejected it is the least that it would have lost in the end.
+        Args:
+            max_drop: The study's bound on the drop, as a fraction.
         """
         if self.given_up_at is not None:
             return REMAINS * self.drop, REMAINS * self.drop_se
-        drops = [(max_drop + one.excess, one.se) for one in self.constraints if not one.is_cost]
-        return max([(self.drop, self.drop_se), *drops])
+        scores = [checked for checked in self.constraints if not checked.is_cost]
+        return max([(self.drop, self.drop_se), *((max_drop + checked.excess, checked.se) for checked in scores)])
 
 
 def run_trial(spec: TrialSpec) -> TrialResult:
-    """Runs one trial in whatever process it is called.
+    """Runs one trial in the current process.
 
-    Where the device runs out of memory, it runs a second time in batches of half the size; the result's curves
+    If the device runs out of memory, the trial is run again in batches of half the size; the result's curves
     then hold a ``batch_size``.
 
     Raises:
         RealizationError: If the realized model does not compute what the masked model computes.
-        FloatingPointError: If the training diverged, or the metric is no finite number.
-        torch.OutOfMemoryError: If half of a batch was too much, too.
+        FloatingPointError: If the training diverged, or the metric is not a finite number.
+        torch.OutOfMemoryError: If the memory does not suffice for half a batch either.
     """
     try:
         return _run(spec)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # Out here, where the traceback no longer holds what filled the memory.
+    # Not inside the except block, where the traceback still references the tensors that filled the memory.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     halved = replace(spec, task=spec.task.in_half_batches())
@@ -233,12 +238,12 @@ def run_trial(spec: TrialSpec) -> TrialResult:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device has run out of memory, or the CPU, for which torch has no error of its own."""
+    """Whether a GPU, or the CPU, for which torch has no error class, has run out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _run(spec: TrialSpec) -> TrialResult:
-    began = time.perf_counter()
+    start = time.perf_counter()
     task, scheme = spec.task.on(spec.device), spec.scheme
     torch.manual_seed(spec.seed)
     model = copy.deepcopy(task.model)
@@ -252,8 +257,8 @@ def _run(spec: TrialSpec) -> TrialResult:
     measurement, dense_cost = _costs(spec, task, realized, recovered.theta.kept)
     drop = task.metric.drop(spec.dense.score, evaluation.score, relative=spec.bound.relative)
     constraints = check_all(spec.constraints, evaluation, measurement, dense_cost)
-    finished = recovered.given_up_at is None
-    feasible = finished and drop <= spec.bound.max_drop and all(one.met for one in constraints)
+    completed = recovered.given_up_at is None
+    feasible = completed and drop <= spec.bound.max_drop and all(checked.met for checked in constraints)
     if spec.cheap and feasible:
         starts[spec.density] = {name: t.cpu() for name, t in model.state_dict().items()}
     return TrialResult(
@@ -265,7 +270,7 @@ def _run(spec: TrialSpec) -> TrialResult:
         drop_se=drop_standard_error(task.metric, spec.dense, evaluation, relative=spec.bound.relative),
         feasible=feasible,
         values=tuple(objective(measurement, dense_cost) for objective in spec.objectives),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
         measurement=measurement,
         plan=recovered.theta.plan,
         curves=recovered.curves,
@@ -282,18 +287,21 @@ def _run(spec: TrialSpec) -> TrialResult:
 
 
 def can_be_cheap(recovery: Recovery) -> bool:
-    """Whether trials can start from each other and give up early: where the density falls on the way."""
+    """Whether trials with this recovery can start from each other and give up early.
+
+    They can where the density falls gradually, which leaves models of higher densities on the way.
+    """
     return isinstance(recovery, LearningCompression) and recovery.alternating > 0
 
 
 def _recover(spec: TrialSpec, task: Task, model: nn.Module) -> tuple[Recovered, dict[float, Weights]]:
-    """The recovery, and what it leaves on its way for denser trials to start from."""
-    recovery = suiting(spec.recovery, spec.scheme, task.train)  # by the whole budget, before it is shortened
+    """Recovers ``model`` in place; a cheap trial also returns the starts that it passed, by density."""
+    recovery = suiting(spec.recovery, spec.scheme, task.train)  # for the whole budget, before it is shortened
     if not spec.cheap or not isinstance(recovery, LearningCompression):
         return recovery.recover(model, spec.scheme, spec.facts, spec.density, task, spec.seed), {}
     path: dict[int, tuple[float, Weights]] = {}
 
-    def leave(state: State) -> None:
+    def keep_start(state: State) -> None:
         density = state.curves["lc_density"][-1]
         for multiple in PATH:
             if multiple * spec.density <= density <= PATH_HIGHEST:
@@ -301,7 +309,9 @@ def _recover(spec: TrialSpec, task: Task, model: nn.Module) -> tuple[Recovered, 
                 path[multiple] = density, {name: t.cpu() for name, t in state.learner.under("model").items()}
 
     start = spec.start
-    recovered = (recovery.shortened(start.density, spec.density, task.train) if start else recovery).recover(
+    if start:
+        recovery = recovery.shortened(start.density, spec.density, task.train)
+    recovered = recovery.recover(
         model,
         spec.scheme,
         spec.facts,
@@ -309,14 +319,14 @@ def _recover(spec: TrialSpec, task: Task, model: nn.Module) -> tuple[Recovered, 
         task,
         spec.seed,
         start=State.warm(start.density, start.weights) if start else None,
-        checkpoint=None if start else leave,
+        checkpoint=None if start else keep_start,
         hopeless=_sequential_test(spec, task),
     )
     return recovered, dict(path.values())
 
 
 def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
-    """Whether a recovery cannot make it: what will remain of its drop is beyond the bound, beyond the noise."""
+    """A test that gives up a recovery if its final drop will exceed the bound with probability 1 - `ERROR`."""
     z = float(ndtri(1 - ERROR))
 
     def hopeless(model: nn.Module) -> bool:
@@ -329,21 +339,24 @@ def _sequential_test(spec: TrialSpec, task: Task) -> Hopeless:
 
 
 def _costs(spec: TrialSpec, task: Task, realized: nn.Module, kept: int) -> tuple[Measurement, Measurement | None]:
-    """What the realized model costs, and the dense one: timed beside it where the objective compares them."""
-    limits = [one.objective for one in spec.constraints if isinstance(one, Limit)]
-    measured = (*spec.objectives, *limits)
-    beside = [task.model] if spec.timing and any(one.is_relative for one in measured) else []
+    """The measurements of the realized model and of the dense one.
+
+    The dense model is timed again, in turns with the realized one, if an objective or a limit compares the two.
+    """
+    limits = [limit.objective for limit in spec.constraints if isinstance(limit, Limit)]
+    is_relative = any(objective.is_relative for objective in (*spec.objectives, *limits))
+    dense_models = [task.model] if spec.timing and is_relative else []
     dense_params = count_params(task.model)
-    cost, *dense = compare(
-        [realized, *beside],
+    cost, *dense_costs = compare(
+        [realized, *dense_models],
         task.example_input,
         spec.profile_device or spec.device,
         dense_params=dense_params,
-        params=[kept, *(dense_params for _ in beside)],
+        params=[kept, *(dense_params for _ in dense_models)],
         timing=spec.timing,
         runtimes=(spec.runtime,),
     )
-    return cost, dense[0] if dense else spec.dense_cost
+    return cost, dense_costs[0] if dense_costs else spec.dense_cost
 
 
 class RealizationError(RuntimeError):
@@ -351,17 +364,17 @@ class RealizationError(RuntimeError):
 
 
 def realize(scheme: Scheme, masked: nn.Module, theta: Theta, facts: Facts, batch: Tensor) -> nn.Module:
-    """Realizes θ and checks, part by part of a composition, that the outputs on a batch are still the same.
+    """Realizes θ and checks, after each part of a composition, that the outputs on a batch are still the same.
 
     Args:
         scheme: The scheme.
         masked: The dense architecture with the decompressed θ, in eval mode.
         theta: The compressed weights.
-        facts: What the scheme found out about the dense model.
+        facts: The result of the scheme's `analyze`.
         batch: Inputs of shape ``(n, ...)``.
 
     Raises:
-        RealizationError: If an output moved by more than the scheme's tolerance.
+        RealizationError: If outputs differ by more than the scheme's tolerance, or the model does not run.
     """
     model, expected = masked, _outputs(masked, batch)
     for part, model in realize_by_part(scheme, masked, theta, facts):
@@ -384,8 +397,8 @@ def _realized_outputs(part: Scheme, model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _outputs(model: nn.Module, batch: Tensor) -> Tensor:
-    # TF32, which GPUs convolve in by default, is coarser than the difference that is looked for.
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with exact, evaluating(model), torch.inference_mode():
+    # The rounding of TF32, in which GPUs convolve by default, would hide the differences to be found.
+    full_precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with full_precision, evaluating(model), torch.inference_mode():
         outputs: Tensor = model(batch.to(device_of(model))).float()
     return outputs

@@ -197,7 +197,7 @@ class TestTheCheckItself:
             given(1, 2, m=3)
 
     def test_long_values_are_cut_and_stay_on_the_line(self) -> None:
-        said = one_line(lambda: whole.of("n", torch.zeros(40, 40)))
+        said = one_line(lambda: whole.convert("n", torch.zeros(40, 40)))
         assert said.startswith("n=tensor([[0., 0.") and said.endswith("...; it must be a whole number")
         assert len(said) < 150
 

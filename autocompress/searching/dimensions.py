@@ -199,7 +199,7 @@ def _entries(search: Search) -> Iterator[tuple[str, Any]]:
     """Names with a list of values, a (low, high) tuple, or None."""
     if isinstance(search, Mapping):
         for name, values in search.items():
-            yield text.of("a name in search", name), values
+            yield text.convert("a name in search", name), values
         return
     names = set()
     for entry in filter(None, (one.strip() for one in search.split(";"))):
