@@ -48,7 +48,7 @@ def test_steps_on_what_is_left_are_steps_on_the_masked_network(
     left = Shrunk(scheme, smaller)
     for density, steps in ((0.7, 3), (0.7, 2), (0.4, 4)):
         thetas = [freeze(scheme, learner.weights, density, facts) for learner in (masked, smaller)]
-        assert thetas[0].plan == thetas[1].plan and left._left(thetas[1].plan, facts) is not None
+        assert thetas[0].plan == thetas[1].plan and left._realized(thetas[1].plan, facts) is not None
         expected = masked.l_step(steps, frozen(scheme, thetas[0]))
         assert left.l_step(steps, frozen(scheme, thetas[1]), thetas[1].plan, facts) == pytest.approx(expected)
         assert smaller.descent.taken == masked.descent.taken
@@ -101,7 +101,7 @@ def test_a_recovery_is_quicker_and_comes_to_the_same(
     shrinking, found = recovered()
     whole = sum(p.numel() for p in tiny_task.model.parameters())
     assert shrinking == sorted(shrinking, reverse=True) and shrinking[-1] <= 0.3 * whole < shrinking[0]
-    monkeypatch.setattr(Shrunk, "_left", lambda *_: None)
+    monkeypatch.setattr(Shrunk, "_realized", lambda *_: None)
     masked, expected = recovered()
     assert set(masked) == {whole} and len(masked) == len(shrinking)
     for name, value in expected.items():
@@ -151,7 +151,7 @@ def test_what_cannot_be_told_to_be_a_part_of_the_network_is_trained_masked(tiny_
     def is_shrunk(scheme: Scheme, recipe: LearningCompression = gradual, density: float = 0.4) -> bool:
         learner = Learner(recipe, copy.deepcopy(tiny_task.model), tiny_task, 0)
         plan = freeze(parse_scheme("StructPrune(criterion=l2)"), learner.weights, density, facts).plan
-        return Shrunk(scheme, learner)._left(plan, facts) is not None
+        return Shrunk(scheme, learner)._realized(plan, facts) is not None
 
     assert is_shrunk(scheme)
     assert not is_shrunk(scheme, density=1.0)  # nothing is gone

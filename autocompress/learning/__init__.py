@@ -1,1 +1,1 @@
-"""What recoveries are made of: gradient steps, the L step, the polish, checkpoints; in one process or several."""
+"""The building blocks of recoveries: gradient steps, the L step, the polish, checkpoints, several processes."""

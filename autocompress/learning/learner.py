@@ -20,12 +20,12 @@ from autocompress.task import Task, device_of
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-EVIDENCE_BATCHES = 8  # served to a scheme that looks at data
-IN_CACHE = 2**18  # entries of a weight that a CPU works on at a time, several operations behind one another
+EVIDENCE_BATCHES = 8  # training batches that a scheme may look at before a C step
+IN_CACHE = 2**18  # entries of a weight that successive operations on a CPU find in its cache
 
 
 class Recipe(Protocol):
-    """How an L step trains, see `autocompress.lc.LearningCompression`."""
+    """The hyperparameters of an L step, see `autocompress.lc.LearningCompression`."""
 
     def n_steps(self, train: Split) -> int: ...  # noqa: D102  # described there, as are the others
     @property
@@ -50,15 +50,15 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Penalty:
-    """What draws w to θ in an L step: −λᵀ(w − θ) + μ/2 ‖w − θ‖² on the entries that are bound to θ.
+    """The penalty of an L step, −λᵀ(w − θ) + μ/2 ‖w − θ‖², over the entries of w that are bound to θ.
 
-    A weight of which something is bound has either a target or, where all of its bound entries are drawn to zero,
-    a mask. A target is its own mask, so that none need be held beside it: all bits are 0 where an entry is free,
-    and what is drawn to zero has the other zero, -0.
+    A weight with bound entries has a mask in `to_zero` if all of them are drawn to zero, and a `target` otherwise.
+    A target encodes its own mask, which saves the memory of a second tensor: it is +0 (all bits 0) at a free entry
+    and -0 at a bound entry that is drawn to zero.
 
     Attributes:
-        mu: The penalty μ; infinity means w = θ.
-        target: Per weight, θ + λ/μ: the point that the bound entries are drawn to; 0 at the free ones.
+        mu: The penalty parameter μ; infinity means w = θ.
+        target: Per weight, θ + λ/μ: the point that the bound entries are drawn to; +0 at the free ones.
         to_zero: Per weight, True where the entry is drawn to zero and False where it is free (bool).
     """
 
@@ -68,12 +68,19 @@ class Penalty:
 
     @classmethod
     def none(cls) -> "Penalty":
-        """Everything is free."""
+        """A penalty that binds nothing: every entry is free."""
         return cls(math.inf, {}, {})
 
     @classmethod
     def towards(cls, theta: Weights, support: Mapping[str, Tensor], multipliers: Weights, mu: float) -> "Penalty":
-        """The penalty of an L step; it binds what is outside of ``support``."""
+        """The penalty that binds the entries outside of ``support`` to θ.
+
+        Args:
+            theta: The decompressed weights Δ(θ), by name.
+            support: Per weight, True where the entry is free (bool). Weights without a mask are free.
+            multipliers: The multipliers λ by name; 0 for weights without.
+            mu: The penalty parameter μ.
+        """
         target, to_zero = {}, {}
         for name, is_free in support.items():
             is_bound = ~is_free
@@ -91,14 +98,21 @@ class Penalty:
         return {**self.to_zero, **{name: _is_bound(target) for name, target in self.target.items()}}
 
     def only(self, names: Collection[str]) -> "Penalty":
-        """The penalty on some of the weights."""
+        """The penalty on the weights of these names."""
         target, to_zero = (
             {name: tensors[name] for name in tensors.keys() & names} for tensors in (self.target, self.to_zero)
         )
         return Penalty(self.mu, target, to_zero)
 
     def within(self, part_of: Callable[[str, Tensor], Tensor]) -> "Penalty":
-        """The penalty on a part of each weight, by its name and itself, where anything is bound in it."""
+        """The penalty on a part of each weight.
+
+        Args:
+            part_of: Maps a weight's name and a tensor of its shape to the part.
+
+        Returns:
+            The penalty, without the weights in whose part nothing is bound.
+        """
         target, to_zero = (
             {name: part_of(name, whole) for name, whole in tensors.items()}
             for tensors in (self.target, self.to_zero)
@@ -111,9 +125,9 @@ class Penalty:
 
     @torch.no_grad()
     def apply(self, weights: Weights, lr: float) -> None:
-        """One implicit gradient step on the penalty: w ← w − ημ/(1 + ημ) (w − θ − λ/μ), at learning rate η."""
+        """Takes one implicit gradient step: w ← w − ημ/(1 + ημ) (w − θ − λ/μ), at learning rate η, in place."""
         strength = 1.0 if math.isinf(self.mu) else lr * self.mu / (1 + lr * self.mu)
-        # As w (1 - strength) + strength x target: a difference would need memory, and that costs most.
+        # As w (1 - strength) + strength x target: w - target would need a temporary, and memory traffic dominates.
         if self.to_zero:
             drawn = [weights[name] for name in self.to_zero]
             torch._foreach_addcmul_(drawn, drawn, list(map(as_numbers, self.to_zero.values())), -strength)
@@ -123,22 +137,22 @@ class Penalty:
 
     @torch.no_grad()
     def multipliers(self, weights: Weights) -> Weights:
-        """The multipliers λ − μ(w − θ) after an L step, 0 on the free entries; by name where any is bound.
+        """The updated multipliers λ ← λ − μ(w − θ) after an L step, by weight with bound entries; 0 at free ones.
 
-        They are the gradient with which the loss resists compression, entry by entry. There are none at
-        μ = ∞, where w = θ.
+        At the L step's minimum they are the gradient of the loss at the bound entries. There are none at μ = ∞,
+        where w = θ.
         """
         if math.isinf(self.mu):
             return {}
-        away = {name: self.target.get(name, 0) - weights[name] for name in (*self.to_zero, *self.target)}
-        return {name: away[name].mul_(as_numbers(bound)).mul_(self.mu) for name, bound in self.bound.items()}
+        to_target = {name: self.target.get(name, 0) - weights[name] for name in (*self.to_zero, *self.target)}
+        return {name: to_target[name].mul_(as_numbers(bound)).mul_(self.mu) for name, bound in self.bound.items()}
 
 
 def _masked(target: Tensor, is_bound: Tensor) -> Tensor:
-    """A target in place with its mask: all bits 0 where an entry is free, and -0 where one is drawn to zero."""
+    """Encodes the mask in a target, in place: +0 where an entry is free, -0 where one is drawn to zero."""
     bits, bound = _bits(target), as_numbers(is_bound)
     bits.mul_(bound)
-    bits.add_(bound ^ as_numbers(bits.bool()), alpha=torch.iinfo(bits.dtype).min)
+    bits.add_(bound ^ as_numbers(bits.bool()), alpha=torch.iinfo(bits.dtype).min)  # sets the sign bit
     return target
 
 
@@ -151,7 +165,7 @@ def _bits(numbers: Tensor) -> Tensor:
 
 
 def _pieces(w: Tensor) -> Sequence[Tensor]:
-    """A weight in parts along its first dimension, such as a CPU's cache holds."""
+    """Views of a weight, split along its first dimension, that fit in a CPU's cache."""
     if w.device.type != "cpu" or w.numel() <= IN_CACHE:
         return [w]
     return w.chunk(math.ceil(w.numel() / IN_CACHE))
@@ -159,30 +173,30 @@ def _pieces(w: Tensor) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a `Learner` stands.
+    """The state of a `Learner`: all that its training continues from.
 
     Attributes:
         tensors: The model's (``model/…``), the optimizer's (``optimizer/…``), and the states of the random
             number generators (``rng/…``).
-        numbers: Gradient steps taken, the factor on the learning rate, passes over the training data, and
-            batches of the pass after them; in fp16 what the loss is scaled by (``scaler/…``).
+        numbers: Gradient steps taken, the factor on the learning rate, full passes over the training data, and
+            batches of the current pass; in fp16 the state of the loss scaler (``scaler/…``).
     """
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, float]
 
     def under(self, kind: str) -> Weights:
-        """The tensors of one kind, by name."""
+        """The tensors of one kind (``"model"``, ``"optimizer"``, ``"rng"``), by name."""
         return {
             name.removeprefix(f"{kind}/"): t for name, t in self.tensors.items() if name.startswith(f"{kind}/")
         }
 
 
 class Learner:
-    """Trains a model in place: SGD or AdamW on the task's loss, and after each of its steps one on a penalty.
+    """Trains a model in place: steps of SGD or AdamW on the task's loss, each followed by a step on a penalty.
 
     Args:
-        recipe: Learning rate, budget and the like.
+        recipe: The hyperparameters.
         model: Trained in place.
         task: The data, the loss, and the dense model as the teacher.
         seed: Seeds the order of the batches.
@@ -193,13 +207,13 @@ class Learner:
         self._device = device_of(model)
         self._precision = _precision(recipe.precision, self._device)
         self._scaler = torch.amp.GradScaler(self._device.type) if self._precision == "fp16" else None
-        self._have(model)
+        self._set_model(model)
         self._train = kept_on(task.train, self._device)
         self._team = team()
         self._team.begin(recipe, model, task, seed)
         self._stream = self._serve(0, 0)
 
-    def _have(self, model: nn.Module) -> None:
+    def _set_model(self, model: nn.Module) -> None:
         recipe = self.recipe
         self.model = model.train()
         self.weights: Weights = dict(model.named_parameters())
@@ -215,9 +229,9 @@ class Learner:
         )
 
     def of(self, model: nn.Module) -> "Learner":
-        """The training of another model with the same data, from where they stand; its optimizer begins anew."""
+        """A learner of another model that goes on with the same stream of batches; its optimizer is new."""
         other = copy.copy(self)
-        other._have(model)
+        other._set_model(model)
         return other
 
     def _serve(self, epoch: int, position: int) -> TaughtStream:
@@ -227,8 +241,8 @@ class Learner:
     def l_step(self, steps: int, penalty: Penalty) -> float:
         """Takes gradient steps under ``penalty``; returns their mean loss (without the penalty).
 
-        Gradients are clipped at the recipe's norm. Where there is a single step to draw weights in, it is a short
-        one: what overshoots zero is not brought back before the next C step.
+        Gradients are clipped at the recipe's norm, but at `MAX_GRADIENT` in an L step of one gradient step with a
+        finite μ: a weight that overshoots its target would not come back before the next C step.
 
         Raises:
             FloatingPointError: If the training diverged, see `Descent`.
@@ -248,17 +262,17 @@ class Learner:
         return float(total) / max(1, steps)
 
     def _tell_others(self, steps: int, penalty: Penalty) -> None:
-        """Has the other processes of a trial take this L step, from where this one stands."""
+        """Sends this L step, and the state that it starts from, to the other processes of the trial."""
         if not self._team.leads:
             return
-        here = self.snapshot()
-        tensors = {name: t for name, t in here.tensors.items() if not name.startswith("rng/")}
+        state = self.snapshot()
+        tensors = {name: t for name, t in state.tensors.items() if not name.startswith("rng/")}
         large = [*tensors.values(), *penalty.target.values(), *penalty.to_zero.values()]
-        self._team.tell((Snapshot(tensors, here.numbers), steps, penalty), large)
+        self._team.tell((Snapshot(tensors, state.numbers), steps, penalty), large)
 
-    def follow(self, told: tuple[Snapshot, int, Penalty]) -> None:
-        """Takes an L step that the process which leads the trial takes."""
-        snapshot, steps, penalty = told
+    def follow(self, l_step: tuple[Snapshot, int, Penalty]) -> None:
+        """Takes an L step that rank 0 has sent: the state that it starts from, its gradient steps, its penalty."""
+        snapshot, steps, penalty = l_step
         self.restore(snapshot)
         self.l_step(steps, penalty)
 
@@ -285,7 +299,7 @@ class Learner:
             yield x.to(self._device), y.to(self._device)
 
     def snapshot(self) -> Snapshot:
-        """A copy of all that training goes on from."""
+        """A copy of the state of the training, on the model's device."""
         rng = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self._device)
@@ -303,7 +317,10 @@ class Learner:
         return Snapshot(tensors, numbers)
 
     def restore(self, snapshot: Snapshot | None) -> None:
-        """Goes on where another learner was when it gave its `snapshot`; where it is itself without one."""
+        """Continues from a `snapshot`; None changes nothing.
+
+        A snapshot without numbers (`autocompress.learning.state.State.warm`) restores the model's tensors alone.
+        """
         if snapshot is None:
             return
         self.model.load_state_dict(snapshot.under("model"))
@@ -315,8 +332,8 @@ class Learner:
         if (epoch, position) != (self._stream.batches.epoch, self._stream.batches.position):
             self._stream = self._serve(epoch, position)
         if self._scaler is not None:
-            scaler = {name: numbers.get(f"scaler/{name}", at) for name, at in self._scaler.state_dict().items()}
-            self._scaler.load_state_dict(scaler)
+            default = self._scaler.state_dict()
+            self._scaler.load_state_dict({name: numbers.get(f"scaler/{name}", default[name]) for name in default})
         rng = snapshot.under("rng")
         if "cpu" in rng:
             torch.set_rng_state(rng["cpu"].cpu())
@@ -325,6 +342,7 @@ class Learner:
 
 
 def _precision(asked: Precision, device: torch.device) -> Precision:
+    """The precision asked for; for ``"auto"`` bf16 on a GPU that computes in it, fp32 elsewhere."""
     if asked != "auto":
         return asked
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

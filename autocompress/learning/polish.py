@@ -1,4 +1,4 @@
-"""The end of every recovery: w is compressed for good, and trained on with the support of θ frozen."""
+"""The end of every recovery: w is compressed to its final density, then trained with the support of θ frozen."""
 
 import math
 from collections.abc import Callable
@@ -15,14 +15,15 @@ from autocompress.progress import heard_by
 from autocompress.scheme import Facts, Scheme, Theta, Weights, by_part, observe
 from autocompress.task import Task
 
-LOOK = 0.5  # share of the polish at which a recovery may be given up
+LOOK = 0.5  # share of the polish after which a recovery may be given up
 
 Hopeless: TypeAlias = Callable[[nn.Module], bool]
+"""Whether to give a recovery up, by its compressed model in the middle of the polish."""
 
 
 @torch.no_grad()
 def freeze(scheme: Scheme, weights: Weights, density: float, facts: Facts) -> Theta:
-    """θ = Π(w), and w ← Δ(θ)."""
+    """Projects w in place and returns θ: θ = Π(w), w ← Δ(θ)."""
     theta = scheme.pi({name: w.detach() for name, w in weights.items()}, density, facts)
     for name, value in scheme.delta(theta).items():
         weights[name].copy_(value)
@@ -30,23 +31,23 @@ def freeze(scheme: Scheme, weights: Weights, density: float, facts: Facts) -> Th
 
 
 def free_entries(theta: Theta) -> dict[str, Tensor]:
-    """Per weight that θ binds: True where the entry is free, False where it is drawn to θ."""
+    """Per weight that θ binds, True where the entry is free and False where it is drawn to θ (bool)."""
     drawn = {name: torch.zeros_like(theta.values[name], dtype=torch.bool) for name in theta.drawn}
     return {**theta.support, **drawn}
 
 
 def frozen(scheme: Scheme, theta: Theta) -> Penalty:
-    """The penalty of the polish, μ = ∞: what is not on the support stays at θ."""
+    """The penalty of the polish (μ = ∞): entries outside of the support stay at θ."""
     return Penalty.towards(scheme.delta(theta), free_entries(theta), {}, math.inf)
 
 
 @torch.no_grad()
 def score_compressed(task: Task, model: nn.Module, hard: Penalty) -> float:
-    """The metric on val with everything at θ that ``hard`` (μ = ∞) binds; the model stays as it was."""
+    """The metric on val with the bound entries of ``hard`` (μ = ∞) set to θ; the model is restored afterwards."""
     weights: Weights = dict(model.named_parameters())
     before = {name: weights[name].clone() for name in hard.bound}
     hard.apply(weights, lr=1.0)
-    with heard_by(None):  # of the training's progress it is no part
+    with heard_by(None):  # the evaluation reports no progress of its own
         score = task.evaluate(model, task.val).score
     for name, value in before.items():
         weights[name].copy_(value)
@@ -62,17 +63,28 @@ def polish(
     seed: int,
     hopeless: Hopeless | None = None,
 ) -> float | None:
-    """Spends the rest of the budget on w with θ's support frozen, or on what θ stores in the place of weights.
+    """Trains w for the rest of the budget with the support of θ frozen.
+
+    Where θ stores other tensors in the place of weights (factors), those are trained, see `polish_stored`.
+
+    Args:
+        scheme: Supplies Δ.
+        learner: Trains the model, which carries Δ(θ).
+        theta: The compressed weights.
+        facts: What the scheme found out about the model.
+        task: The data.
+        seed: Seeds the order of the batches where other tensors than weights are trained.
+        hopeless: Is shown the model after half of the steps, and says whether to give the recovery up.
 
     Returns:
-        The share of it at which ``hopeless`` gave it up; None if it never did.
+        The share of the polish after which ``hopeless`` gave it up; None if it was completed.
     """
     if not theta.values.keys() <= learner.weights.keys():
         polish_stored(scheme, learner, theta, facts, task, seed)
         return None
     penalty, plan, left = frozen(scheme, theta), theta.plan, Shrunk(scheme, learner)
-    del theta  # a copy of the weights
-    learner.descent.remembers = False  # what is kept does not depend on gradients any more
+    del theta  # frees a copy of the weights
+    learner.descent.remembers = False  # which entries are kept no longer depends on gradients
     if hopeless is not None:
         left.l_step(round(LOOK * learner.descent.steps_left), penalty, plan, facts)
         recalibrate_batchnorm(learner.model, task.train)
@@ -83,14 +95,14 @@ def polish(
 
 
 def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, task: Task, seed: int) -> None:
-    """Trains what θ stores in the place of weights: the parameters of the model that the scheme realizes.
+    """Trains the tensors that θ stores in the place of weights: the parameters of the realized model.
 
-    They are trained as they are, free of any penalty, and become w = Δ(θ) at the end. Of a composition the first
-    part is realized; what the others do to its values they do once more when w is frozen.
+    There is no penalty on them, and w ← Δ(θ) at the end. Of a composition only the first part is realized; the
+    others are applied to w afterwards, by `settle`.
     """
     part, theta, facts = by_part(scheme, theta, facts)[0]
     stored = Learner(learner.recipe, part.realize(learner.model, theta, facts), task, seed + 1)
-    # The optimizer begins anew; the learning rate goes on from where it is.
+    # The optimizer starts afresh; the learning rate continues its cycle.
     stored.descent.load_state_dict({}, learner.descent.taken, learner.descent.slowed)
     stored.l_step(stored.descent.steps_left, Penalty.none())
     learner.descent.taken = stored.descent.taken
@@ -100,9 +112,10 @@ def polish_stored(scheme: Scheme, learner: Learner, theta: Theta, facts: Facts, 
 
 
 def settle(scheme: Scheme, learner: Learner, density: float, facts: Facts, task: Task) -> Theta:
-    """The end of a recovery: w ← Δ(θ), with BatchNorm's statistics computed anew for it.
+    """Ends a recovery: w ← Δ(θ), with BatchNorm's statistics recomputed; returns θ.
 
-    Then the scheme looks once more: what it saw of activations must be those of the model that ships.
+    The scheme observes the data once more before the last projection: the ranges of activations must be those of
+    the model that ships.
     """
     freeze(scheme, learner.weights, density, facts)
     recalibrate_batchnorm(learner.model, task.train)

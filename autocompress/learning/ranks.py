@@ -1,9 +1,9 @@
-"""One trial in several processes, which torchrun starts: each trains on its share of every batch.
+"""Data-parallel trials: several processes, which torchrun starts, each train on a share of every batch.
 
-The first process, rank 0, does what it would do alone: it searches, compresses, judges and writes. The others help
-in L steps only. Before each one rank 0 sends them where the training stands; in it all of them take the same
-gradient steps, by the mean gradient of the whole batch and with BatchNorm's statistics of the whole batch. So a
-trial takes the steps that it takes in one process, and all that is decided is decided once.
+Rank 0 does everything that it would do alone: it searches, compresses, evaluates and writes. The other ranks help
+in L steps only. Before each L step rank 0 sends them the state of the training; then all ranks take the same
+gradient steps, with the mean gradient and the BatchNorm statistics of the whole batch. So a trial takes the same
+steps as in one process, and every decision is made once.
 """
 
 import copy
@@ -25,42 +25,42 @@ from autocompress.processes.parcel import pack, unpack
 from autocompress.splits import Batch, Split
 from autocompress.task import Task, device_of
 
-# The others wait while rank 0 does all else, for hours. That a process has died is told by its connections.
+# The other ranks wait for hours while rank 0 does everything else; a dead process shows as a closed connection.
 PATIENCE = timedelta(days=365)
 
 
 class LostProcessError(RuntimeError):
-    """A process of the team has ended, or no longer takes the steps that the others take."""
+    """A process of the team has ended, or fell out of step with the others."""
 
 
 class Pupil(Protocol):
-    """What learns in every process: see `autocompress.learning.learner.Learner`."""
+    """Takes L steps on the ranks other than 0: an `autocompress.learning.learner.Learner`."""
 
-    def follow(self, told: Any) -> None:
-        """Takes an L step as rank 0 takes it."""
+    def follow(self, l_step: Any) -> None:
+        """Takes an L step that rank 0 has sent."""
 
 
 class Team:
-    """The processes that train together; one that is alone is a team of one, and does nothing of this.
+    """The processes that train together. A process alone is a team of one, whose methods do nothing.
 
     Args:
-        rank: The place of this process; 0 leads.
-        size: How many there are.
+        rank: The rank of this process; 0 leads.
+        size: The number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self._held: list[Any] = [None]  # the training data, which is sent when it is another
-        self._broken = ""
+        self._held: list[Any] = [None]  # the training data that all ranks have; sent again only when it changes
+        self._broken = ""  # why nothing can be sent any more
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that sends, and there is one to send to."""
+        """Whether this is rank 0 of several processes."""
         return self.size > 1 and self.rank == 0
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What whoever starts a study should know of the team."""
+        """What a study tells its user about the team, in sentences."""
         if self.size == 1:
             return ()
         return (f"each trial trains in {self.size} processes, with a share of every batch in each",)
@@ -68,7 +68,7 @@ class Team:
     # Between L steps: rank 0 sends, the others receive.
 
     def begin(self, recipe: Any, model: nn.Module, task: Task, seed: int) -> None:
-        """Has the others make the learner that rank 0 makes.
+        """Makes the other ranks create the same learner; see `autocompress.learning.learner.Learner`.
 
         Raises:
             ValueError: If the team cannot share the task's batches, or the device.
@@ -85,19 +85,19 @@ class Team:
             self._send("data", pack(task.train))
             self._held = [task.train]
         on_cpu = task.on("cpu")
-        on_cpu.val = on_cpu.test = on_cpu.train  # which nobody trains on
+        on_cpu.val = on_cpu.test = on_cpu.train  # the other ranks never read them
         asked = recipe, copy.deepcopy(model).cpu(), on_cpu, seed, device.type
         self._send("learner", pack(asked, self._held))
 
-    def tell(self, told: Any, tensors: Sequence[Tensor]) -> None:
-        """Has the others take an L step.
+    def tell(self, l_step: Any, tensors: Sequence[Tensor]) -> None:
+        """Makes the other ranks take an L step.
 
         Args:
-            told: For `Pupil.follow`.
-            tensors: Those in it that are large; they go from device to device.
+            l_step: The argument of their `Pupil.follow`.
+            tensors: The large tensors in it; they are broadcast from device to device.
         """
         if self.leads:
-            self._send("step", pack(told, tensors), tensors)
+            self._send("step", pack(l_step, tensors), tensors)
 
     def _send(self, name: str, data: bytes, tensors: Sequence[Tensor] = ()) -> None:
         if self._broken:
@@ -110,7 +110,11 @@ class Team:
         self._broken = ""
 
     def serve(self, make: Callable[..., Pupil]) -> None:
-        """What the others do: learners are made, and take their steps, as rank 0 says, until it ends."""
+        """The loop of the other ranks: creates learners and takes L steps as rank 0 says, until it ends.
+
+        Args:
+            make: Creates a learner from the arguments of `begin`.
+        """
         pupil: Pupil | None = None
         while True:
             message: list[Any] = [None, b"", []]
@@ -129,28 +133,28 @@ class Team:
             elif pupil is not None:
                 try:
                     pupil.follow(unpack(data, tensors))
-                except FloatingPointError:  # rank 0 has it as well, and gives the trial up
+                except FloatingPointError:  # rank 0 raises the same error, and gives the trial up
                     pupil = None
 
     def end(self) -> None:
-        """Lets the others go."""
+        """Ends `serve` on the other ranks."""
         if self.leads and not self._broken:
             self._send("end", b"")
 
-    # In an L step: all do the same.
+    # In an L step: all ranks do the same.
 
     @contextmanager
     def in_step(self, model: nn.Module) -> Iterator[None]:
-        """An L step of ``model``: its BatchNorm sees the whole batch.
+        """For the ``with`` block of an L step, BatchNorm layers normalize by the batch of all processes.
 
-        What ends it in one process alone leaves the others where they are: nothing can be sent any more.
+        An error in one process alone leaves the others waiting in the step: nothing can be sent to them any more.
         """
         layers = [m for m in model.modules() if isinstance(m, _BatchNorm)] if self.size > 1 else []
         for layer in layers:
             vars(layer)["forward"] = partial(_normalize, self, layer)
         try:
             yield
-        except FloatingPointError:  # the gradient is that of all, and so is this
+        except FloatingPointError:  # all ranks have the same gradient, and raise it together
             raise
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -160,21 +164,21 @@ class Team:
                 del vars(layer)["forward"]
 
     def share(self, split: Split) -> Split:
-        """The split with this process's share of every batch; those that read samples read no others."""
+        """The split with this process's share of every batch; one that reads files reads no other samples."""
         if self.size == 1:
             return split
         own: Callable[[int, int], Split] | None = getattr(split, "share", None)
         return own(self.rank, self.size) if own else Share(split, self.rank, self.size)
 
     def weigh(self, loss: Tensor, samples: int) -> Tensor:
-        """The loss as a sum over this process's samples, which `average` makes a mean over all of them.
+        """A mean loss as a sum over this process's samples; `average` later divides by the samples of all.
 
-        The gradient must be one of that sum from the beginning: through BatchNorm each sample acts on all others.
+        Gradients have to be taken of the sum: through BatchNorm each sample acts on the loss of all processes.
         """
         return loss * samples if self.size > 1 else loss
 
     def average(self, tensors: Sequence[Tensor], samples: float) -> None:
-        """Replaces sums over this process's samples with means over all samples; changes nothing in one alone."""
+        """Replaces sums over this process's samples, in place, by means over the samples of all processes."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([*(t.flatten() for t in tensors), tensors[0].new_tensor([samples])])
@@ -186,7 +190,7 @@ class Team:
 
 @dataclass(frozen=True)
 class Share:
-    """A split with every ``size``-th sample of each batch, from the one numbered ``rank`` on."""
+    """A split with every ``size``-th sample of each batch, starting with sample ``rank``."""
 
     split: Split
     rank: int
@@ -194,12 +198,12 @@ class Share:
 
     @property
     def n_samples(self) -> int:
-        """How many samples the split holds, for all processes."""
+        """Samples in the split, of all processes."""
         return self.split.n_samples
 
     @property
     def batch_size(self) -> int:
-        """Samples in a full batch, for all processes."""
+        """Samples in a full batch, of all processes."""
         return self.split.batch_size
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
@@ -209,7 +213,7 @@ class Share:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a tensor over all processes; so is its gradient."""
+    """The sum of a tensor over all processes; its gradient is summed over them as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -225,10 +229,11 @@ class _Sum(torch.autograd.Function):
 
 
 def _normalize(team: Team, layer: _BatchNorm, x: Tensor) -> Tensor:
-    """BatchNorm by the mean and variance of the batch of all processes; in eval mode as ever.
+    """BatchNorm by the mean and variance of the batch of all processes; in eval mode it is unchanged.
 
-    torch's SyncBatchNorm does this on GPUs only. The variance is put together from those of the shares and the
-    distances of their means (Chan et al., "Updating Formulae", 1979), which loses no digits.
+    `torch.nn.SyncBatchNorm` does this on GPUs only. The variance is combined from the variances and means of the
+    shares, which is numerically stable (Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances", 1979).
     """
     if not layer.training and layer.track_running_stats:
         unchanged: Tensor = type(layer).forward(layer, x)
@@ -236,9 +241,9 @@ def _normalize(team: Team, layer: _BatchNorm, x: Tensor) -> Tensor:
     others = [dim for dim in range(x.ndim) if dim != 1]
     variance, mean = torch.var_mean(x.float(), others, correction=0)
     count = torch.full_like(mean, x.numel() / x.shape[1])
-    mine = torch.stack([count, mean, variance])
-    place = torch.arange(team.size, device=x.device) == team.rank
-    counts, means, variances = _Sum.apply(place.view(-1, 1, 1) * mine).unbind(1)
+    own = torch.stack([count, mean, variance])
+    is_own = torch.arange(team.size, device=x.device) == team.rank
+    counts, means, variances = _Sum.apply(is_own.view(-1, 1, 1) * own).unbind(1)  # a sum that gathers
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total
     variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
@@ -254,7 +259,7 @@ def _normalize(team: Team, layer: _BatchNorm, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _remember(layer: _BatchNorm, mean: Tensor, unbiased_variance: Tensor) -> None:
-    """Updates the running statistics."""
+    """Updates the running statistics of a layer."""
     if layer.running_mean is None or layer.running_var is None or layer.num_batches_tracked is None:
         return
     layer.num_batches_tracked += 1
@@ -264,6 +269,7 @@ def _remember(layer: _BatchNorm, mean: Tensor, unbiased_variance: Tensor) -> Non
 
 
 def _collectively(operation: Callable[..., Any], *arguments: Any) -> None:
+    """Runs a collective operation; raises `LostProcessError` if a process has ended."""
     try:
         operation(*arguments)
     except RuntimeError as error:
@@ -274,7 +280,7 @@ def _collectively(operation: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _check_gpus(device: torch.device) -> None:
-    """That each process has the GPU of its own number."""
+    """Checks that each process has the GPU of its own number."""
     if device.type != "cuda":
         return
     here, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -286,19 +292,17 @@ def _check_gpus(device: torch.device) -> None:
         raise ValueError(f"device={device}; under torchrun each process takes the GPU of its number: cuda")
 
 
-# The team of this process
-
-_team = Team()
+_team = Team()  # of this process
 
 
 def team() -> Team:
-    """The team that this process is in."""
+    """The team of this process."""
     return _team
 
 
 @contextmanager
 def joined() -> Iterator[Team]:
-    """For a ``with`` block, this process is in a team with the others that torchrun started."""
+    """Joins the team of the processes that torchrun started, for a ``with`` block."""
     global _team
     on_gpus = torch.cuda.is_available()
     if on_gpus and (place := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():

@@ -1,4 +1,4 @@
-"""A recovery as a value: where it stands between two L steps, and what it leaves."""
+"""A recovery as a value: its state between two L steps, with checkpoints, and its result."""
 
 import json
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from autocompress.learning.learner import Penalty, Snapshot
 from autocompress.scheme import Theta, Weights
 
-AGREED = 1e-3  # primal residual at which w and θ are taken to be the same
+AGREED = 1e-3  # primal residual below which w and θ count as equal
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What recovery leaves: the model it was given now carries the decompressed θ.
+    """The result of a recovery; the model that it was given carries the decompressed θ.
 
     Attributes:
         theta: The compressed weights.
-        curves: What was logged, by name: one number per C step.
+        curves: Logged values by name, one number per C step.
         steps: Gradient steps taken.
-        given_up_at: The share of the polish at which it was given up as hopeless; None if it came to its end.
+        given_up_at: The share of the polish after which it was given up as hopeless; None if it was completed.
     """
 
     theta: Theta
@@ -34,15 +34,15 @@ class Recovered:
 
 @dataclass(frozen=True)
 class State:
-    """Where a recovery stands between two L steps: all that it needs to go on.
+    """The state of a recovery between two L steps: all that it needs to continue.
 
     Attributes:
         c_steps: C steps taken.
-        initial: The density at which it began.
-        growth: By how much μ has grown.
-        curves: What was logged, by name: one number per C step.
-        penalty: The penalty of the last L step, in which θ and the multipliers are; only in a checkpoint.
-        learner: The weights, the optimizer and the data's order; only in a checkpoint.
+        initial: The density at which it started.
+        growth: The factor by which μ has grown since the first C step.
+        curves: Logged values by name, one number per C step.
+        penalty: The penalty of the last L step, which holds θ and the multipliers; only in a checkpoint.
+        learner: The weights, the optimizer and the position in the data; only in a checkpoint.
     """
 
     c_steps: int = 0
@@ -53,24 +53,29 @@ class State:
     learner: Snapshot | None = None
 
     def after(self, growth: float, **logged: float) -> "State":
-        """The state after one more C step and its L step."""
+        """The state after one more C step and its L step.
+
+        Args:
+            growth: The factor on μ until the next C step.
+            logged: Values to append to the curves, by name.
+        """
         curves = {name: (*self.curves.get(name, ()), value) for name, value in logged.items()}
         return replace(self, c_steps=self.c_steps + 1, growth=self.growth * growth, curves=curves)
 
     def has_agreed(self, density: float) -> bool:
-        """Whether w and θ were already the same when w was last compressed, to the density that is wanted."""
+        """Whether w and θ were equal already at the last C step, and that was at the target density."""
         if not self.c_steps:
             return False
         return self.curves["lc_density"][-1] == density and self.curves["lc_residual"][-1] <= AGREED
 
     @classmethod
     def warm(cls, density: float, model: Weights) -> "State":
-        """The start of a recovery from the state dict of a model that is compressed to ``density`` already."""
+        """The start of a recovery from a model's state dict that is already compressed to ``density``."""
         return cls(initial=density, learner=Snapshot({f"model/{name}": t for name, t in model.items()}, {}))
 
     def save(self, file: Path | str) -> None:
         """Writes a checkpoint to a safetensors file."""
-        assert self.learner is not None, "only a checkpoint can be gone on from"
+        assert self.learner is not None, "only a checkpoint can be saved"
         tensors = {f"learner/{name}": t for name, t in self.learner.tensors.items()}
         tensors |= {f"target/{name}": t for name, t in self.penalty.target.items()}
         tensors |= {f"to_zero/{name}": t for name, t in self.penalty.to_zero.items()}
@@ -87,10 +92,10 @@ class State:
 
     @classmethod
     def load(cls, file: Path | str, device: torch.device | str = "cpu") -> "State":
-        """Reads a checkpoint that `save` wrote.
+        """Reads a checkpoint that `save` wrote, onto ``device``.
 
         Raises:
-            ValueError: If the file is none, or one of a version that keeps other things in it.
+            ValueError: If the file is not a checkpoint, or one of an incompatible version.
         """
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:

@@ -1,4 +1,4 @@
-"""Supervised training: the steps that the L step, the polish after it and a dense model's training share."""
+"""Supervised training: the steps, batches and losses that L steps, the polish and dense training share."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +18,22 @@ from autocompress.task import Loss, device_of, evaluating, predict
 Taught: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 Optimizer: TypeAlias = Literal["sgd", "adamw"]
 
-MAX_GRADIENT = 1.0  # norm at which gradients are clipped: one bad batch shall not throw a trained network away
-SLOWER = 0.1  # factor on the learning rate after a step that could not be taken
-MOMENT_DECAY = 0.98  # of the running means of gradients: they look back some fifty steps
-SCALED_BACK = 256  # steps after which running means are brought back to scale
+MAX_GRADIENT = 1.0  # norm at which gradients are clipped: one bad batch must not ruin a trained network
+SLOWER = 0.1  # factor on the learning rate after a gradient that was not finite
+MOMENT_DECAY = 0.98  # of the running means of gradients, per step: they average over some fifty steps
+SCALED_BACK = 256  # steps between rescalings of the running means, see `Descent._remember_gradients`
 WORTH_SHARING = 200_000_000  # multiply-accumulates of a batch: some milliseconds of one core
 
 
 @contextmanager
 def threads_for(macs: int, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Runs a block on one CPU thread if a batch of ``macs`` multiply-accumulates is too small to share.
+    """Limits a ``with`` block to one CPU thread if a batch takes less than `WORTH_SHARING` multiply-accumulates.
 
-    Small operations gain little from a second thread, and wait for it long when something else runs.
+    Small operations gain little from a second thread, and lose much waiting for it on a busy machine.
+
+    Args:
+        macs: Multiply-accumulates of a batch.
+        device: The device that computes; on others than a CPU nothing changes.
     """
     before = torch.get_num_threads()
     if torch.device(device).type == "cpu" and macs < WORTH_SHARING:
@@ -60,8 +64,8 @@ def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.1) -> float:
 class Descent:
     """SGD with Nesterov momentum, or AdamW, along one cycle of the learning rate.
 
-    A gradient that is not finite is not followed: the step is left out and the learning rate falls to a tenth
-    for good. At the second such gradient the training has diverged.
+    A step whose gradient is not finite is skipped, and the learning rate stays at a tenth from then on. A second
+    such gradient counts as divergence. In fp16 the scaler skips steps that overflow.
 
     Args:
         model: Its trainable parameters are updated in place.
@@ -101,8 +105,8 @@ class Descent:
             self._optimizer = torch.optim.AdamW(
                 self._trainable, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
             )
-        self.remembers = True  # whether running means of gradients are kept for those who ask
-        self._moments: dict[int, dict[str, Tensor]] = {}  # those that somebody has asked for, by power
+        self.remembers = True  # whether steps update the gradient moments
+        self._moments: dict[int, dict[str, Tensor]] = {}  # by power, for the powers asked for so far
 
     @property
     def steps_left(self) -> int:
@@ -110,18 +114,18 @@ class Descent:
         return self.steps - self.taken
 
     def gradient_moments(self, power: int) -> dict[str, Tensor]:
-        """The running mean of the gradients to a power of 1 or 2, by name and up to a factor that all share.
+        """The running mean of the gradients to the power of 1 or 2, by parameter, up to a common factor.
 
-        It is kept from the first call on.
+        It is kept from the first call on, and empty until the next step.
         """
         return self._moments.setdefault(power, {})
 
     def step(self, loss: Tensor, average: Callable[[Sequence[Tensor]], None] | None = None) -> float:
-        """One step down the gradient of ``loss``; returns the learning rate it was taken with.
+        """Takes a gradient step on ``loss`` and returns the learning rate of the step.
 
         Args:
             loss: A scalar.
-            average: Replaces the gradients by those of all processes, where several compute one step.
+            average: Replaces gradients in place by their mean over all processes, where several share a batch.
 
         Raises:
             FloatingPointError: If a gradient is not finite for the second time.
@@ -141,7 +145,7 @@ class Descent:
         if is_finite and self.remembers:
             self._remember_gradients(max(1.0, norm / self.max_gradient))
         if is_finite or self._scaler.is_enabled():
-            self._scaler.step(self._optimizer)  # which leaves out, by itself, what overflowed in fp16
+            self._scaler.step(self._optimizer)  # skips the step by itself after an overflow in fp16
             self._scaler.update()
         elif self.slowed == 1.0:
             self.slowed = SLOWER
@@ -153,9 +157,10 @@ class Descent:
 
     @torch.no_grad()
     def _remember_gradients(self, clipped: float) -> None:
-        """Enters gradients that were divided by ``clipped`` into the running means.
+        """Adds the gradients, which clipping has divided by ``clipped``, to the running means.
 
-        What is new weighs more and more, in the place of all that is old shrinking: half as much to write.
+        Instead of shrinking the means at every step, each new gradient gets a larger weight than the one before,
+        and the means are rescaled every `SCALED_BACK` steps: that halves the memory traffic.
         """
         age = self.taken % SCALED_BACK
         for power, moments in self._moments.items():
@@ -171,7 +176,7 @@ class Descent:
                 torch._foreach_addcmul_(means, values, values, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the optimizer remembers, as tensors by name."""
+        """The state of the optimizer and the gradient moments: tensors by ``kind/parameter``."""
         state = {}
         for name, p in self._named.items():
             for key, value in self._optimizer.state.get(p, {}).items():
@@ -181,7 +186,7 @@ class Descent:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], taken: int, slowed: float) -> None:
-        """Goes on where another optimizer was when it gave its `state_dict`; means of gradients stay asked for."""
+        """Continues from a `state_dict`, at its step and slow-down; keeps the gradient moments asked for here."""
         self.taken, self.slowed = taken, slowed
         self._moments = {power: {} for power in self._moments}
         for entry, value in state.items():
@@ -193,11 +198,11 @@ class Descent:
                 self._optimizer.state[p][key] = value.clone() if value.dim() == 0 else value.to(p.device).clone()
 
     def take_over(self, other: "Descent", fitted: Callable[[str, Tensor], Tensor]) -> None:
-        """Goes on where another optimizer is, with the means of gradients that were asked of it.
+        """Continues from where another optimizer is, keeping the same gradient moments.
 
         Args:
-            other: The other one.
-            fitted: Makes what it keeps of a parameter, by the parameter's name, fit the one here.
+            other: The other optimizer, of parameters with the same names.
+            fitted: Maps a parameter's name and a tensor of the other's state to the shape that it has here.
         """
         for power in other._moments:
             self.gradient_moments(power)
@@ -217,13 +222,13 @@ def fit(model: nn.Module, split: Split, loss: Loss, *, epochs: float, lr: float,
 
 
 class Stream(Iterator[Batch]):
-    """Shuffled batches without end, one pass after the other, that can be taken up anywhere.
+    """Endless shuffled batches, pass after pass, which can be resumed at any batch.
 
     Args:
         split: The data.
         seed: Seeds the order; each pass has its own.
-        epoch: Passes that were served before.
-        position: Batches of the pass after them that were served before.
+        epoch: Full passes that were served already.
+        position: Batches of the current pass that were served already.
 
     Raises:
         ValueError: If a pass serves no full batch.
@@ -253,9 +258,9 @@ class Stream(Iterator[Batch]):
 
 
 class TaughtStream(Iterator[Taught]):
-    """Shuffled batches ``(x, y, teacher's logits)`` without end; None for the logits without a teacher.
+    """Endless shuffled batches ``(x, y, teacher's logits)``; the logits are None without a teacher.
 
-    Where the samples are held as tensors nothing augments them, so the teacher sees each just once.
+    Samples held as tensors are never augmented, so their teacher's logits are computed once, in advance.
 
     Args:
         split: The data.
@@ -263,7 +268,7 @@ class TaughtStream(Iterator[Taught]):
         seed: Seeds the order.
         epoch: See `Stream`.
         position: See `Stream`.
-        share: What of the split is served, where several processes divide its batches.
+        share: Returns the part of a split that this process trains on, where several divide the batches.
     """
 
     def __init__(
@@ -285,7 +290,7 @@ class TaughtStream(Iterator[Taught]):
 
     def __next__(self) -> Taught:
         x, y = next(self.batches)
-        if self._held is not None:  # y numbers the samples
+        if self._held is not None:  # then y holds the samples' indices
             targets, logits = self._held
             return x, targets[y], logits[y]
         if self._teacher is None:
@@ -297,14 +302,20 @@ class TaughtStream(Iterator[Taught]):
 def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, temperature: float, *, several_labels: bool = False
 ) -> Tensor:
-    """Divergence from the teacher's softened classes (Hinton et al., 2015), scaled to the usual gradients.
+    """Kullback-Leibler divergence from the teacher's softened class probabilities, times the squared temperature.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2; the factor keeps the size of
+    the gradients at any temperature.
 
     Args:
         logits: The student's, shape ``(n, classes)``.
         teacher_logits: The teacher's, shape ``(n, classes)``.
-        temperature: Softens both; the loss is multiplied by its square.
-        several_labels: Whether each logit is a label of its own: then the mean over labels of the cross-entropy
-            to the teacher's sigmoid, whose gradient is that of the divergence.
+        temperature: Divides both logits.
+        several_labels: Whether each logit is a label of its own. Then it is the mean cross-entropy over labels
+            to the teacher's softened sigmoid, which has the same gradient as the divergence.
+
+    Returns:
+        The mean over the batch, a scalar.
     """
     if several_labels:
         softened = torch.sigmoid(teacher_logits / temperature)
@@ -315,7 +326,7 @@ def distillation_loss(
 
 
 def recalibrate_batchnorm(model: nn.Module, split: Split) -> None:
-    """Computes BatchNorm's running statistics anew from one pass over ``split``: pruning has moved them."""
+    """Recomputes BatchNorm's running statistics in one pass over ``split``: pruning has shifted them."""
     device = device_of(model)
-    # A single sample at the end has no variance where a layer gives it one value a channel.
+    # A last batch of a single sample has no variance in a layer with one value per channel.
     update_bn((x.to(device) for x, _ in split.batches() if len(x) > 1 or split.n_samples == 1), model)

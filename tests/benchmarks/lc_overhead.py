@@ -71,7 +71,7 @@ def main() -> int:
         (polish, "recalibrate_batchnorm"),
     ):
         clocked(owner, name)
-    Shrunk._left = lambda *_: None  # type: ignore[method-assign]
+    Shrunk._realized = lambda *_: None  # type: ignore[method-assign]
     print(f"{steps} gradient steps, {config.c_steps} C steps; of {budget} and {LearningCompression.c_steps}")
     columns = ("step ms", "+ penalty", "+ means", "C step", "ends", "overhead")
     print(f"{'scheme':50s}" + "".join(f"{column:>10s}" for column in columns))
