@@ -1,8 +1,9 @@
-"""Attention with fewer heads than it was built with, and between streams that have lost channels.
+"""Attention modules that can lose heads, and channels of the streams that they read and write.
 
-The forward passes of PyTorch and torchvision take the width of a head from the width of the stream, so they can
-lose neither. Here is what they compute with both read off the weights. A head that is zero in the masked model
-(its queries, keys and values, and what reads it) puts out zeros whatever it attends to: to remove it is exact.
+The forward passes of PyTorch and torchvision derive the width of a head from the width of the stream, so neither
+can change. The modules here compute the same, but read both off the weights. To remove a head is exact where its
+queries, keys, values and columns of the output projection are zero in the masked model: it puts out zeros,
+whatever it attends to.
 """
 
 import math
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 
 
 class ThinAttention(nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention` with some of its heads. The mean of the weights is over those."""
+    """`torch.nn.MultiheadAttention` with fewer heads; attention weights are averaged over those that are left."""
 
-    returns_weights = True  # in a trace they would tie the heads together, whether they are read or not
+    returns_weights = True  # False in a trace, where averaging the weights would tie the heads together
 
     def forward(
         self,
@@ -70,7 +71,10 @@ class ThinAttention(nn.MultiheadAttention):
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """What is added to the scores (batch, heads, tokens, keys); a mask of booleans is True where nobody looks."""
+    """The sum of the masks, to be added to scores of shape (batch, heads, tokens, keys); None without masks.
+
+    A boolean mask is True where attention is not allowed.
+    """
     masks = []
     if attn_mask is not None:
         masks.append(attn_mask if attn_mask.dim() == 2 else torch.unflatten(attn_mask, 0, (len(q), -1)))
@@ -84,11 +88,11 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) 
 
 
 class ThinWindowAttention(nn.Module):
-    """Attention within shifted windows, as torchvision's Swin Transformers have it, with some of its heads.
+    """Attention within shifted windows, as in torchvision's Swin Transformers, with fewer heads.
 
-    Liu et al., "Swin Transformer" (ICCV 2021), and "Swin Transformer V2" (CVPR 2022), which compares
-    directions and computes the position bias. It has the parameters and settings of
-    ``ShiftedWindowAttention`` or its V2.
+    Liu et al., "Swin Transformer" (ICCV 2021), and "Swin Transformer V2" (CVPR 2022), in which scores are scaled
+    cosines and a small network computes the position bias. It has the parameters and settings of
+    ``ShiftedWindowAttention`` or ``ShiftedWindowAttentionV2``.
     """
 
     head_dim: int
@@ -108,22 +112,22 @@ class ThinWindowAttention(nn.Module):
         _, height, width, _ = x.shape
         x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
         counts = [n // size for n, size in zip(x.shape[1:3], self.window_size, strict=True)]
-        # A window as large as the image has nowhere to go.
+        # A window as large as the image is not shifted.
         shifts = [0 if n == 1 else shift for n, shift in zip(counts, self.shift_size, strict=True)]
         x = torch.roll(x, [-shift for shift in shifts], (1, 2)) if any(shifts) else x
         rows = torch.unflatten(x, 1, (counts[0], -1))
         windows = torch.unflatten(rows, 3, (counts[1], -1)).transpose(2, 3)
-        tokens = self._attend(windows.flatten(3, 4).flatten(0, 2), self._unseen(counts, shifts, x))
+        tokens = self._attend(windows.flatten(3, 4).flatten(0, 2), self._shift_mask(counts, shifts, x))
         windows = torch.unflatten(torch.unflatten(tokens, 1, self.window_size), 0, (-1, *counts))
         x = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         x = torch.roll(x, shifts, (1, 2)) if any(shifts) else x
         return x[:, :height, :width].contiguous()
 
-    def _attend(self, tokens: Tensor, unseen: Tensor | None) -> Tensor:
+    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Attention among the tokens of each window, shape (batch x windows, tokens, channels)."""
         logit_scale: Tensor | None = getattr(self, "logit_scale", None)
         bias: Tensor | None = self.qkv.bias
-        if logit_scale is not None and bias is not None:  # keys have none in V2
+        if logit_scale is not None and bias is not None:  # V2's keys have no bias
             query, key, value = bias.chunk(3)
             bias = torch.cat([query, torch.zeros_like(key), value])
         q, k, v = F.linear(tokens, self.qkv.weight, bias).chunk(3, dim=-1)
@@ -134,22 +138,25 @@ class ThinWindowAttention(nn.Module):
         else:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
         scores = scores + self._position_bias(q.shape[2])
-        if unseen is not None:
-            scores = (torch.unflatten(scores, 0, (-1, len(unseen))) + unseen[:, None]).flatten(0, 1)
+        if mask is not None:
+            scores = (torch.unflatten(scores, 0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
         mixed = F.dropout(scores.softmax(-1), self.attention_dropout, self.training) @ v
         out = F.linear(mixed.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
         return F.dropout(out, self.dropout, self.training)
 
     def _position_bias(self, n_tokens: int) -> Tensor:
-        """What each head adds to the scores of two places, shape (heads, tokens, tokens)."""
+        """The bias of each pair of tokens by their relative position, shape (heads, tokens, tokens)."""
         if hasattr(self, "cpb_mlp"):
             table = 16 * self.cpb_mlp(self.relative_coords_table).flatten(0, -2).sigmoid()
         else:
             table = self.relative_position_bias_table
         return _by_head(table, self.relative_position_index, n_tokens)
 
-    def _unseen(self, counts: Sequence[int], shifts: Sequence[int], x: Tensor) -> Tensor | None:
-        """What keeps tokens apart that only the shift has brought together, shape (windows, tokens, tokens)."""
+    def _shift_mask(self, counts: Sequence[int], shifts: Sequence[int], x: Tensor) -> Tensor | None:
+        """-100 for pairs of tokens that only the shift brought together, else 0, shape (windows, tokens, tokens).
+
+        None without a shift.
+        """
         if not any(shifts):
             return None
         down, across = (
@@ -167,12 +174,12 @@ class ThinWindowAttention(nn.Module):
 
 
 def _by_head(table: Tensor, index: Tensor, n_tokens: int) -> Tensor:
-    """What a table says of each two tokens, by head: shape (heads, tokens, tokens)."""
+    """A table's entry of each head for each pair of tokens, shape (heads, tokens, tokens)."""
     return table[index.flatten()].view(n_tokens, n_tokens, -1).permute(2, 0, 1)
 
 
 class ThinGridAttention(nn.Module):
-    """Attention within windows or grids, as torchvision's MaxViT has it, with some of its heads.
+    """Attention within windows or grids, as in torchvision's MaxViT, with fewer heads.
 
     Tu et al., "MaxViT: Multi-Axis Vision Transformer" (ECCV 2022). It has the parameters and settings of
     ``RelativePositionalMultiHeadAttention``.
@@ -200,13 +207,13 @@ class ThinGridAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Known:
-    """A kind of attention whose heads can go.
+    """A kind of attention module whose heads can be removed.
 
     Attributes:
-        form: What computes the same with fewer of them.
-        projections: Names of the parameters that hold queries, keys and values.
-        parts: How many of these each of them holds.
-        uncalled: Names of the layers inside that are never called by themselves.
+        form: The class that computes the same with fewer heads.
+        projections: Names of the parameters that make queries, keys and values.
+        parts: How many of queries, keys and values each of these parameters makes.
+        uncalled: Names of the inner layers that are never called: the module reads their weights.
     """
 
     form: type[nn.Module]
@@ -221,7 +228,7 @@ _SEPARATE = Known(
 )
 _WINDOWS = Known(ThinWindowAttention, ("qkv.weight",), uncalled=("qkv", "proj"))
 _GRID = Known(ThinGridAttention, ("to_qkv.weight",))
-# By name: torchvision is not imported for it.
+# By name, so that torchvision need not be imported.
 _KNOWN = {
     "torch.nn.modules.activation.MultiheadAttention": _PACKED,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _WINDOWS,
@@ -232,7 +239,7 @@ _KNOWN = {
 
 
 def known_attention(module: nn.Module) -> Known | None:
-    """What is known of a kind of attention; None where its heads cannot go."""
+    """The kind of attention of a module; None if it is no attention, or one whose heads cannot be removed."""
     known = _KNOWN.get(f"{type(module).__module__}.{type(module).__qualname__}")
     if isinstance(module, nn.MultiheadAttention):
         if module.bias_k is not None or module.add_zero_attn:
@@ -245,14 +252,14 @@ def make_thin(module: nn.Module, dense: nn.Module) -> None:
     """Turns a module of a known kind into its thin form, in place.
 
     Args:
-        module: Its parameters may have lost heads, or channels of the stream.
+        module: The module, whose parameters may have lost heads, or channels of the stream.
         dense: The module as it was before.
     """
     known = known_attention(dense)
     assert known is not None
     head_dim = _head_dim(dense, known)
     module.__class__ = known.form  # it keeps its parameters, settings, mode and hooks
-    setattr(module, "head_dim", head_dim)  # noqa: B010  # of which nn.Module knows nothing
+    setattr(module, "head_dim", head_dim)  # noqa: B010  # nn.Module does not declare it
     n_heads = len(module.get_parameter(known.projections[0])) // known.parts // head_dim
     setattr(module, "n_heads" if known is _GRID else "num_heads", n_heads)
     if isinstance(module, nn.MultiheadAttention):
@@ -267,7 +274,7 @@ def _head_dim(module: nn.Module, known: Known) -> int:
 
 
 def heads_of_rows(model: nn.Module) -> dict[str, Tensor]:
-    """For the rows of queries, keys and values: the number of their head, by parameter."""
+    """For each parameter that makes queries, keys or values: the head of each of its rows, shape (rows,)."""
     heads = {}
     for layer, module in model.named_modules():
         if (known := known_attention(module)) is not None:
@@ -280,9 +287,9 @@ def heads_of_rows(model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_traceable(model: nn.Module) -> nn.Module:
-    """Turns all attention of known kinds into forms that a trace can follow, in place, for that alone."""
+    """Turns all attention of known kinds, in place, into forms that a trace can follow; for tracing alone."""
     for module in model.modules():
         if known_attention(module) is not None:
             make_thin(module, module)
-            setattr(module, "returns_weights", False)  # noqa: B010  # of which nn.Module knows nothing
+            setattr(module, "returns_weights", False)  # noqa: B010  # nn.Module does not declare it
     return model

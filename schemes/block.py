@@ -24,14 +24,14 @@ class BlockPrune:
 
     A block spans outputs x inputs of a linear layer (Narang et al., "Block-Sparse Recurrent Neural Networks",
     2017; Gray et al., "GPU Kernels for Block-Sparse Weights", 2017). In a convolution it lies within one
-    position of the kernel: so the matrix of an implicit matrix product, channels innermost, has the same blocks.
-    Blocks at the far edges are cut off where the shape is no multiple. Biases and normalisation are kept and
-    count as parameters; the classifier is pruned like any other layer.
+    position of the kernel, so that the matrix of the implicit matrix product, channels innermost, has the same
+    blocks. Blocks at the far edges are smaller where the shape is no multiple of the block. Biases and
+    normalisation are kept and count as parameters; the classifier is pruned like any other layer.
 
     Args:
         block: Outputs and inputs that a block spans.
         criterion: The importance of a weight, see `autocompress.schemes.criteria.entry_scores`; a block's is
-            the mean. With ``l2`` what is left is the nearest point in the Euclidean norm.
+            the mean. With ``l2`` and blocks of one size the C step is the Euclidean projection.
         min_keep: Blocks that every layer keeps at least.
         skip: Layers that are left whole: names of modules, globs or types, as ``["conv1", "Linear"]``.
     """
@@ -61,7 +61,7 @@ class BlockPrune:
         return Patterned(shapes, sum(p.numel() for p in model.parameters()))
 
     def observe(self, evidence: Evidence, facts: Patterned) -> Patterned:
-        """What the criterion needs to know of the data."""
+        """Looks at gradients, if the criterion needs them."""
         return replace(facts, observed=observe_entries(self.criterion, evidence, facts.shapes))
 
     def lowest_density(self, facts: Patterned) -> float:
@@ -76,7 +76,7 @@ class BlockPrune:
         for name, shape in facts.shapes.items():
             size = self._sizes(shape)
             score = self._sums(entries[name]).flatten().cpu() / size
-            score[self._safe(score, size)] = torch.inf  # out of reach
+            score[self._always_kept(score, size)] = torch.inf
             scores.append(score)
             sizes.append(size)
         ranked = torch.cat(scores)
@@ -85,13 +85,13 @@ class BlockPrune:
         fits = left.double() / facts.n_params <= density
         if not fits.any():
             raise density_error(density, self.lowest_density(facts))
-        # Blocks that are zero already go whatever the target: it is free, and it makes pi idempotent.
+        # Blocks that are zero already are always removed: it costs nothing, and makes pi idempotent.
         n_removed = max(int(fits.int().argmax()), int((ranked == 0).sum()))
-        chosen = torch.ones(len(ranked), dtype=torch.bool)
-        chosen[order[:n_removed]] = False
-        parts = torch.split(chosen, [len(size) for size in sizes])
+        stays = torch.ones(len(ranked), dtype=torch.bool)
+        stays[order[:n_removed]] = False
+        parts = torch.split(stays, [len(size) for size in sizes])
         kept = {
-            name: self._spread(part, shape).to(weights[name].device)
+            name: self._per_weight(part, shape).to(weights[name].device)
             for (name, shape), part in zip(facts.shapes.items(), parts, strict=True)
         }
         values = {name: w * as_numbers(kept[name]) if name in kept else w.clone() for name, w in weights.items()}
@@ -116,23 +116,26 @@ class BlockPrune:
         return rows.view(len(rows), -(-n // width), width, positions).sum(2)
 
     def _sizes(self, shape: torch.Size) -> Tensor:
-        """How many weights each block of a weight has, one after the other."""
+        """The number of entries in each block of a weight, shape (blocks,)."""
         tall, wide = (
             torch.arange(0, n, size).neg().add(n).clamp_max(size)
             for n, size in zip(shape[:2], self.block, strict=True)
         )
         return (tall[:, None, None] * wide[:, None]).expand(-1, -1, shape[2:].numel()).flatten()
 
-    def _safe(self, score: Tensor, size: Tensor) -> Tensor:
-        """The blocks that a layer keeps in any case: of the largest, so that the lowest density is known."""
+    def _always_kept(self, score: Tensor, size: Tensor) -> Tensor:
+        """The ``min_keep`` blocks of a layer that are never removed, as indices.
+
+        They are the best among the largest, so that the lowest density does not depend on the scores.
+        """
         least = size.topk(self.min_keep).values[-1]
-        larger, as_large = ((size > least).nonzero()[:, 0], (size == least).nonzero()[:, 0])
+        larger, as_large = (size > least).nonzero()[:, 0], (size == least).nonzero()[:, 0]
         best = score[as_large].topk(self.min_keep - len(larger)).indices
         return torch.cat([larger, as_large[best]])
 
-    def _spread(self, chosen: Tensor, shape: torch.Size) -> Tensor:
-        """One value per block as one per weight, of the weight's shape."""
+    def _per_weight(self, per_block: Tensor, shape: torch.Size) -> Tensor:
+        """A vector of one value per block as a tensor of one value per entry, of the weight's shape."""
         height, width = self.block
         m, n = shape[:2]
-        blocks = chosen.view(-(-m // height), -(-n // width), -1)
+        blocks = per_block.view(-(-m // height), -(-n // width), -1)
         return blocks.repeat_interleave(height, 0)[:m].repeat_interleave(width, 1)[:, :n].reshape(shape)

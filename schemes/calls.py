@@ -1,4 +1,4 @@
-"""An operation as the trace sees it: its arguments, and the labels that they carry."""
+"""An operation in a trace: its arguments, and the labels that they carry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .coupling import Couplings, Field, Fields, reduced
 
+# Why channels stay, in words for users.
 FIXED = "they meet a tensor whose size is fixed"
 MIXED = "a {} takes all of them together"
 BY_PLACE = "a {} picks them by their place"
@@ -15,12 +16,13 @@ BY_PLACE = "a {} picks them by their place"
 
 @dataclass(frozen=True)
 class Labelled:
-    """What the trace knows of a tensor.
+    """The labels of a tensor.
 
     Attributes:
-        shape: Its shape.
+        shape: The tensor's shape.
         fields: The labels of its elements.
-        is_weight: Whether it holds parameters, rearranged at most: where a label goes, it is zero in the mask.
+        is_weight: Whether it is a parameter, possibly rearranged: where a label is removed, the masked model has
+            zeros.
     """
 
     shape: tuple[int, ...]
@@ -29,19 +31,19 @@ class Labelled:
 
 
 class Tracing(Protocol):
-    """What a rule needs of the trace."""
+    """The part of a trace that rules use."""
 
     couplings: Couplings
     outputs: list[Tensor]
     filters: list[Tensor]
 
     def labelled(self, tensor: Tensor) -> Labelled:
-        """What is known of a tensor."""
+        """The labels of a tensor."""
 
 
 @dataclass
 class Call:
-    """An operation with its arguments."""
+    """An operation with its arguments, and the tensors that it puts out."""
 
     func: Any
     args: tuple[Any, ...]
@@ -56,7 +58,7 @@ class Call:
 
     @property
     def couplings(self) -> Couplings:
-        """The ties and pins."""
+        """The ties and pins of the trace."""
         return self.trace.couplings
 
     @property
@@ -70,7 +72,7 @@ class Call:
 
     @property
     def x(self) -> Labelled:
-        """The first tensor."""
+        """The first tensor among the arguments."""
         return self.trace.labelled(self.tensors[0])
 
     def argument(self, name: str) -> Any:
@@ -88,7 +90,7 @@ class Call:
         return [dim % ndim for dim in (given if isinstance(given, (list, tuple)) else [given])]
 
     def moved(self, field: Field) -> Field:
-        """What the operation makes of the labels of its first tensor, of its full shape."""
+        """Applies the operation to the labels of the first tensor, as if they were its values."""
         out: Tensor = self.func(field.expand(self.x.shape), *self.args[1:], **self.kwargs)
         return reduced(out)
 

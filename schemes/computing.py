@@ -1,4 +1,4 @@
-"""Rules for operations that compute: what they add, multiply or normalise together is tied together."""
+"""Rules for operations that compute: elements that they add, multiply or normalise together are tied."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def elementwise(call: Call) -> list[Fields]:
 
 
 def reduce(call: Call) -> list[Fields]:
-    """A number for all the elements along some dimensions: mean, sum, maximum, variance."""
+    """A reduction over some dimensions: mean, sum, maximum, variance."""
     ndim = len(call.x.shape)
     formal = {argument.name for argument in call.func._schema.arguments}
     dims = call.dims("dim", ndim) if "dim" in formal else list(range(ndim))
@@ -42,7 +42,7 @@ def normalize_along(call: Call) -> list[Fields]:
 
 
 def spatial(call: Call) -> list[Fields]:
-    """Pooling, interpolation and padding by reflection: they mix the last dimensions, one by one channel."""
+    """Pooling, interpolation and padding by reflection: they mix places along the last dimensions of a channel."""
     (n,) = re.findall(r"(\d)d", call.name)[:1] or ["2"]
     ndim = len(call.x.shape)
     last = range(ndim - int(n), ndim)
@@ -50,14 +50,14 @@ def spatial(call: Call) -> list[Fields]:
 
 
 def shuffle_pixels(call: Call) -> list[Fields]:
-    """Channels to positions: those of one output channel go together."""
+    """`torch.pixel_shuffle` turns channels into pixels: the channels of one output channel are tied."""
     moved = tuple(call.moved(f) for f in call.x.fields)
     ndim = len(call.x.shape)
     return [call.couplings.merge_all(moved, [ndim - 2, ndim - 1], FIXED)]
 
 
 def layer_norm(call: Call) -> list[Fields]:
-    """Statistics over the last dimensions. Of one alone they can be had without channels that are zero."""
+    """Statistics over the last dimensions; over a single one, zero channels can be left out (`ThinLayerNorm`)."""
     why = MIXED.format("LayerNorm")
     x, last = call.x, len(call.argument("normalized_shape"))
     ndim = len(x.shape)
@@ -87,7 +87,7 @@ def _vectors(call: Call, *names: str) -> Iterator[Tensor | None]:
 
 
 def group_norm(call: Call) -> list[Fields]:
-    """Statistics over each group of channels: whole groups come and go."""
+    """Statistics over each group of channels: the channels of a group are tied."""
     groups, channels = call.argument("group"), call.argument("C")
     labels = _channels(call, call.x)
     if labels is not None:
@@ -111,7 +111,7 @@ def batch_norm(call: Call) -> list[Fields]:
 
 
 def _channels(call: Call, x: Labelled) -> Tensor | None:
-    """The labels along dimension 1 of a tensor; what varies otherwise is merged into them."""
+    """The labels along dimension 1 of a tensor; those along the other dimensions are merged."""
     others = [dim for dim in range(len(x.shape)) if dim != 1]
     return along(call.couplings.merge_all(x.fields, others, FIXED), 1)
 
@@ -127,13 +127,13 @@ def multiply(call: Call) -> list[Fields]:
     # The elements a[.., m, k] b[.., k, n] over (.., m, k, n), then their sum over k.
     left, right = tuple(f.unsqueeze(columns + 1) for f in a.fields), tuple(f.unsqueeze(rows) for f in b.fields)
     products = call.couplings.combine(left, (*a.shape, 1), right, (*b.shape[:rows], 1, *b.shape[rows:]), FIXED)
-    if a.is_weight or b.is_weight:  # where a label goes, the weight is zero, and so is the product
+    if a.is_weight or b.is_weight:  # where k is removed the weight is zero, so the sum does not change
         products = tuple(f for f in products if varies(f) != {columns})
-        left_over = [
+        put_out = [
             along(a.fields, rows) if a.is_weight else None,
             along(b.fields, columns) if b.is_weight else None,
         ]
-        call.trace.outputs += [labels for labels in left_over if labels is not None]
+        call.trace.outputs += [labels for labels in put_out if labels is not None]
     why = MIXED.format("product of activations")
     fields = tuple(f.squeeze(columns) for f in call.couplings.merge_all(products, [columns], why))
     shape = tuple(call.outs[0].shape)
@@ -147,7 +147,7 @@ def multiply(call: Call) -> list[Fields]:
 def takes_whole_groups(groups: int, inputs_per_group: int) -> bool:
     """Whether a grouped convolution loses whole groups; otherwise it loses the same channels of each group.
 
-    Either is exact. The one with more pieces to choose from is taken; a depthwise convolution is the extreme.
+    Both are exact. The choice is the one with more pieces to choose from: a depthwise convolution loses groups.
     """
     return groups >= inputs_per_group
 
@@ -182,8 +182,8 @@ def _grouped(
     """Ties the channels of a grouped convolution; returns the labels of its outputs.
 
     Its weight has shape (outputs, inputs of a group, ...), transposed (inputs, outputs of a group, ...). In both
-    cases its second dimension is seen by all groups alike. A weight that is the same for every channel, a blur
-    made as wide as the input, has no labels for the first.
+    cases all groups share its second dimension. A weight that was expanded to the width of the input, such as a
+    blur that is the same for every channel, has no labels along its first.
     """
     groups, couplings = call.argument("groups"), call.couplings
     ours, rows = (None if labels is None else labels.view(groups, -1) for labels in (first, read))

@@ -25,11 +25,11 @@ Fields: TypeAlias = tuple[Field, ...]
 
 @dataclass(frozen=True)
 class Classes:
-    """What the ties amount to.
+    """The classes of labels that come and go together: the connected components of the ties.
 
     Attributes:
         of: The class of each label, shape ``(labels,)``.
-        pinned: Why a class must stay, for each class that must.
+        pinned: For each class that must stay, why.
     """
 
     of: NDArray[np.int64]
@@ -50,23 +50,23 @@ class Couplings:
         return torch.arange(self._n - n, self._n)
 
     def tie(self, a: Tensor, b: Tensor) -> None:
-        """Labels at the same place, after broadcasting, come and go together."""
+        """Ties labels at the same place, after broadcasting: they come and go together."""
         a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._ties.append((a.reshape(-1), b.reshape(-1)))
 
     def pin(self, labels: Tensor, why: str) -> None:
-        """The labels stay."""
+        """Pins labels: they stay, for the reason ``why``."""
         self._pins.append((labels.reshape(-1), why))
 
     def tie_or_pin(self, a: Tensor | None, b: Tensor | None, why: str) -> None:
-        """Ties two lists of labels; where only one is there, it is pinned to the other's fixed size."""
+        """Ties two lists of labels; where one is None, its size is fixed, and the other list is pinned."""
         if a is not None and b is not None:
             self.tie(a, b)
         elif a is not None or b is not None:
             self.pin(a if a is not None else b, why)  # type: ignore[arg-type]  # one of them is there
 
     def merge(self, field: Field, dims: Iterable[int]) -> Field:
-        """Ties all labels along ``dims``: the elements there are gone together or not at all."""
+        """Ties all labels along ``dims``, which makes the field constant there: its elements go together."""
         for dim in dims:
             if field.size(dim) > 1:
                 first = field.narrow(dim, 0, 1)
@@ -75,7 +75,7 @@ class Couplings:
         return field
 
     def merge_all(self, fields: Fields, dims: Iterable[int], why: str) -> Fields:
-        """`merge` for each field. What then varies no more has become one piece, and is pinned."""
+        """Merges each field along ``dims``; pins and drops those that vary no more, as they are one piece."""
         dims = list(dims)
         merged = [(field, self.merge(field, dims)) for field in fields]
         for before, after in merged:
@@ -105,7 +105,7 @@ class Couplings:
         return self._distinct(combined)
 
     def _distinct(self, fields: Iterable[Field]) -> Fields:
-        """Fields over the same dimensions made one."""
+        """The fields, those that vary over the same dimensions tied and merged into one."""
         kept: dict[frozenset[int], Field] = {}
         for field in fields:
             first = kept.setdefault(frozenset(varies(field)), field)
@@ -114,7 +114,7 @@ class Couplings:
         return tuple(kept.values())
 
     def classes(self) -> Classes:
-        """The connected components of what was tied, and which of them must stay."""
+        """Solves the ties: their connected components, and which of these must stay."""
         ends = [np.concatenate([t[i].numpy() for t in self._ties] or [np.zeros(0, np.int64)]) for i in (0, 1)]
         graph = coo_array((np.ones(len(ends[0]), dtype=bool), (ends[0], ends[1])), shape=(self._n, self._n))
         _, of = connected_components(graph, directed=False)

@@ -1,7 +1,7 @@
 """Importance of single weights: how much is lost when one of them becomes zero.
 
-`entry_scores` gives a score to every entry of a weight, the larger the more important. Criteria that look at
-data take it from `observe_entries`, which a scheme calls in its `autocompress.scheme.Observer.observe`.
+`entry_scores` gives every entry of a weight a score, the larger the more important. Criteria that depend on data
+need the result of `observe_entries`, which a scheme calls in its `autocompress.scheme.Observer.observe`.
 """
 
 import zlib
@@ -20,12 +20,12 @@ from autocompress.task import device_of, evaluating
 EntryCriterion: TypeAlias = Literal["l1", "l2", "lamp", "taylor", "obd", "random"]
 ENTRY_CRITERIA: tuple[str, ...] = get_args(EntryCriterion)
 
-POWERS: Mapping[str, int] = {"taylor": 1, "obd": 2}  # of the gradient, whose mean a criterion wants to know
+POWERS: Mapping[str, int] = {"taylor": 1, "obd": 2}  # the criterion needs the mean of this power of the gradient
 
-SHORT_LOOK = 2  # batches that tell enough for a C step which others follow
+SHORT_LOOK = 2  # batches that suffice for a C step that others follow
 
 Observed: TypeAlias = Mapping[str, Tensor]
-"""What a criterion saw of the data: a tensor by the name of the weight, or of the group, that it is about."""
+"""What a criterion has observed on data: tensors by the name of a weight, or of a group of channels."""
 
 
 def entry_scores(
@@ -61,7 +61,7 @@ def entry_scores(
 
 
 def at_least_float32(w: Tensor) -> Tensor:
-    """A weight of 16 bits in 32: squares of small ones are zero in fp16, and sums of many are coarse."""
+    """A 16-bit weight in float32: in fp16 the squares of small weights are zero, and sums of many are coarse."""
     return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
 
 
@@ -84,10 +84,10 @@ def _scores(criterion: str, name: str, w: Tensor, seen: Tensor | None) -> Tensor
 
 
 def observe_entries(criterion: str, evidence: Evidence, names: Collection[str]) -> Observed | None:
-    """What `entry_scores` needs to know of the data; None for a criterion that looks at weights alone.
+    """The mean of the gradient (``taylor``) or its square (``obd``) by weight; None for the other criteria.
 
-    The mean of the gradient for ``taylor``, of its square for ``obd``: the one that training has already gathered,
-    if there is one, or over the batches. The model is left as it was.
+    It is the running mean that training has gathered if there is one, and the mean over the evidence's batches
+    otherwise. The model is not changed.
     """
     if criterion not in POWERS:
         return None
@@ -106,10 +106,10 @@ def check_criterion(scheme: object, criterion: str, allowed: Collection[str]) ->
 
 
 def required(observed: Observed | None, criterion: str) -> Observed:
-    """What was observed.
+    """What was observed, checked not to be None.
 
     Raises:
-        ValueError: If that is nothing.
+        ValueError: If nothing was observed.
     """
     if observed is None:
         raise ValueError(
@@ -128,20 +128,20 @@ def lamp(rising: Tensor, larger: float = 0.0) -> Tensor:
         larger: The sum of the layer's scores that are larger than these.
 
     Returns:
-        As many, rising too; the last of a layer is 1 (or 0 if all are 0).
+        The LAMP scores, rising, shape ``(n,)``; a layer's largest is 1 (or 0 if all are 0).
     """
     sums = rising.flip(0).cumsum(0, dtype=torch.double).flip(0).add_(larger).to(rising.dtype)
     return rising / sums.clamp_min_(torch.finfo(rising.dtype).tiny)
 
 
 def draw(name: str, n: int) -> Tensor:
-    """Numbers from 0 to 1 that depend on ``name`` alone, shape ``(n,)``."""
+    """Random numbers from 0 to 1 that depend on ``name`` alone, shape ``(n,)``."""
     return torch.rand(n, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
 @contextmanager
 def looking_at(evidence: Evidence) -> Iterator[Iterator[Batch]]:
-    """Serves the batches on the model's device, the model in eval mode: nothing of it changes, nor the RNG."""
+    """For a ``with`` block: the batches on the model's device, the model in eval mode, the RNG state protected."""
     device = device_of(evidence.model)
     cuda = [device] if device.type == "cuda" else []
     with evaluating(evidence.model), torch.random.fork_rng(devices=cuda):
@@ -150,7 +150,10 @@ def looking_at(evidence: Evidence) -> Iterator[Iterator[Batch]]:
 
 @contextmanager
 def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Lets frozen parameters have gradients, in place: `torch.func` breaks modules that have two names."""
+    """Enables gradients of frozen parameters, for a ``with`` block.
+
+    In place, as `torch.func.functional_call` fails on modules that have two names.
+    """
     frozen = [p for p in parameters if not p.requires_grad]
     try:
         for p in frozen:
@@ -162,7 +165,7 @@ def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _mean_gradients(evidence: Evidence, names: Collection[str], power: int) -> Weights:
-    """Mean over the batches of the loss's gradient, entry by entry to a power."""
+    """The mean over the batches of the loss's gradient to a power, entry by entry."""
     weights = dict(evidence.model.named_parameters())
     total = {name: torch.zeros_like(weights[name], requires_grad=False) for name in names}
     n = 0

@@ -1,4 +1,4 @@
-"""Are groups of channels what they seem? Half of each is taken out, and the outputs are compared."""
+"""A check of groups of channels by experiment: half of each is removed, and the model's outputs are compared."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from .removal import remove_channels
 from .slices import Group, zeroed
 
-SMALL = (64, 128)  # sides of an image that are tried before its own
-TOLERANCE = 1e-4  # of the largest output; an error in the groups shows in the first digits
+SMALL = (64, 128)  # pixels: sides of images that are tried before the input's own
+TOLERANCE = 1e-4  # relative to the largest output; an error in the groups shows in the first digits
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Exam:
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor, training: bool) -> "Exam":
-        """Prepares a model, which is changed: zeros and ones that it starts with would hide errors."""
+        """Prepares a model, in place: zeros and ones from its initialization would hide errors."""
         _stir(model)
         return cls(model, _smallest_input(model, x, training), training)
 
@@ -49,18 +49,18 @@ class Exam:
 
 
 def exact(exam: Exam, groups: Sequence[Group]) -> list[Group]:
-    """The groups that pass together.
+    """The groups that pass the exam together.
 
-    One exam where all do. Otherwise one that does not belong is found by bisection and leaves with those alike,
-    the same layers of other blocks, as they seldom fail alone; in the end they get a second chance.
+    It takes one exam where all groups pass. Otherwise bisection finds one that fails. It is set aside with the
+    groups alike, those of the same layers in other blocks, as they tend to fail too; these are tried again last.
     """
-    kept, failed = list(groups), []
+    kept, set_aside = list(groups), []
     while kept and not exam.passed(kept):
         culprit = _culprit(exam, kept)
         alike = [group for group in kept if _kind(group) == _kind(culprit)]
-        failed.append([group for group in alike if group is not culprit])
+        set_aside.append([group for group in alike if group is not culprit])
         kept = [group for group in kept if group not in alike]
-    for others in failed:
+    for others in set_aside:
         if others and exam.passed([*kept, *others]):
             kept += others
     roots = {group.root for group in kept}
@@ -68,7 +68,7 @@ def exact(exam: Exam, groups: Sequence[Group]) -> list[Group]:
 
 
 def _culprit(exam: Exam, groups: Sequence[Group]) -> Group:
-    """A group with which those before it fail, and without which they pass."""
+    """A group such that the groups before it pass, and fail together with it."""
     passes, fails = 0, len(groups)
     while fails - passes > 1:
         middle = (passes + fails) // 2
@@ -77,7 +77,7 @@ def _culprit(exam: Exam, groups: Sequence[Group]) -> Group:
 
 
 def _kind(group: Group) -> frozenset[tuple[str, int]]:
-    """Where a group lives, whatever the number of the block."""
+    """The parameters and dimensions of a group, without the numbers of blocks: the same for groups alike."""
     return frozenset((re.sub(r"\d+", "*", s.parameter), s.dim) for s in group.slices)
 
 
@@ -89,7 +89,7 @@ def _agree(actual: Tensor, expected: Tensor) -> bool:
 
 @contextmanager
 def _masked(model: nn.Module, groups: Sequence[Group], removed: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Zeros in place of what goes with some channels, for a ``with`` block."""
+    """Sets the slices of some channels to zero, for a ``with`` block."""
     whole = {name: p.data for name, p in model.named_parameters()}
     try:
         for name, values in zeroed(groups, removed, whole).items():
@@ -101,13 +101,7 @@ def _masked(model: nn.Module, groups: Sequence[Group], removed: Mapping[str, Seq
 
 
 def _outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
-    """All tensors that the model puts out, in eval mode and, if asked for, with all but noise in train mode.
-
-    Args:
-        model: The model.
-        x: Its input.
-        training: Whether it is run in train mode as well.
-    """
+    """All tensors that the model puts out in eval mode and, if ``training``, in train mode without noise."""
     with torch.no_grad():
         outputs = [model.eval()(x)]
         if training:
@@ -116,7 +110,7 @@ def _outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
 
 
 def _without_noise(model: nn.Module) -> nn.Module:
-    """Puts the layers in eval mode: what is left of train mode is the way through the network."""
+    """Puts the layers in eval mode; the modules that contain them still take their train-mode branches."""
     for module in model.modules():
         if not any(True for _ in module.children()):
             module.eval()
@@ -124,7 +118,7 @@ def _without_noise(model: nn.Module) -> nn.Module:
 
 
 def _stir(model: nn.Module) -> None:
-    """Replaces parameters and statistics that are constant by random ones, the same each time."""
+    """Replaces constant parameters and running statistics, in place, by reproducible random ones."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -132,14 +126,14 @@ def _stir(model: nn.Module) -> None:
             if not tensor.is_floating_point() or not (is_statistic or isinstance(tensor, nn.Parameter)):
                 continue
             first = tensor.flatten()[:1]
-            # The first two alone tell of most that they are not constant.
+            # For most tensors the first two entries alone show that they are not constant.
             if tensor.numel() > 1 and bool((tensor.flatten()[:2] == first).all() and (tensor == first).all()):
                 low = -0.5 if first == 0 else 0.5
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
 
 
 def _smallest_input(model: nn.Module, x: Tensor, training: bool) -> Tensor:
-    """A corner of the image that the model takes as well; ``x`` where it is no image or must have its size."""
+    """A corner of the image, if the model takes a smaller one; otherwise ``x``."""
     if x.dim() != 4 or not x.is_floating_point():
         return x
     for side in SMALL:

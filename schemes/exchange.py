@@ -1,4 +1,4 @@
-"""Layers that two others can take the place of, and the two."""
+"""Replacing a layer by two thinner ones: which layers allow it, and the two layers."""
 
 import copy
 import warnings
@@ -13,14 +13,15 @@ from torch.utils._pytree import tree_leaves
 from autocompress.task import device_of, evaluating
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-ALIKE = 1e-3  # of the largest output: more than rounding, less than what a hook does
+ALIKE = 1e-3  # relative to the largest output: above rounding, below what a hook changes
 FACTORIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def exchangeable_layers(model: nn.Module, example_input: Tensor) -> dict[str, Layer]:
-    """The layers that can be exchanged: the model calls them, and uses them in no other way.
+    """The layers that can be replaced, by name: the model calls them, and uses them in no other way.
 
-    A warning names those that something else holds on to: their weight (PyTorch's encoder layers), a hook.
+    A warning names layers that the model calls and that cannot be replaced: their weight is read elsewhere, as in
+    PyTorch's encoder layers, or a hook changes what they put out.
     """
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     layers: dict[str, Any] = {
@@ -47,7 +48,7 @@ def exchangeable_layers(model: nn.Module, example_input: Tensor) -> dict[str, La
 
 
 def _computes_alike(model: nn.Module, layers: Mapping[str, Layer], x: Tensor) -> bool:
-    """Whether the model does with two layers in the place of each, one of which does nothing."""
+    """Whether the model's outputs stay the same with each layer replaced by two, one of which is the identity."""
     changed = copy.deepcopy(model).eval()
     for name, layer in layers.items():
         weight = layer.weight.detach()
@@ -72,7 +73,13 @@ def _computes_alike(model: nn.Module, layers: Mapping[str, Layer], x: Tensor) ->
 
 
 def two_layers(whole: Layer, first: Tensor, second: Tensor) -> nn.Sequential:
-    """The layers with these weights that compute what ``whole`` computes with their product."""
+    """Two layers in a row that compute what ``whole`` would compute with the product of their weights.
+
+    Args:
+        whole: The layer to replace; the second layer takes over its bias.
+        first: The weight of the first layer, shape ``(rank, in, ...)``.
+        second: The weight of the second layer, shape ``(out, rank, 1, ...)``.
+    """
     rank, device, dtype = len(first), first.device, first.dtype
     place: dict[str, Any] = {"device": device, "dtype": dtype}
     if isinstance(whole, nn.Linear):

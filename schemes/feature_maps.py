@@ -1,4 +1,4 @@
-"""What layers put out on data, for the importance criteria that go by it."""
+"""Feature maps on training data, for the importance criteria that are based on them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from .groups import Group, Slices
 from .roles import Roles, cover, module_of
 
 MAP_CRITERIA = ("activation", "hrank", "beta_rank")
-SAMPLES = 64  # that are looked at: a C step is to cost little beside the training that it follows
-RANKED_SAMPLES = 16  # of a batch: Lin et al. find that the rank hardly depends on which they are
+SAMPLES = 64  # that are looked at: a C step should cost little compared with the training before it
+RANKED_SAMPLES = 16  # of a batch: Lin et al. find that ranks hardly depend on the choice of samples
 
 
 def watched(criterion: str, group: Group, roles: Roles) -> list[Slices]:
-    """Where a group's channels can be watched; empty where they cannot.
+    """The slices at whose layers a group's channels can be observed; none if not all of the channels can be.
 
-    As their readers get them, that is behind BatchNorm and activation, or else as the filters put them out.
+    They are the layers that read the channels, behind BatchNorm and activation, or else those that put them out.
     """
     places = [roles.filters(group)] if criterion == "beta_rank" else [roles.readers(group), roles.filters(group)]
     places = [[s for s in slices if s.parameter not in roles.silent] for slices in places]
@@ -32,7 +32,7 @@ def watched(criterion: str, group: Group, roles: Roles) -> list[Slices]:
 
 
 def observe_maps(criterion: str, evidence: Evidence, groups: Sequence[Group], roles: Roles) -> Observed:
-    """The mean over batches, and over the places where a channel can be watched, of what the criterion looks at.
+    """The mean of a criterion's statistic over batches, and over the layers where a channel can be observed.
 
     Args:
         criterion: One of `MAP_CRITERIA`.
@@ -78,7 +78,19 @@ def observe_maps(criterion: str, evidence: Evidence, groups: Sequence[Group], ro
 
 
 def _look(criterion: str, s: Slices, roles: Roles, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """What the criterion looks at in one pass, along the dimension of the channels; shape ``(n,)``."""
+    """The criterion's statistic in one forward pass, for each position along the dimension of the slices.
+
+    Args:
+        criterion: One of `MAP_CRITERIA`.
+        s: The slices whose layer is observed.
+        roles: The roles of the model's parameters.
+        module: The layer.
+        x: Its input.
+        y: Its output.
+
+    Returns:
+        A tensor of shape ``(n,)``.
+    """
     maps = (y if roles.outputs[s.parameter] == s.dim else x).movedim(-1 if isinstance(module, nn.Linear) else 1, 0)
     if criterion == "activation":
         magnitude: Tensor = maps.abs().flatten(1).mean(1)
@@ -95,7 +107,7 @@ def _look(criterion: str, s: Slices, roles: Roles, module: nn.Module, x: Tensor,
 def _per_channel(
     group: Group, places: dict[tuple[str, int], Slices], means: dict[tuple[str, int], Tensor]
 ) -> Tensor:
-    """The mean of each channel over the places where it was watched."""
+    """The mean of each channel over the layers where it was observed, shape ``(width,)``."""
     device = next(iter(means.values())).device
     total, count = torch.zeros(2, group.width, device=device)
     for key, mean in means.items():

@@ -1,4 +1,4 @@
-"""From the ties that a trace collected to groups of channels, and to what must stay and why."""
+"""The result of a trace: groups of channels that can be removed, and the reasons why others must stay."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,9 +25,9 @@ class Place:
     Attributes:
         tensor: The tensor's name in the model.
         dim: The dimension.
-        classes: What each position is tied to, as a number, shape ``(size,)``.
+        classes: The class of each position, see `autocompress.schemes.coupling.Classes`, shape ``(size,)``.
         is_buffer: Whether the tensor is a buffer.
-        is_output: Whether the positions are what a layer puts out.
+        is_output: Whether the positions are the outputs of a layer.
         is_filter: Whether that layer is a convolution.
     """
 
@@ -40,7 +40,7 @@ class Place:
 
     @property
     def layer(self) -> str:
-        """The module that the tensor is the weight of, or the tensor itself."""
+        """The name of the module whose weight the tensor is, or of the tensor itself."""
         return "the model itself" if self.tensor == "weight" else self.tensor.removesuffix(".weight")
 
 
@@ -50,9 +50,9 @@ class Findings:
 
     Attributes:
         places: All dimensions, in the order in which the forward pass uses them.
-        pinned: Why a class must stay, for each class that must.
-        groups: Classes that live in the same places, in the order of their roots.
-        group_of: The number of the group that a class belongs to, -1 for none, shape ``(classes,)``.
+        pinned: For each class that must stay, why.
+        groups: Classes that occur in the same places, in the order of their roots.
+        group_of: The number of each class's group, -1 for none, shape ``(classes,)``.
         unused: Layers that no forward pass reached.
     """
 
@@ -64,31 +64,29 @@ class Findings:
 
     @classmethod
     def of(cls, trace: Trace, model: nn.Module) -> "Findings":
-        """Solves the ties of a trace and sorts the classes by where they live."""
+        """Solves the ties of a trace and groups the classes by the places where they occur."""
         classes = trace.couplings.classes()
         parameters = dict(model.named_parameters())
         places = _places(trace, classes, parameters)
         signatures = _signatures(places, classes)
         roots = [_root(signature, places) for signature, _ in signatures]
-        group_of, channel_of = (
-            np.full(classes.of.max(initial=-1) + 1, -1),
-            np.zeros(classes.of.max(initial=-1) + 1, int),
-        )
+        n_classes = classes.of.max(initial=-1) + 1
+        group_of, channel_of = np.full(n_classes, -1), np.zeros(n_classes, int)
         names = []
         for number, i in enumerate(sorted(range(len(roots)), key=roots.__getitem__)):
             _, members = signatures[i]
             root = places[roots[i]]
             group_of[members] = number
-            at = np.flatnonzero(group_of[root.classes] == number)
-            _, first = np.unique(root.classes[at], return_index=True)  # a class may be met several times
-            channel_of[root.classes[at[np.sort(first)]]] = np.arange(len(members))
+            positions = np.flatnonzero(group_of[root.classes] == number)
+            _, first = np.unique(root.classes[positions], return_index=True)  # a class may occur several times
+            channel_of[root.classes[positions[np.sort(first)]]] = np.arange(len(members))
             names.append(root.layer)
         groups = _groups(_distinct(names), places, group_of, channel_of)
         unused = [name for name, p in parameters.items() if name not in trace.positions and p.dim() > 1]
         return cls(places, classes.pinned, groups, group_of, [name.removesuffix(".weight") for name in unused])
 
     def left_whole(self, wrong: Collection[str]) -> dict[str, list[str]]:
-        """Layers that keep some channels whatever is asked, by the reason; those of the output go without saying.
+        """Layers some of whose channels cannot be removed, by the reason; those of the network's output aside.
 
         Args:
             wrong: Roots of groups that turned out not to be exact.
@@ -105,7 +103,7 @@ class Findings:
         return {**layers, **({UNUSED: self.unused} if self.unused else {})}
 
     def _reason(self, c: int, wrong: Collection[str]) -> str | None:
-        """Why a class stays; None if it can go."""
+        """Why a class must stay; None if it can be removed."""
         if c in self.pinned:
             return self.pinned[c]
         if self.group_of[c] < 0:
@@ -131,11 +129,16 @@ def _places(trace: Trace, classes: Classes, parameters: Collection[str]) -> list
 
 
 def _marked(vectors: Iterable[Tensor]) -> set[int]:
+    """The first label of each vector of labels, by which its place is recognized."""
     return {int(labels[0]) for labels in vectors}
 
 
 def _signatures(places: Sequence[Place], classes: Classes) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Classes that may go and live in the same places: the places' numbers, and the classes, two at least."""
+    """Groups the classes that are not pinned by the places where they occur.
+
+    Returns:
+        For each group of at least two classes the numbers of the places, and the classes.
+    """
     met = [np.unique(place.classes) for place in places]
     member = np.concatenate([*met, np.zeros(0, np.int64)])
     number = np.repeat(np.arange(len(places)), [len(m) for m in met])
@@ -153,12 +156,12 @@ def _signatures(places: Sequence[Place], classes: Classes) -> list[tuple[NDArray
 
 
 def _root(signature: NDArray[np.int64], places: Sequence[Place]) -> int:
-    """The first place where a layer puts the channels out; the first of all where none does."""
+    """The number of the first place that holds outputs of a layer, or of the first place if none does."""
     return next((number for number in signature.tolist() if places[number].is_output), int(signature[0]))
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """The names; where one comes again it gets a number."""
+    """The names, with a number behind each repetition."""
     seen: Counter[str] = Counter()
     distinct = []
     for name in names:
@@ -170,7 +173,14 @@ def _distinct(names: Iterable[str]) -> list[str]:
 def _groups(
     names: Sequence[str], places: Sequence[Place], group_of: NDArray[np.int64], channel_of: NDArray[np.int64]
 ) -> list[Group]:
-    """The groups, by the group and the channel in it of each class."""
+    """The groups.
+
+    Args:
+        names: The name of each group's root.
+        places: All places.
+        group_of: The number of each class's group, -1 for none.
+        channel_of: The channel that each class is in its group.
+    """
     slices: list[list[Slices]] = [[] for _ in names]
     buffers: list[list[Slices]] = [[] for _ in names]
     filters, widths = set(), [0] * len(names)
@@ -178,12 +188,12 @@ def _groups(
         groups = group_of[place.classes]
         order = np.argsort(groups, kind="stable")
         found, starts = np.unique(groups[order], return_index=True)
-        for number, at in zip(found.tolist(), np.split(order, starts[1:]), strict=False):
+        for number, positions in zip(found.tolist(), np.split(order, starts[1:]), strict=False):
             if number < 0:
                 continue
-            channels = channel_of[place.classes[at]]
+            channels = channel_of[place.classes[positions]]
             widths[number] = int(channels.max()) + 1
-            members = Slices(place.tensor, place.dim, torch.from_numpy(at), torch.from_numpy(channels))
+            members = Slices(place.tensor, place.dim, torch.from_numpy(positions), torch.from_numpy(channels))
             (buffers if place.is_buffer else slices)[number].append(members)
             filters |= {number} if place.is_filter else set()
     return [

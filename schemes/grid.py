@@ -7,22 +7,22 @@ the folding of BatchNorm exactly: to multiply a channel is to multiply its scale
 import torch
 from torch import Tensor
 
-CLIPS = 16  # points at which the largest weight may be cut off; the fewer the integers, the deeper
-CLIPS_OF_MANY = 4  # with 8 bits little is cut off: 16 points take 0.6% off the squared error of a ResNet-18
-MANY = 100  # integers on either side of zero
+CLIPS = 16  # clipping points that are tried below the largest weight; the fewer the bits, the deeper they reach
+CLIPS_OF_MANY = 4  # with 8 bits clipping gains little: 16 points take 0.6% off the squared error of a ResNet-18
+MANY = 100  # largest integer from which on there are CLIPS_OF_MANY points
 REFINEMENTS = 3
-AT_A_TIME = 2**18  # weights that are worked on: so many stay in the processor's cache
-SMALLEST = 1e-30  # channels below it are zero
+AT_A_TIME = 2**18  # weights that are quantized at a time: they fit in the processor's cache
+SMALLEST = 1e-30  # a channel whose largest weight is smaller is zero
 MANTISSA_BITS = 16  # of a scale: its product with an integer of 8 bits is exact in float32
 
 
 def quantize_weight(weight: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
-    """The nearest integers and scales of a weight.
+    """The integers and scales of a weight that are nearest to it, as far as the search below goes.
 
-    The scale that minimizes ‖w − s·q(w/s)‖² is searched over clipping points, the largest weight's own first,
-    and refined by s ← ⟨w, q⟩ / ⟨q, q⟩, the least-squares scale for integers that are given (Lloyd's iteration).
-    A scale never exceeds the largest weight over qmax, so that each channel uses the largest integer and the
-    projection is idempotent, bit for bit.
+    The scale that minimizes ‖w − s·q(w/s)‖² is searched over clipping points, starting at the largest weight, and
+    refined by s ← ⟨w, q⟩ / ⟨q, q⟩, the least-squares scale for given integers (Lloyd's iteration). A scale never
+    exceeds the largest weight over qmax: so each channel uses the largest integer, and the projection is
+    idempotent, bit for bit.
 
     Args:
         weight: Any shape, with the output channels along ``axis``.
@@ -34,13 +34,14 @@ def quantize_weight(weight: Tensor, axis: int, bits: int) -> tuple[Tensor, Tenso
     """
     channels = weight.detach().float().movedim(axis, 0)
     rows = channels.flatten(1)
-    some = torch.split(rows, max(1, AT_A_TIME // rows.shape[1]))
-    parts = [_quantize_rows(part, 2 ** (bits - 1) - 1) for part in some]
-    q, scale = (torch.cat(found) for found in zip(*parts, strict=True))
+    chunks = torch.split(rows, max(1, AT_A_TIME // rows.shape[1]))
+    quantized = [_quantize_rows(chunk, 2 ** (bits - 1) - 1) for chunk in chunks]
+    q, scale = (torch.cat(tensors) for tensors in zip(*quantized, strict=True))
     return q.view_as(channels).movedim(0, axis), scale
 
 
 def _quantize_rows(w: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
+    """The integers (int8, the shape of ``w``) and scales, shape ``(channels,)``, of rows of channels."""
     largest = w.abs().amax(1)
     unclipped = _short(largest.clamp_min(SMALLEST) / q_max)
     scale, error = unclipped, _error(w, unclipped, q_max)
@@ -77,10 +78,10 @@ def _error(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
 
 
 def _better(w: Tensor, other: Tensor, scale: Tensor, error: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
-    """Per channel the scale of smaller error; the one that was there first where both are as good."""
-    found = _error(w, other, q_max)
-    improved = found < error
-    return torch.where(improved, other, scale), torch.where(improved, found, error)
+    """Per channel the scale of the smaller error, and that error; ``scale`` where both are as good."""
+    other_error = _error(w, other, q_max)
+    improved = other_error < error
+    return torch.where(improved, other, scale), torch.where(improved, other_error, error)
 
 
 def _short(scale: Tensor) -> Tensor:

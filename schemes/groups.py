@@ -1,4 +1,4 @@
-"""Coupled channels of a model: which can be removed, and which cannot and why."""
+"""The coupled channels of a model: which can be removed, and which cannot, and why."""
 
 import copy
 import re
@@ -39,38 +39,42 @@ def find_groups(
 ) -> tuple[Group, ...]:
     """The channels of a model that can be removed, in groups that live in the same tensors.
 
-    Whatever a removal would change beyond the channels themselves stays whole: what reaches the output (classes
-    are not pruned), what LayerNorm or a softmax takes together, what the forward pass picks by its place or
-    counts on. A last check takes half of the channels out and compares outputs.
+    Channels stay whole where their removal would change more than themselves: where they reach the output (classes
+    are not pruned), where a softmax takes all of them together, where the forward pass picks them by position or
+    counts on their number. A final check removes half of the channels of each group and compares outputs.
 
     Args:
-        model: Left as it is.
+        model: The model; not changed.
         example_input: A batch of one sample.
-        tell: Is told of the layers that stay whole for each reason.
+        tell: Is called with each reason why layers stay whole, and the names of these layers.
     """
-    model = copy.deepcopy(model).cpu().eval()  # where float32 is not cut to fewer bits
-    # In other layouts torch computes with views of memory, which say nothing of channels.
+    model = copy.deepcopy(model).cpu().eval()  # a GPU may compute float32 with fewer bits
+    # In other layouts torch uses strided views of memory, through which channels cannot be followed.
     model = model.to(memory_format=torch.contiguous_format)
     x = example_input.detach().cpu().contiguous()
     trace, training = _traced(model, x)
-    found = Findings.of(trace, model)
-    right = exact(Exam.of(model, x, training), found.groups)
-    wrong = {group.root for group in found.groups} - {group.root for group in right}
-    for why, layers in found.left_whole(wrong).items():
+    findings = Findings.of(trace, model)
+    passed = exact(Exam.of(model, x, training), findings.groups)
+    wrong = {group.root for group in findings.groups} - {group.root for group in passed}
+    for why, layers in findings.left_whole(wrong).items():
         tell(why, _abridged(layers))
-    return tuple(right)
+    return tuple(passed)
 
 
 def _traced(model: nn.Module, x: Tensor) -> tuple[Trace, bool]:
-    """The trace of a forward pass, and of one in train mode if that is needed to reach all parameters."""
-    shared: dict[int, object] = {id(p): p for p in model.parameters()}  # passes change nothing but statistics
+    """The trace of a forward pass in eval mode, and of one in train mode if parameters were not reached.
+
+    Returns:
+        The trace, and whether train mode was traced too.
+    """
+    shared: dict[int, object] = {id(p): p for p in model.parameters()}  # forward passes do not change parameters
     trace = Trace(make_traceable(copy.deepcopy(model, shared)), heads_of_rows(model))
     trace.run(x)
     if all(name in trace.positions for name, _ in model.named_parameters()):
         return trace, False
     try:
         trace.model.train()
-        trace.run(torch.cat([x, x]))  # BatchNorm wants more than one value
+        trace.run(torch.cat([x, x]))  # BatchNorm needs more than one value per channel
     except Exception as error:  # a model may be written for inference alone; whatever it raises
         warnings.warn(f"train mode was not looked at, the model fails in it: {error}", stacklevel=3)
         return trace, False
@@ -78,7 +82,7 @@ def _traced(model: nn.Module, x: Tensor) -> tuple[Trace, bool]:
 
 
 def _abridged(layers: Iterable[str]) -> list[str]:
-    """Layers that repeat under other numbers, named once: ``blocks.*.mlp (12 layers)``."""
+    """The layers' names; those that differ in numbers alone become one: ``blocks.*.mlp (12 layers)``."""
     alike: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         name, *some = layer.split(" ", 1)  # "conv2 (16 of 32)"

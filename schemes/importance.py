@@ -1,4 +1,4 @@
-"""Importance of channels: how much is lost when one of them goes, with all that is coupled to it."""
+"""Importance of channels: how much is lost when one of them is removed with everything coupled to it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
@@ -38,8 +38,8 @@ def channel_scores(
             - ``fpgm``: the distance of its filters from all others of the layer, summed: the filter at the
               geometric median can be replaced by them (He et al., "Filter Pruning via Geometric Median",
               CVPR 2019).
-            - ``activation``: the mean magnitude of what it puts out, as the next layer gets it (Polyak & Wolf,
-              "Channel-Level Acceleration of Deep Face Representations", IEEE Access 2015).
+            - ``activation``: the mean magnitude of its activations, where the next layer reads them (Polyak &
+              Wolf, "Channel-Level Acceleration of Deep Face Representations", IEEE Access 2015).
             - ``hrank``: the mean rank of its feature maps (Lin et al., "HRank: Filter Pruning using High-Rank
               Feature Map", CVPR 2020).
             - ``beta_rank``: the l1 norm of its filters, each times the ratio of the standard deviations over a
@@ -48,7 +48,7 @@ def channel_scores(
             - ``random``: a fixed draw.
         groups: The groups.
         weights: All the model's parameters.
-        roles: What they are there for.
+        roles: The roles of the parameters.
         observed: What `observe_channels` returned.
 
     Returns:
@@ -80,7 +80,7 @@ def channel_scores(
 def observe_channels(criterion: str, evidence: Evidence, groups: Sequence[Group], roles: Roles) -> Observed | None:
     """What `channel_scores` needs to know of the data; None for a criterion that looks at weights alone.
 
-    The model is left as it was.
+    The model is not changed.
     """
     if criterion in MAP_CRITERIA:
         return observe_maps(criterion, evidence, groups, roles)
@@ -88,7 +88,7 @@ def observe_channels(criterion: str, evidence: Evidence, groups: Sequence[Group]
 
 
 def can_rate(criterion: str, group: Group, roles: Roles) -> bool:
-    """Whether the criterion can tell the channels of a group apart: their scale, filter or map must be there."""
+    """Whether each channel of a group has what the criterion looks at: a scale, a filter or a feature map."""
     if criterion in MAP_CRITERIA:
         return bool(watched(criterion, group, roles))
     if criterion == "bn_scale":
@@ -103,8 +103,8 @@ def normalized(
 
     Args:
         by: ``mean`` divides by the mean of the group, ``sqrt`` by the square root of that mean.
-            ``parameters`` divides by how many parameters go with a channel: of channels that cost the loss as
-            much, the one that saves more is less important. ``none`` leaves scores as they are.
+            ``parameters`` divides by the number of parameters that are removed with a channel: of two channels
+            that matter as much to the loss, the one that saves more is less important. ``none`` changes nothing.
         scores: One group after the other, shape ``(channels,)``.
         groups: The groups.
         shapes: Shape of every parameter of the model.
@@ -119,7 +119,7 @@ def normalized(
 
 
 def _parameters(groups: Sequence[Group], shapes: Mapping[str, torch.Size]) -> Tensor:
-    """How many parameters go with each channel; those that two channels share count for both."""
+    """The parameters that are removed with each channel, shape ``(channels,)``; shared ones count for each."""
 
     def size(s: Slices) -> Tensor:
         shape = shapes[s.parameter]
@@ -131,15 +131,18 @@ def _parameters(groups: Sequence[Group], shapes: Mapping[str, torch.Size]) -> Te
 def _summed(
     groups: Sequence[Group], slices: Sequence[Sequence[Slices]], score: Callable[[Slices], Tensor]
 ) -> Tensor:
-    """For every channel, the sum over its slices of what ``score`` says along their dimension; on the CPU.
+    """For every channel, the sum of the scores of its slices; on the CPU, shape ``(channels,)``.
 
-    What is on another device comes over in one piece.
+    Args:
+        groups: The groups.
+        slices: The slices of each group to sum over.
+        score: The scores of all positions along the dimension of a slice, shape ``(n,)``.
     """
-    taken = [(start, s) for start, of_group in zip(first_channels(groups), slices, strict=False) for s in of_group]
-    found = [score(s).float() for _, s in taken]
-    on_cpu = torch.split(torch.cat(found).cpu(), [len(f) for f in found])
+    starts = [(start, s) for start, own in zip(first_channels(groups), slices, strict=False) for s in own]
+    scores = [score(s).float() for _, s in starts]
+    on_cpu = torch.split(torch.cat(scores).cpu(), [len(s) for s in scores])  # in one transfer
     total = torch.zeros(sum(group.width for group in groups))
-    for (start, s), values in zip(taken, on_cpu, strict=True):
+    for (start, s), values in zip(starts, on_cpu, strict=True):
         total.index_add_(0, s.channels + start, values[s.positions])
     return total
 
@@ -148,7 +151,7 @@ def _along(entries: Tensor, s: Slices) -> Tensor:
     """The sum over all dimensions but that of the slices."""
     if entries.dim() == 1:
         return entries
-    if s.dim > 0 and entries.is_contiguous():  # those before it first, in a fifth of the time
+    if s.dim > 0 and entries.is_contiguous():  # leading dimensions first: that takes a fifth of the time
         entries = entries.sum(list(range(s.dim)))
         return entries.sum(list(range(1, entries.dim()))) if entries.dim() > 1 else entries
     return entries.sum([d for d in range(entries.dim()) if d != s.dim])

@@ -1,7 +1,7 @@
-"""Where integers flow in a network: its traced graph, the layers that compute with them, the points between.
+"""Quantizing a traced graph: the layers that compute with integers, and the activations between them.
 
-A point is a tensor that int8 kernels hand on as integers: what a layer reads, what it puts out after the
-BatchNorm that is folded into it and the ReLU that clips it, and what adds two such tensors.
+A point is an activation that int8 kernels pass on as integers: the input of a quantized layer, its output after
+the BatchNorm that is folded into it and the ReLU that clips it, and the sum of two points.
 """
 
 import operator
@@ -16,7 +16,7 @@ from .grid import SMALLEST, along, quantize_weight
 
 aten = torch.ops.aten
 
-# Operators of layers, and the dimension of their weight that holds the output channels.
+# The operators of layers that runtimes compute in integers, and the output channels' dimension of their weights.
 INTEGER = {
     aten.linear.default: 0,
     aten.conv1d.default: 0,
@@ -26,17 +26,17 @@ INTEGER = {
     aten.conv2d.padding: 0,
     aten.conv3d.padding: 0,
 }
-# No runtime computes these in int8: their weights are stored as integers, their arithmetic is float.
+# No runtime computes these in int8: their weights are stored as integers, and they compute with floats.
 STORED = {
     aten.conv_transpose1d.default: 1,
     aten.conv_transpose2d.input: 1,
     aten.conv_transpose3d.input: 1,
 }
-GROUPS_OF_TRANSPOSED = 6  # position of the argument
+GROUPS_OF_TRANSPOSED = 6  # position of the argument `groups` of a transposed convolution
 BATCHNORM = aten.batch_norm.default
 ADD = aten.add.Tensor
 CLIPPING = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
-# What hands values on as they are: their outputs are on the grid of their input.
+# Operators that do not change values: their outputs are on the grid of their input.
 PASSING = (
     aten.max_pool1d.default,
     aten.max_pool2d.default,
@@ -54,8 +54,8 @@ PASSING = (
     aten.contiguous.default,
     aten.clone.default,
 )
-LEVELS = 255  # of an activation, above the lowest
-BIAS_LEVELS = 2**30  # a bias is an integer of 32 bits on the grid of its layer's products
+LEVELS = 255  # steps between the lowest and the highest value of an activation
+BIAS_LEVELS = 2**30  # largest bias: an integer of 32 bits, on the grid of its layer's products
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Layer:
         node: The operator.
         weight: The weight's name.
         axis: The dimension of the weight that holds the output channels.
-        batchnorm: The BatchNorm behind it that can be folded into it, if there is one.
+        batchnorm: The BatchNorm that can be folded into the layer, if there is one.
     """
 
     node: fx.Node
@@ -81,15 +81,15 @@ class Layer:
 
     @property
     def result(self) -> fx.Node:
-        """What it puts out, BatchNorm included."""
+        """The node of the layer's output, after BatchNorm."""
         return self.batchnorm or self.node
 
 
 def find_layers(traced: fx.GraphModule) -> tuple[list[Layer], list[str]]:
-    """The layers whose weights can become integers, and the names of the weights of those that cannot.
+    """The layers whose weights can become integers, and the names of the weights of the others.
 
-    Left out are transposed convolutions in groups (their output channels lie in two dimensions), weights that
-    something else reads as well, and those of layers whose bias is computed.
+    The others are transposed convolutions in groups (their output channels lie in two dimensions), layers whose
+    weight an operator of another kind reads as well, and layers whose bias is computed.
     """
     axes: dict[Any, int] = INTEGER | STORED
     uses = _uses(traced)
@@ -110,7 +110,7 @@ def find_layers(traced: fx.GraphModule) -> tuple[list[Layer], list[str]]:
 
 
 def _uses(traced: fx.GraphModule) -> dict[int, list[fx.Node]]:
-    """For each parameter and buffer, by identity, what reads it: tied ones have several names."""
+    """The nodes that read each parameter and buffer, by its id: one that is tied has several names."""
     uses: dict[int, list[fx.Node]] = {}
     for node in traced.graph.find_nodes(op="get_attr"):
         uses.setdefault(id(_attribute(traced, node)), []).extend(node.users)
@@ -129,12 +129,12 @@ def _is_parameter(traced: fx.GraphModule, node: Any) -> bool:
 
 
 def _are_stored(given: Sequence[fx.Node | None]) -> bool:
-    """Whether optional arguments are parameters or buffers as they are, and not computed from them."""
+    """Whether optional arguments are parameters or buffers themselves, not computed from them."""
     return all(node is None or node.op == "get_attr" for node in given)
 
 
 def _batchnorm_behind(node: fx.Node) -> fx.Node | None:
-    """The BatchNorm with fixed statistics that alone reads ``node``, channel by channel."""
+    """The BatchNorm with fixed statistics that is the only reader of ``node``, channel by channel; or None."""
     user = next(iter(node.users))
     if len(node.users) > 1 or user.target != BATCHNORM or arguments(user)[0] is not node:
         return None
@@ -146,9 +146,9 @@ def _batchnorm_behind(node: fx.Node) -> fx.Node | None:
 
 
 def find_points(traced: fx.GraphModule, layers: Sequence[Layer]) -> list[fx.Node]:
-    """The tensors that are integers in the network, in the order in which they come up.
+    """The nodes of the points, in the order of the graph.
 
-    The network's outputs are none: rounded logits would tie.
+    The network's outputs are not among them: rounded logits would tie.
     """
     points: set[fx.Node] = set()
     for layer in layers:
@@ -162,12 +162,12 @@ def find_points(traced: fx.GraphModule, layers: Sequence[Layer]) -> list[fx.Node
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """A node's arguments, of whatever types its operator takes."""
+    """A node's positional arguments, typed so that mypy accepts any use of them."""
     return node.args
 
 
 def origin(node: Any) -> fx.Node:
-    """The tensor whose values ``node`` hands on."""
+    """The node whose values ``node`` passes on unchanged, through operators that move them at most."""
     while node.target in PASSING:
         node = arguments(node)[0]
     assert isinstance(node, fx.Node)
@@ -175,40 +175,45 @@ def origin(node: Any) -> fx.Node:
 
 
 def _clipped(node: fx.Node) -> fx.Node:
-    """What alone reads ``node`` and merely clips it, or ``node`` itself."""
+    """The only reader of ``node`` if it clips, such as a ReLU; otherwise ``node`` itself."""
     user = next(iter(node.users), node)
     return user if len(node.users) == 1 and user.target in CLIPPING else node
 
 
 def _is_output(node: fx.Node) -> bool:
+    """Whether the values of ``node`` are an output of the network."""
     while len(node.users) == 1 and (user := next(iter(node.users))).target in PASSING:
         node = user
     return any(user.op == "output" for user in node.users)
 
 
 class Ranges(fx.Interpreter):
-    """Runs a traced network and notes between which values its points lie.
+    """Runs a traced network and records the lowest and highest value of each point, zero included.
 
     Args:
         traced: The network.
-        points: Their places among the operators of the network, see `operators`.
+        points: The points, as indices into `operators`.
         state: The parameters and buffers to run it with, by name, in place of its own.
+
+    Attributes:
+        lowest: The lowest value of each point so far.
+        highest: The highest value of each point so far.
     """
 
     def __init__(self, traced: fx.GraphModule, points: Sequence[int], state: Mapping[str, Tensor]) -> None:
         super().__init__(traced)
         self._state = state
-        found = operators(traced)
-        self._points = {found[place]: i for i, place in enumerate(points)}
+        nodes = operators(traced)
+        self._points = {nodes[place]: i for i, place in enumerate(points)}
         self.lowest = [0.0] * len(points)
         self.highest = [0.0] * len(points)
 
     def fetch_attr(self, target: str) -> Any:
-        """A parameter or buffer."""
+        """Returns a parameter or buffer, from ``state`` if it is there."""
         return self._state[target] if target in self._state else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
-        """One operator."""
+        """Runs an operator, and widens the range of its output if that is a point."""
         value = super().run_node(n)
         if (i := self._points.get(n)) is not None:
             low, high = value.aminmax()
@@ -218,17 +223,20 @@ class Ranges(fx.Interpreter):
 
 
 def operators(traced: fx.GraphModule) -> list[fx.Node]:
-    """The inputs and operators of a network in order: what a pickled graph keeps of its names."""
+    """The inputs and operators of a network in order: node names do not survive pickling, their order does."""
     return [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
 
 
 def with_integers(traced: fx.GraphModule, steps: Sequence[tuple[float, int]], bits: int) -> fx.GraphModule:
-    """The network as integers compute it: weights of ``bits`` bits, BatchNorm folded, points in steps.
+    """The quantized network: weights as integers of ``bits`` bits, BatchNorm folded, points on their grids.
 
     Args:
-        traced: What `trace` returned; it is changed.
+        traced: The result of `autocompress.schemes.traced.trace`; it is changed.
         steps: For each point the scale and the zero point of its integers.
         bits: Bits of a weight.
+
+    Raises:
+        ValueError: If the network does not have as many points as ``steps``.
     """
     layers, _ = find_layers(traced)
     points = find_points(traced, layers)
@@ -244,8 +252,8 @@ def with_integers(traced: fx.GraphModule, steps: Sequence[tuple[float, int]], bi
     for node, step in inputs.items():
         if step is not None and arguments(node)[0].target in PASSING:
             _round(arguments(node)[0], step, [node])
-    weights = [_attribute(traced, arguments(layer.node)[1]) for layer in layers]  # before the first is replaced
-    stored: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the weight's identity: layers may share it
+    weights = [_attribute(traced, arguments(layer.node)[1]) for layer in layers]  # all before any is replaced
+    stored: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the weight's id: layers may share it
     for layer, weight in zip(layers, weights, strict=True):
         step, bias = inputs.get(layer.node), _value(traced, arguments(layer.node)[2:3])
         q, scale = quantize_weight(weight, layer.axis, bits)
@@ -268,10 +276,10 @@ def with_integers(traced: fx.GraphModule, steps: Sequence[tuple[float, int]], bi
 
 
 def _round(value: fx.Node, step: tuple[float, int], readers: Sequence[fx.Node]) -> None:
-    """Lets ``readers`` read ``value`` in steps of 8 bits: scale * clamp(round(value / scale), -zero, 255 - zero).
+    """Lets ``readers`` read ``value`` rounded to 8 bits: scale * clamp(round(value / scale), -zero, 255 - zero).
 
-    Written out, because that is to the last bit what ONNX's QuantizeLinear and DequantizeLinear compute (the
-    fused operator multiplies by the scale's reciprocal), and because the fused one has no dynamic shapes.
+    As single operators, which compute the same as ONNX's QuantizeLinear and DequantizeLinear to the last bit: the
+    fused fake-quantize operator multiplies by the scale's reciprocal, and has no dynamic shapes.
     """
     graph, (scale, zero) = value.graph, step
     with graph.inserting_after(value):
@@ -289,7 +297,7 @@ def _round(value: fx.Node, step: tuple[float, int], readers: Sequence[fx.Node]) 
 def _replace(
     traced: fx.GraphModule, layer: Layer, integers: nn.Parameter, scales: Tensor, bias: Tensor | None
 ) -> None:
-    """Lets a layer, and no BatchNorm behind it, read these integers, scales and this bias."""
+    """Lets a layer read these integers, scales and bias, and removes the BatchNorm that was folded into them."""
     graph, node = traced.graph, layer.node
     shifts = [*arguments(node)[2:3], *(arguments(layer.batchnorm)[2:3] if layer.batchnorm else ())]
     trainable = any(_attribute(traced, shift).requires_grad for shift in shifts if shift is not None)
@@ -312,7 +320,7 @@ def _replace(
 
 
 def _fold(traced: fx.GraphModule, batchnorm: fx.Node, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What BatchNorm multiplies each channel by, and the bias that the layer before it then needs."""
+    """The factor of each channel that folds a BatchNorm into the layer before it, and that layer's new bias."""
     gamma, beta, mean, var = (_value(traced, (arg,)) for arg in arguments(batchnorm)[1:5])
     assert mean is not None and var is not None
     factor = (var.double() + arguments(batchnorm)[7]).rsqrt()
@@ -322,19 +330,22 @@ def _fold(traced: fx.GraphModule, batchnorm: fx.Node, bias: Tensor | None) -> tu
 
 
 def _room_for(bias: Tensor, q: Tensor, scale: Tensor, step: float, axis: int) -> tuple[Tensor, Tensor]:
-    """Coarser integers where a bias would not fit 32 bits on the grid of products: the weights are tiny there."""
+    """Integers on a coarser grid in channels whose bias would not fit 32 bits on the grid of products.
+
+    The weights of such a channel are tiny beside its bias.
+    """
     coarse = torch.maximum(scale, bias.abs() / (BIAS_LEVELS * step))
     return (q * along(scale / coarse.clamp_min(SMALLEST), axis, q.dim())).round(), coarse
 
 
 def _value(traced: fx.GraphModule, argument: Sequence[Any]) -> Tensor | None:
-    """The parameter or buffer that an optional argument of an operator is, detached."""
+    """The parameter or buffer of an optional argument (a slice of at most one), detached; None without one."""
     (node,) = argument or (None,)
     return None if node is None else _attribute(traced, node).detach()
 
 
 def _bias_name(traced: fx.GraphModule, layer: Layer) -> str:
-    """The layer's own bias where it has one; else one beside its weight that is not taken."""
+    """The name for a layer's bias: its own one's unless others read that too; else a new one beside its weight."""
     own = arguments(layer.node)[2:3]
     if own and own[0] is not None and len(own[0].users) == 1:
         return str(own[0].target)
@@ -345,7 +356,7 @@ def _bias_name(traced: fx.GraphModule, layer: Layer) -> str:
 
 
 def _drop_unused(traced: fx.GraphModule) -> None:
-    """Removes what the graph no longer reads: the operators, then the parameters and buffers."""
+    """Removes operators that the output does not depend on, then parameters and buffers that none reads."""
     traced.graph.eliminate_dead_code()
     read = {str(node.target) for node in traced.graph.find_nodes(op="get_attr")}
     for home, module in traced.named_modules():

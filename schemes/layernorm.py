@@ -1,17 +1,16 @@
-"""LayerNorm behind channels that are gone: what it computes of the others is what it computed beside zeros."""
+"""LayerNorm over a stream that has lost channels: the others are normalized as if those were there, and zero."""
 
 import torch
 from torch import Tensor, nn
 
 
 class ThinLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels that are left of a wider stream, the others being zero.
+    """LayerNorm over the channels that are left of a wider stream, whose other channels were zero.
 
-    Mean and variance are those of the wide stream: the channels that are gone lie
-    as far from it as the mean from zero.
+    Mean and variance are those of the wide stream: each removed channel counts as a zero.
 
     Attributes:
-        dense_width: How many channels there were.
+        dense_width: The number of channels of the wide stream.
         dim: The dimension of the channels.
     """
 
@@ -23,10 +22,10 @@ class ThinLayerNorm(nn.LayerNorm):
         x = input.movedim(self.dim, -1)
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         mean = x.sum(-1, keepdim=True) / self.dense_width
-        apart = x - mean
-        gone = self.dense_width - x.shape[-1]
-        variance = (apart.square().sum(-1, keepdim=True) + gone * mean.square()) / self.dense_width
-        out = apart * (variance + self.eps).rsqrt()
+        centred = x - mean
+        n_removed = self.dense_width - x.shape[-1]
+        variance = (centred.square().sum(-1, keepdim=True) + n_removed * mean.square()) / self.dense_width
+        out = centred * (variance + self.eps).rsqrt()
         out = out if self.weight is None else out * self.weight
         out = out if self.bias is None else out + self.bias
         return out.to(input.dtype).movedim(-1, self.dim)
@@ -36,8 +35,8 @@ def make_thin_norm(norm: nn.LayerNorm, width: int) -> None:
     """Turns a LayerNorm whose parameters have lost channels into its thin form, in place.
 
     Args:
-        norm: Over one dimension: the last, or the one after the batch in a class whose name ends in "2d".
-        width: How many channels are left.
+        norm: It normalizes one dimension: the last, or dimension 1 in a class whose name ends in "2d".
+        width: The number of channels that are left.
     """
     (dense_width,) = norm.normalized_shape
     if not isinstance(norm, ThinLayerNorm):

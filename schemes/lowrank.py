@@ -1,4 +1,4 @@
-"""Low-rank factorization: a layer becomes two thinner ones, so the model is smaller and faster as it is."""
+"""Low-rank factorization: a layer becomes two thinner ones, so the model is smaller and faster on any runtime."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ class LowRank:
 
     A linear layer becomes two. A convolution, as the matrix (out, in x kernel), becomes one with ``rank``
     filters and a 1x1 convolution behind it (Denton et al., "Exploiting Linear Structure Within Convolutional
-    Networks for Efficient Evaluation", NeurIPS 2014). How many singular values each layer keeps is settled for
-    all layers together, by the share of a layer's energy that is lost per parameter saved, much as in the C
-    step of Idelbayev & Carreira-Perpiñán, "Low-Rank Compression of Neural Nets: Learning the Rank of Each
+    Networks for Efficient Evaluation", NeurIPS 2014). The ranks of all layers are chosen together, by the share
+    of a layer's energy (the sum of its squared singular values) that is lost per parameter saved, much as in the
+    C step of Idelbayev & Carreira-Perpiñán, "Low-Rank Compression of Neural Nets: Learning the Rank of Each
     Layer" (CVPR 2020). A layer whose two factors would not be smaller stays whole; the classifier is a layer
     like any other. Grouped and transposed convolutions, layers that share their weights, and layers whose
     weights are read from outside (the projections of `torch.nn.MultiheadAttention`) stay whole.
@@ -48,7 +48,7 @@ class LowRank:
         object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Matrices:
-        """Finds the layers that two factors of rank ``min_rank`` would be smaller than."""
+        """Finds the layers that are larger than their two factors of rank ``min_rank``."""
         shapes, skipped = {}, modules_matching(model, self.skip, "skip")
         for name, layer in exchangeable_layers(model, example_input).items():
             if name in skipped:
@@ -67,8 +67,8 @@ class LowRank:
     def pi(self, weights: Weights, density: float, facts: Matrices) -> Theta:
         """Keeps the leading singular values: the nearest matrices (Eckart & Young) of the ranks chosen.
 
-        The values have the names of the realized model's parameters: of a factorized weight, its two factors.
-        None of its entries is free.
+        A factorized weight is stored as its two factors, under their names in the realized model; none of its
+        entries is free.
         """
         spectra = {layer: Spectrum.of(weights[_weight(layer)]) for layer in facts.shapes}
         ranks = choose_ranks(_shares(spectra), density, facts)
@@ -76,16 +76,16 @@ class LowRank:
             spectra |= {layer: Spectrum.of(weights[_weight(layer)], rank=ranks[layer]) for layer in unclear}
             ranks = choose_ranks(_shares(spectra), density, facts)
         factorized = {layer: rank for layer, rank in ranks.items() if facts.is_factorized(layer, rank)}
-        gone = {_weight(layer): weights[_weight(layer)] for layer in factorized}
-        values = {name: w.clone() for name, w in weights.items() if name not in gone}
-        for (layer, rank), weight in zip(factorized.items(), gone.values(), strict=True):
+        replaced = {_weight(layer): weights[_weight(layer)] for layer in factorized}
+        values = {name: w.clone() for name, w in weights.items() if name not in replaced}
+        for (layer, rank), weight in zip(factorized.items(), replaced.values(), strict=True):
             values |= zip(_factors(layer), spectra[layer].factors(weight, rank), strict=True)
             _rename(values, _name(layer, "bias"), _name(layer, "1.bias"))
-        support = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in gone.items()}
+        support = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in replaced.items()}
         return Theta(values, support, facts.total(ranks), {"ranks": factorized})
 
     def delta(self, theta: Theta) -> Weights:
-        """The weights, the product of the factors in place of those that were factorized."""
+        """The weights, with the product of its factors for each that was factorized."""
         values = dict(theta.values)
         for layer in theta.plan["ranks"]:
             first, second = (values.pop(name) for name in _factors(layer))
@@ -108,7 +108,7 @@ class LowRank:
 
 
 def _shares(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
-    """Shares of each layer's energy, so that a scale that the BatchNorm behind it undoes does not count."""
+    """Each layer's energies as shares of their sum: BatchNorm would undo a factor on the weight anyway."""
     energies = {layer: spectrum.energies.double() for layer, spectrum in spectra.items()}
     return {layer: e / e.sum().clamp_min(TINY) for layer, e in energies.items()}
 
@@ -123,7 +123,7 @@ def _weight(layer: str) -> str:
 
 
 def _factors(layer: str) -> tuple[str, str]:
-    """The names of the two weights that a factorized layer has."""
+    """The names of the two weights of a factorized layer."""
     return _name(layer, "0.weight"), _name(layer, "1.weight")
 
 

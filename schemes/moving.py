@@ -1,4 +1,4 @@
-"""Rules for operations that move elements, repeat them or leave them out: labels go where values go."""
+"""Rules for operations that move, repeat or drop elements: labels move as the values do."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ def unchanged(call: Call) -> list[Fields]:
 
 
 def unlabelled(call: Call) -> list[Fields]:
-    """A new tensor of a size of its own."""
+    """A new tensor, whose size does not depend on that of others."""
     return call.everywhere(())
 
 
@@ -28,8 +28,8 @@ def rearrange(call: Call) -> list[Fields]:
 def reshape(call: Call) -> list[Fields]:
     """Dimensions are merged and split.
 
-    Of a dimension that is split into several (into groups and channels within one) only one can shrink, and
-    the others are numbers in the code. It is the largest: groups are few, channels many.
+    Where a dimension is split into several, as into groups and the channels of a group, only one of them can
+    shrink, as the code states the sizes of the others. The largest is taken: groups are few, channels many.
     """
     shape = tuple(call.outs[0].shape)
     fields = []
@@ -44,7 +44,7 @@ def reshape(call: Call) -> list[Fields]:
 
 
 def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[list[int]]:
-    """The dimensions of ``after`` in runs that hold the same elements as a run of ``before``."""
+    """The dimensions of ``after`` in runs, each of which holds the elements of a run of ``before``."""
     i = j = 0
     while i < len(before) and j < len(after):
         block, left, right = [j], before[i], after[j]
@@ -59,7 +59,7 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[list[int]]:
 
 
 def restride(call: Call) -> list[Fields]:
-    """Another layout in memory. Pooling takes one for dimensions of size 1, which moves no element."""
+    """Another layout in memory; pooling uses it on dimensions of size 1, where it moves no element."""
     out = call.outs[0]
     strides = [stride for stride, size in zip(out.stride(), out.shape, strict=True) if size > 1]
     if tuple(out.shape) != call.x.shape or strides != sorted(strides, reverse=True):
@@ -68,7 +68,7 @@ def restride(call: Call) -> list[Fields]:
 
 
 def unknown(call: Call) -> list[Fields]:
-    """An operation without a rule: all that it touches stays."""
+    """An operation without a rule: all labels of its arguments are pinned."""
     for tensor in map(call.trace.labelled, call.tensors):
         if tensor.is_weight and (put_out := along(tensor.fields, 0)) is not None:
             call.trace.outputs.append(put_out)  # of a layer, as far as can be known
@@ -86,7 +86,7 @@ def select(call: Call) -> list[Fields]:
 
 
 def slice_(call: Call) -> list[Fields]:
-    """Some places along a dimension; all of them in many networks."""
+    """A range of places along a dimension; many networks take all of them."""
     x, (dim,) = call.x, call.dims("dim", len(call.x.shape))
     if call.outs[0].shape[dim] == x.shape[dim]:
         return [x.fields]
@@ -124,13 +124,13 @@ def halve(call: Call) -> list[Fields]:
 
 
 def index(call: Call) -> list[Fields]:
-    """Places by number, in a tensor of them."""
+    """Places by number, which a tensor holds: `index`, `index_select`, `embedding`."""
     x = call.x
     if call.name == "embedding":
         given: list[Any] = [call.argument("indices"), None]
     elif call.name == "index_select":
-        (at,) = call.dims("dim", len(x.shape))
-        given = [call.argument("index") if dim == at else None for dim in range(len(x.shape))]
+        (chosen,) = call.dims("dim", len(x.shape))
+        given = [call.argument("index") if dim == chosen else None for dim in range(len(x.shape))]
     else:
         given = call.argument("indices") + [None] * (len(x.shape) - len(call.argument("indices")))
     indexed = [dim for dim, tensor in enumerate(given) if tensor is not None]
@@ -145,17 +145,18 @@ def index(call: Call) -> list[Fields]:
 
 
 def _expanded(f: Field, shape: Sequence[int], dims: Sequence[int]) -> Field:
+    """The field, expanded to ``shape`` along ``dims``."""
     return f.expand([shape[dim] if dim in dims else f.size(dim) for dim in range(f.dim())])
 
 
 def roll(call: Call) -> list[Fields]:
-    """A shift in a circle, by a number of places."""
+    """A circular shift by a number of places."""
     dims = call.dims("dims", len(call.x.shape))
     return [call.couplings.merge_all(call.x.fields, dims, BY_PLACE.format("roll"))]
 
 
 def pad(call: Call) -> list[Fields]:
-    """What is added at either end stays; what was there keeps its labels."""
+    """Padding by a constant: added elements get labels that are pinned, the others keep theirs."""
     x, widths = call.x, call.argument("pad")
     ends = {len(x.shape) - 1 - i // 2: (widths[i], widths[i + 1]) for i in range(0, len(widths), 2)}
     ends = {dim: added for dim, added in ends.items() if any(added)}
@@ -173,7 +174,7 @@ def pad(call: Call) -> list[Fields]:
 
 
 def concatenate(call: Call) -> list[Fields]:
-    """Labels one after the other along the dimension, tied across it."""
+    """Along the dimension, the labels of one tensor after those of the other; along others they are tied."""
     parts = [call.trace.labelled(t) for t in call.tensors if t.numel()]
     ndim = len(parts[0].shape)
     (dim,) = call.dims("dim", ndim)
@@ -191,7 +192,7 @@ def concatenate(call: Call) -> list[Fields]:
 
 
 def _column(call: Call, part: Labelled, dim: int) -> Field:
-    """The field of a part of a concatenation that varies along it; where it has none, its places stay."""
+    """The field of a concatenated tensor that varies along ``dim``; a new one of pinned labels if none does."""
     own = [f for f in part.fields if f.size(dim) > 1]
     if own:
         for other in own[1:]:
@@ -203,7 +204,7 @@ def _column(call: Call, part: Labelled, dim: int) -> Field:
 
 
 def stack(call: Call) -> list[Fields]:
-    """Tensors of one shape behind each other along a new dimension."""
+    """Tensors of one shape along a new dimension: their labels are tied."""
     parts = [call.trace.labelled(t) for t in call.tensors]
     fields = parts[0].fields
     for part in parts[1:]:

@@ -23,10 +23,9 @@ class NMPrune:
 
     Mishra et al., "Accelerating Sparse Deep Neural Networks" (2021). In a convolution the M weights belong to
     consecutive input channels at one position of the kernel. Inputs beyond the last multiple of M are kept,
-    and so is a layer with fewer than M of them (the first one, of an image's three colours). The pattern sets
+    and so are layers with fewer than M inputs (the first one, of an image's three colours). The pattern sets
     the density; there is none to search for. The zeros make the file smaller; the arithmetic is that of dense
-    layers until a runtime with sparse kernels takes it over. Another scheme that removes weights cannot stand
-    before it.
+    layers unless a runtime has sparse kernels. In a composition no scheme that removes weights can come before it.
 
     Args:
         n: Weights that are kept of every ``m``.
@@ -51,9 +50,13 @@ class NMPrune:
         object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def check_parts(self, parts: tuple[Scheme, ...]) -> None:
-        """Of what removes weights it comes first: behind others it would take out what is gone already."""
-        place = next(i for i, part in enumerate(parts) if part is self)
-        for part in parts[:place]:
+        """Checks that no scheme before it removes weights: they might be the same ones.
+
+        Raises:
+            ValueError: If one does.
+        """
+        before = parts[: next(i for i, part in enumerate(parts) if part is self)]
+        for part in before:
             if part.takes_density or isinstance(part, NMPrune):
                 raise ValueError(
                     f"NMPrune cannot come behind {describe(part)}, which removes weights itself; compose it with "
@@ -68,7 +71,7 @@ class NMPrune:
         return Patterned(shapes, sum(p.numel() for p in model.parameters()))
 
     def observe(self, evidence: Evidence, facts: Patterned) -> Patterned:
-        """What the criterion needs to know of the data."""
+        """Looks at gradients, if the criterion needs them."""
         return replace(facts, observed=observe_entries(self.criterion, evidence, facts.shapes))
 
     def lowest_density(self, facts: Patterned) -> float:
@@ -91,9 +94,10 @@ class NMPrune:
         return copy.deepcopy(model)
 
     def _pattern(self, scores: Tensor) -> Tensor:
-        """True at the ``n`` highest of every ``m`` scores along dimension 1, and in what is left over.
+        """True at the ``n`` highest of every ``m`` scores along dimension 1, and beyond the last multiple of m.
 
-        Every two of the m are compared, of equal ones the first is higher: faster than `torch.topk` by far.
+        It compares each pair of the m, where the first of equal ones is higher; that is much faster than
+        `torch.topk`.
         """
         whole = scores.shape[1] // self.m * self.m
         places = [scores[:, i : whole : self.m] for i in range(self.m)]

@@ -1,4 +1,4 @@
-"""Modules by name, glob or type, and settings that differ from one to the other."""
+"""Patterns that select modules by name, glob or type, and settings that differ between modules."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 class PerModule(dict[str, T]):
-    """A setting by pattern; where several patterns match a module, the first one counts. Can be hashed."""
+    """A setting by pattern, as a hashable mapping; where several patterns match a module, the first one counts."""
 
     def __hash__(self) -> int:  # type: ignore[override]  # schemes are frozen, and nothing changes it in one
         return hash(frozenset(self.items()))
 
 
 def modules_matching(model: nn.Module, patterns: Iterable[str], parameter: str) -> set[str]:
-    """Names of the modules that the patterns name, with all that is inside of them.
+    """The names of the modules that match a pattern, and of all modules inside of them.
 
     Args:
         model: The model.
@@ -44,7 +44,13 @@ def modules_matching(model: nn.Module, patterns: Iterable[str], parameter: str) 
 def per_module(
     model: nn.Module, setting: T | Mapping[str, T], otherwise: T, parameter: str
 ) -> tuple[dict[str, T], T]:
-    """What a setting says of each module by its name, and what of those that it does not name.
+    """A setting's value for each module that its patterns match, by name, and its value for all other modules.
+
+    Args:
+        model: The model.
+        setting: One value for all modules, or values by pattern.
+        otherwise: The value for modules that no pattern matches.
+        parameter: The name of the setting, for the error.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -58,10 +64,10 @@ def per_module(
 
 
 def checked_skip(skip: Iterable[str] | str) -> tuple[str, ...]:
-    """The patterns as a tuple; a single one may come bare.
+    """The patterns of a ``skip`` parameter as a tuple; a single one need not be in a list.
 
     Raises:
-        ValueError: If they are something else than strings.
+        ValueError: If they are not strings.
     """
     patterns = (skip,) if isinstance(skip, str) else tuple(skip) if isinstance(skip, list | tuple) else (None,)
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
@@ -70,14 +76,14 @@ def checked_skip(skip: Iterable[str] | str) -> tuple[str, ...]:
 
 
 def checked_min_keep(min_keep: int | Mapping[str, int], unit: str) -> int | PerModule[int]:
-    """The floor, or the floors by pattern.
+    """The floor, or the floors by pattern, of a ``min_keep`` parameter.
 
     Args:
-        min_keep: As given.
-        unit: What is kept, for the error.
+        min_keep: The parameter's value.
+        unit: What is counted ("channel"), for the error.
 
     Raises:
-        ValueError: If one is not a whole number from 1 up.
+        ValueError: If a floor is not a whole number from 1 up.
     """
     floors = PerModule(min_keep) if isinstance(min_keep, Mapping) else min_keep
     values = floors.values() if isinstance(floors, PerModule) else [floors]

@@ -27,7 +27,7 @@ PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
 def prunable_weights(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The weights of linear and convolutional layers by name; one that several layers share comes once."""
+    """The weights of linear and convolutional layers by name, without ``skip``; a shared weight is listed once."""
     parameters, skipped = dict(model.named_parameters()), modules_matching(model, skip, "skip")
     named = model.named_modules()  # the model itself is named ""
     layers = (layer for layer, module in named if isinstance(module, PRUNABLE) and layer not in skipped)
@@ -36,7 +36,7 @@ def prunable_weights(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn
 
 
 def other_parameters(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """What `prunable_weights` leaves out: biases, normalisation, embeddings."""
+    """The other parameters by name, without ``skip``: biases, normalisation, embeddings."""
     weights, skipped = prunable_weights(model), modules_matching(model, skip, "skip")
     return {
         name: p
@@ -51,12 +51,12 @@ PatternCriterion: TypeAlias = Literal["l1", "l2", "taylor", "obd", "random"]
 
 @dataclass(frozen=True)
 class Patterned:
-    """The facts of a model for weights that are pruned in a pattern.
+    """The facts of a model for schemes that prune in a pattern: blocks, N of every M.
 
     Attributes:
-        shapes: The shape of each weight that the pattern fits.
+        shapes: The shape of each weight that the pattern fits, by name.
         n_params: Parameters of the whole model.
-        observed: What the criterion saw of the data, if it looks at any.
+        observed: What the criterion observed on data, if it needs any.
     """
 
     shapes: dict[str, torch.Size]
@@ -70,11 +70,11 @@ class Layers:
 
     Attributes:
         prunable: Names of the parameters whose entries may become zero.
-        sizes: How many entries each has.
-        floors: How many of them each keeps at least.
-        relative: The relative density of each, for the spreads that go by it.
-        n_others: Parameters that are always kept: those of skipped layers, for instance.
-        observed: What the criterion saw of the data.
+        sizes: The number of entries of each.
+        floors: The number of entries that each keeps at least.
+        relative: The relative density of each, for spreads that use it.
+        n_others: Entries of all other parameters, which are kept: those of skipped layers, for instance.
+        observed: What the criterion observed on data.
     """
 
     prunable: tuple[str, ...]
@@ -133,7 +133,7 @@ class Prune:
         object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def staged(self, relative: Mapping[str, float]) -> "Prune":
-        """The same with relative densities by module."""
+        """The same scheme with relative densities by module."""
         return replace(self, spread=relative)
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Layers:
@@ -165,7 +165,7 @@ class Prune:
     def pi(self, weights: Weights, density: float, facts: Layers) -> Theta:
         """Keeps the most important weights; with ``l2`` that is the nearest point with so many non-zeros."""
         n_kept = int(density * facts.n_params) + 1
-        while n_kept / facts.n_params > density:  # not the product's rounding decides, but the density reached
+        while n_kept / facts.n_params > density:  # the density that is reached decides, however the product rounds
             n_kept -= 1
         n_kept -= facts.n_others
         if n_kept < sum(facts.floors):
@@ -173,7 +173,7 @@ class Prune:
         criterion, spread = as_lamp(self.criterion, self.spread)
         scored = entry_scores(criterion, weights, facts.prunable, facts.observed)
         scores = list(scored.values())
-        if criterion not in ("l1", "l2"):  # what is zero already goes first: pruning again changes nothing
+        if criterion not in ("l1", "l2"):  # zeros are removed first, which makes pi idempotent
             for name, score in scored.items():
                 if weights[name].count_nonzero() < score.numel():
                     score.masked_fill_(weights[name] == 0, -1)
@@ -186,7 +186,7 @@ class Prune:
             masks = [best([score], n)[0] for score, n in zip(scores, n_each, strict=True)]
         kept = dict(zip(facts.prunable, masks, strict=True))
         values = {name: w.clone() for name, w in weights.items() if name not in kept}
-        for name, score in scored.items():  # in whose memory there is room
+        for name, score in scored.items():  # the memory of the scores is used again
             values[name] = torch.mul(weights[name], as_numbers(kept[name]), out=score).to(weights[name].dtype)
         return Theta(values, kept, n_kept + facts.n_others)
 

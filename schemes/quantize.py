@@ -1,4 +1,4 @@
-"""Quantization to 16 bits: half the bytes, and the faster arithmetic of the hardware that has it."""
+"""Quantization to 16 bits: half the bytes, and faster arithmetic on hardware that supports it."""
 
 import copy
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class SixteenBit(nn.Module):
-    """Runs a model in 16 bits behind an interface of 32: float32 in, float32 out.
+    """Runs a model in 16 bits behind a float32 interface: float32 in, float32 out.
 
     Args:
         inner: The model, its parameters and buffers in a 16-bit type.
@@ -26,7 +26,7 @@ class SixteenBit(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Any:
-        """Float32 logits of a float32 batch, and whatever else the model puts out."""
+        """Float32 logits of a float32 batch, and any other outputs of the model, tensors in float32."""
         dtype = next(p.dtype for p in self.inner.parameters() if p.is_floating_point())
         return tree_map(_in_32_bits, self.inner(x.to(dtype) if x.is_floating_point() else x))
 
@@ -54,7 +54,7 @@ class Quantize16:
             raise ValueError(f"dtype={self.dtype!r}; it must be auto, fp16 or bf16")
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> str:
-        """The type that suits the model's device.
+        """The 16-bit type, ``"fp16"`` or ``"bf16"``: the one asked for, or the one that suits the model's device.
 
         Raises:
             ValueError: If the model cannot compute in it.
@@ -84,7 +84,7 @@ class Quantize16:
         return {name: w.float() if w.is_floating_point() else w for name, w in theta.values.items()}
 
     def realize(self, model: nn.Module, theta: Theta, facts: str) -> nn.Module:
-        """The model cast to 16 bits, behind an interface of 32."""
+        """The model cast to 16 bits, behind a float32 interface."""
         wrapped = SixteenBit(copy.deepcopy(model).to(DTYPES[theta.plan["dtype"]]))
-        wrapped.training = model.training  # what is inside keeps its modes
+        wrapped.training = model.training  # the modules inside keep their modes
         return wrapped

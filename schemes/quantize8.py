@@ -1,4 +1,4 @@
-"""Quantization to 8 bits: a quarter of the bytes, and the integer arithmetic of runtimes that have it."""
+"""Quantization to 8 bits: a quarter of the bytes, and integer arithmetic in runtimes that support it."""
 
 import warnings
 from collections.abc import Mapping
@@ -18,21 +18,22 @@ from .lowrank import LowRank
 from .quantize import Quantize16
 from .traced import trace
 
-# With fewer bits weights are drawn to their grid while they are trained; with as many, what that costs them in
-# freedom is more than rounding takes at the end (on digits, pruned to 5% at 4 bits: 96.5% against 97.7%).
+# With fewer bits weights are drawn to their grid while they are trained. With as many or more they are rounded at
+# the end, which costs less accuracy than binding them in training (digits at 5% and 4 bits: 97.7% against 96.5%).
 COARSE = 4
 
 
 @dataclass(frozen=True)
 class Integers:
-    """The facts of a model for integers.
+    """The facts of a model for quantization to integers.
 
     Attributes:
         axes: For each weight that becomes integers the dimension of its output channels.
         traced: The model's graph.
-        points: The places of its operators whose outputs become integers.
-        steps: Scale and zero point of each of them; empty as long as no data was seen.
+        points: The operators whose outputs become integers, as indices into
+            `autocompress.schemes.integer_graph.operators`.
         example_input: A batch of one sample.
+        steps: Scale and zero point of each of these outputs; empty until data was observed.
     """
 
     axes: Mapping[str, int]
@@ -47,8 +48,8 @@ class Integers:
 class Quantize8:
     """Computes in 8-bit integers: linear and convolutional layers and what passes between them.
 
-    Weights lie on a symmetric grid for each output channel, the one with the least squared error; activations
-    on one affine grid a tensor, between the least and the largest value seen on training data (Jacob et al.,
+    Weights lie on a symmetric grid per output channel, the one with the least squared error; activations lie on an
+    affine grid per tensor, between the least and the largest value seen on training data (Jacob et al.,
     "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018).
     The realized module computes in float32 what integers compute; the ONNX file computes in integers.
 
@@ -59,8 +60,8 @@ class Quantize8:
 
     bits: int = 8
     takes_density: ClassVar[bool] = False
-    # Activations in 255 steps a tensor are off by up to a step in every layer; an error in the graph moves the
-    # outputs by as much as they are large.
+    # Rounding activations to 255 steps adds errors of up to a step in every layer; an error in the graph changes
+    # outputs by as much as their own size.
     tolerance: ClassVar[float] = 0.25
 
     def __post_init__(self) -> None:
@@ -69,11 +70,15 @@ class Quantize8:
 
     @property
     def hard(self) -> bool:
-        """Whether weights are rounded at the end alone; those of few bits have to be drawn to their grid."""
+        """Whether weights are rounded at the end alone; with fewer than 4 bits they are drawn to their grid."""
         return self.bits >= COARSE
 
     def check_parts(self, parts: tuple[Scheme, ...]) -> None:
-        """Integers come last, in a network that still has the dense model's operators: there they were found."""
+        """Checks that it comes last, behind schemes that leave the network's operators as `analyze` found them.
+
+        Raises:
+            ValueError: If it does not.
+        """
         if parts[-1] is not self:
             raise ValueError(
                 f"Quantize8 must come last, not before {describe(parts[-1])}: nothing works on integers"
@@ -86,7 +91,11 @@ class Quantize8:
                 )
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Integers:
-        """Traces the model and finds where integers can flow."""
+        """Traces the model, and finds the weights and activations that can become integers.
+
+        Raises:
+            ValueError: If the model cannot be traced, or no weight can.
+        """
         traced = trace(model, example_input)
         layers, left = find_layers(traced)
         names = {id(p): name for name, p in model.named_parameters()}
@@ -102,7 +111,7 @@ class Quantize8:
         return Integers(axes, traced, points, example_input[:1].detach().clone())
 
     def observe(self, evidence: Evidence, facts: Integers) -> Integers:
-        """Notes between which values the activations of the training batches lie, at the end of training."""
+        """Records the ranges of the activations on the training batches, at the end of training alone."""
         if not evidence.last:
             return facts
         device = device_of(evidence.model)
@@ -148,6 +157,6 @@ class Quantize8:
 
 
 def steps_between(low: float, high: float) -> tuple[float, int]:
-    """Scale and zero point of 255 steps over [low, high], zero among them."""
+    """Scale and zero point of the grid of 255 steps from ``low`` ≤ 0 to ``high`` ≥ 0, which has a point at 0."""
     scale = float(np.float32((high - low) / LEVELS)) or 1.0
     return scale, round(-low / scale)

@@ -1,4 +1,4 @@
-"""How a density is spread over low ranks: which singular values go, for all layers together."""
+"""The choice of ranks: which singular values are removed to meet a density, for all layers together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from autocompress.scheme import density_error
 
 @dataclass(frozen=True)
 class Matrices:
-    """The matrices of a model that two factors can take the place of.
+    """The facts of a model for low-rank factorization: the matrices that two factors can replace.
 
     Attributes:
         shapes: Rows and columns of each, by the layer's name.
@@ -29,7 +29,7 @@ class Matrices:
         return m * n
 
     def size(self, layer: str, rank: int) -> int:
-        """Parameters of a layer's matrix as it is stored at a rank: as two factors where that is smaller."""
+        """Parameters of a layer at a rank, stored as its matrix or as two factors, whichever is smaller."""
         return min(rank * sum(self.shapes[layer]), self.full_size(layer))
 
     def total(self, ranks: Mapping[str, int]) -> int:
@@ -37,11 +37,11 @@ class Matrices:
         return self.n_params - sum(self.full_size(layer) - self.size(layer, rank) for layer, rank in ranks.items())
 
     def is_factorized(self, layer: str, rank: int) -> bool:
-        """Whether two factors of that rank are smaller than the matrix."""
+        """Whether a layer's two factors of that rank are smaller than its matrix."""
         return rank <= self.largest_rank(layer)
 
     def largest_rank(self, layer: str) -> int:
-        """The largest rank of which two factors are smaller than the matrix."""
+        """The largest rank at which a layer's two factors are smaller than its matrix."""
         return (self.full_size(layer) - 1) // sum(self.shapes[layer])
 
     @property
@@ -51,14 +51,14 @@ class Matrices:
 
 
 def choose_ranks(energies: Mapping[str, Tensor], density: float, matrices: Matrices) -> dict[str, int]:
-    """The rank of each layer.
+    """The rank of each layer, chosen greedily for all layers together.
 
-    First down: singular values go in the order of the energy that each parameter saved costs, until what is left
-    fits. Then up: the last step may have been a long one, from a whole matrix to factors, and what fits again
-    comes back.
+    First down: singular values are removed in the order of the energy lost per parameter saved, until the density
+    is met. Then up: as the last step may have been a long one, from a whole matrix to factors, the singular values
+    that win the most energy per parameter come back as long as they fit.
 
     Args:
-        energies: Squared singular values of each layer over their sum, the largest first.
+        energies: For each layer its squared singular values over their sum, the largest first.
         density: The target.
         matrices: The layers.
 
@@ -67,7 +67,7 @@ def choose_ranks(energies: Mapping[str, Tensor], density: float, matrices: Matri
     """
     if density < matrices.lowest_density:
         raise density_error(density, matrices.lowest_density)
-    # Singular values of zero go whatever the target: it is free, and it makes pi idempotent.
+    # Singular values of zero are always removed: it costs nothing, and makes pi idempotent.
     full = {layer: max(matrices.min_rank, int(e.count_nonzero())) for layer, e in energies.items()}
     ranks = dict(full)
     size = matrices.total(ranks)
@@ -75,7 +75,7 @@ def choose_ranks(energies: Mapping[str, Tensor], density: float, matrices: Matri
     for _, layer, rank in sorted(steps, key=lambda step: step[0]):
         if size / matrices.n_params <= density:
             break
-        rank = min(rank, ranks[layer])  # prices that differ by rounding alone may come in the wrong order
+        rank = min(rank, ranks[layer])  # prices that are equal but for rounding may come in the wrong order
         size += matrices.size(layer, rank) - matrices.size(layer, ranks[layer])
         ranks[layer] = rank
     while True:
@@ -89,10 +89,10 @@ def choose_ranks(energies: Mapping[str, Tensor], density: float, matrices: Matri
 
 
 def _steps_down(layer: str, energies: Tensor, full: int, matrices: Matrices) -> list[tuple[float, str, int]]:
-    """Energy lost per parameter saved, layer and rank of each step down; the price rises from step to step.
+    """The steps down of a layer: energy lost per parameter saved (the price), layer, rank after the step.
 
-    From a whole matrix the first step goes to the rank at which that price is lowest: factors of a rank just
-    below cost much and save little.
+    The price rises from step to step. The first step from a whole matrix goes to the rank of the lowest price, as
+    factors of the largest rank lose energy and save few parameters.
     """
     per_rank, top = sum(matrices.shapes[layer]), min(full, matrices.largest_rank(layer))
     first, steps = full, []
@@ -109,7 +109,7 @@ def _steps_down(layer: str, energies: Tensor, full: int, matrices: Matrices) -> 
 def _step_up(
     layer: str, energies: Tensor, rank: int, full: int, matrices: Matrices
 ) -> tuple[float, str, int, int]:
-    """The next rank, or the whole matrix: energy won per parameter, layer, rank, parameters added."""
+    """The step to the next rank, or the whole matrix: energy won per parameter, layer, rank, parameters added."""
     above = rank + 1 if matrices.is_factorized(layer, rank + 1) else full
     added = matrices.size(layer, above) - matrices.size(layer, rank)
     won = float(energies[rank:above].sum()) if above <= full else 0.0

@@ -1,7 +1,8 @@
-"""The highest of millions of scores, without sorting them: a sample tells between which the threshold lies.
+"""Exact selection of the highest of millions of scores, without sorting them.
 
-Floyd & Rivest, "Expected Time Bounds for Selection" (1975). Only scores that near are looked at closely, so what
-comes out is exact.
+A sorted sample gives an interval in which the threshold lies almost surely; only the scores in it are examined
+further (Floyd & Rivest, "Expected Time Bounds for Selection", 1975). Where it turns out not to, a wider interval
+is tried, up to all scores.
 """
 
 import math
@@ -16,20 +17,23 @@ from torch import Tensor
 
 from .criteria import lamp
 
-SAMPLED = 64  # of so many scores one is in the sample
-FEW = SAMPLED * SAMPLED  # scores of which all are looked at
-MARGINS = (2.0, 8.0, math.inf)  # how far around its place in the sample, over the root of the sample's size
+SAMPLED = 64  # the sample has one of so many scores
+FEW = SAMPLED * SAMPLED  # up to so many scores are all examined
+MARGINS = (2.0, 8.0, math.inf)  # half widths of the interval: places in the sample, over the root of its size
 
 
 def best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
-    """True at the n highest of all the scores, in their shapes; of equal ones those that come first in memory."""
+    """Masks that are True at the n highest of all the scores, in their shapes.
+
+    Of equal scores those count as higher that come first in memory.
+    """
     if n == 0:
         return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
     return _highest(scores, n, _nth_highest([_flat(s) for s in scores], n))
 
 
 def best_with_floors(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
-    """True at the n highest of all the scores, as far as each layer keeps as many as its floor."""
+    """Masks as of `best`, but each layer keeps at least its floor, at the expense of the others."""
     masks = best(scores, n)
     counts = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
     if all(count >= floor for count, floor in zip(counts, floors, strict=True)):
@@ -39,12 +43,12 @@ def best_with_floors(scores: Sequence[Tensor], n: int, floors: Sequence[int]) ->
 
 
 def best_by_lamp(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> list[Tensor]:
-    """True at the n highest of all LAMP scores, as far as each layer keeps as many as its floor.
+    """Masks that are True at the n highest of all LAMP scores; each layer keeps at least its floor.
 
     Args:
-        scores: Of each layer, in any shape. Those below zero count as zero.
+        scores: The scores of each layer (squared weights), of any shape. Those below zero count as zero.
         n: From the sum of the floors to the number of scores.
-        floors: What each layer keeps at least.
+        floors: The number of entries that each layer keeps at least.
     """
     flat = [_flat(s) for s in scores]
     samples = [_Sample.of(s) for s in flat]
@@ -55,7 +59,7 @@ def best_by_lamp(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> lis
         ]
         if (kept := _settled(contests, n, floors)) is not None:
             break
-    assert kept is not None  # at the last margin every score is looked at
+    assert kept is not None  # at the last margin every score is examined
     return [
         _highest([s], contest.n_above + k, contest.rising[-k])[0] if k else torch.zeros_like(s, dtype=torch.bool)
         for s, contest, k in zip(scores, contests, kept, strict=True)
@@ -64,12 +68,12 @@ def best_by_lamp(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> lis
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some of a layer's scores.
+    """A sample of a layer's scores.
 
     Attributes:
         rising: The scores, the smallest first, shape ``(m,)``.
-        lamps: What their LAMP scores are in the layer, as far as the sample tells, shape ``(m,)``.
-        stride: For how many scores of the layer each stands.
+        lamps: Estimates of their LAMP scores in the layer, shape ``(m,)``.
+        stride: The number of the layer's scores that each stands for.
     """
 
     rising: Tensor
@@ -83,19 +87,18 @@ class _Sample:
         return cls(rising, lamp(rising.clamp_min(0)) / stride, stride)
 
     def around(self, threshold: float, margin: float) -> tuple[float, float]:
-        """Between which scores the one lies whose LAMP score is the threshold."""
+        """The interval of scores around the one whose LAMP score is the threshold."""
         m, place = len(self.rising), int(torch.searchsorted(self.lamps, threshold))
         if self.stride == 1 or margin == math.inf:
             return -math.inf, math.inf
         width = int(margin * math.sqrt(m)) + 1
-        low, high = place - width, place + width
-        return float(self.rising[low]) if low >= 0 else -math.inf, float(
-            self.rising[high]
-        ) if high < m else math.inf
+        low = float(self.rising[place - width]) if place >= width else -math.inf
+        high = float(self.rising[place + width]) if place + width < m else math.inf
+        return low, high
 
 
 def _threshold(samples: Sequence[_Sample], n: int) -> float:
-    """The LAMP score that about ``n`` of all scores reach."""
+    """An estimate of the LAMP score that ``n`` of all scores reach."""
     lamps = torch.cat([sample.lamps for sample in samples])
     stand_for = torch.cat([torch.full_like(sample.lamps, sample.stride) for sample in samples])
     falling = lamps.sort(descending=True)
@@ -105,13 +108,13 @@ def _threshold(samples: Sequence[_Sample], n: int) -> float:
 
 @dataclass(frozen=True)
 class _Contest:
-    """The scores of a layer among which the threshold is thought to lie.
+    """The scores of a layer in the interval that should contain the threshold.
 
     Attributes:
         rising: These scores, the smallest first.
-        lamps: Their LAMP scores in the layer.
-        n_above: How many scores are higher: they are in.
-        n_below: How many are lower: they are out.
+        lamps: Their LAMP scores in the layer, which are exact.
+        n_above: The number of scores above the interval: they are kept.
+        n_below: The number of scores below it: they are not.
     """
 
     rising: Tensor
@@ -128,12 +131,18 @@ class _Contest:
         return cls(rising, lamps, len(above), len(flat) - len(above) - len(rising))
 
     def decided(self, kept: int, floor: int) -> bool:
-        """Whether keeping so many of these scores says that all above are in, and all below are out."""
+        """Whether keeping ``kept`` of these scores proves that all above are kept, and none below."""
         return (kept > 0 or self.n_above <= floor) and (kept < len(self.rising) or self.n_below == 0)
 
 
 def _settled(contests: Sequence[_Contest], n: int, floors: Sequence[int]) -> list[int] | None:
-    """How many of its contested scores each layer keeps, ``n`` with those above; None if they do not tell."""
+    """How many scores each layer keeps of its contest; None if the threshold may lie outside of one.
+
+    Args:
+        contests: Of each layer.
+        n: The number of scores to keep, those above the contests included.
+        floors: The number of scores that each layer keeps at least.
+    """
     n_left = n - sum(contest.n_above for contest in contests)
     left = [max(0, floor - contest.n_above) for contest, floor in zip(contests, floors, strict=True)]
     if not sum(left) <= n_left <= sum(len(contest.rising) for contest in contests):
@@ -142,15 +151,15 @@ def _settled(contests: Sequence[_Contest], n: int, floors: Sequence[int]) -> lis
         return None
     masks = best_with_floors([contest.lamps for contest in contests], n_left, left)
     kept = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
-    told = all(contest.decided(*counts) for contest, *counts in zip(contests, kept, floors, strict=True))
-    return kept if told else None
+    decided = all(contest.decided(*counts) for contest, *counts in zip(contests, kept, floors, strict=True))
+    return kept if decided else None
 
 
 def rising_order(scores: Tensor) -> Tensor:
-    """The places of scores on the CPU, none negative, in rising order; of equal ones those that come first.
+    """A stable argsort of scores on the CPU, none of them negative.
 
-    As whole numbers: of a float32 that is not negative the bits rank as the number does, and the place makes them
-    distinct, so that the fastest sort will do.
+    It sorts integers: the bits of a float32 that is not negative rank as the number does, and its index in the
+    lower bits makes keys distinct, so that the fastest sort, which is not stable, will do.
     """
     bits = scores.float().view(torch.int32).long()
     keys = (bits << 31) | torch.arange(len(scores))
@@ -165,7 +174,7 @@ def _highest(scores: Sequence[Tensor], n: int, nth: Tensor) -> list[Tensor]:
         if surplus:
             equal = _flat(s == nth)
             n_dropped = min(surplus, int(equal.sum()))
-            first = equal.nonzero()[-n_dropped, 0] if n_dropped == surplus else 0  # from there on all are dropped
+            first = equal.nonzero()[-n_dropped, 0] if n_dropped == surplus else 0  # all equal ones from it on go
             _flat(mask)[first:] &= ~equal[first:]
             surplus -= n_dropped
     return masks
@@ -194,7 +203,7 @@ def _nth_highest(flat: Sequence[Tensor], n: int) -> Tensor:
 
 
 def _kth_lowest(parts: Sequence[NDArray[Any]], k: int) -> Any:
-    """The value at place ``k`` in rising order; of many scores, only those near it are looked at closely."""
+    """The value at index ``k`` in rising order; of many scores, only those near it are examined."""
     n = sum(map(len, parts))
     sample = np.sort(np.concatenate([scores[::SAMPLED] for scores in parts]))
     place, ends = k * len(sample) // n, np.array([-np.inf, np.inf], sample.dtype)
@@ -206,7 +215,7 @@ def _kth_lowest(parts: Sequence[NDArray[Any]], k: int) -> Any:
         rank = k - sum(np.count_nonzero(scores <= low) for scores in parts)
         if 0 <= rank < len(near):
             return np.partition(near, rank)[rank]
-        for tied in (low, high):  # as the zeros are
+        for tied in (low, high):  # many scores may be equal: zeros
             rank = k - sum(np.count_nonzero(scores < tied) for scores in parts)
             if 0 <= rank < sum(np.count_nonzero(scores == tied) for scores in parts):
                 return tied

@@ -1,4 +1,4 @@
-"""Taking channels out: a copy of a model whose parameters are smaller, and whose layers know it."""
+"""Removing channels: a copy of a model with smaller parameters, and layers whose attributes state their sizes."""
 
 import copy
 from collections import defaultdict
@@ -21,12 +21,12 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
     """A copy of ``model`` without some channels.
 
     Args:
-        model: Of the architecture that ``groups`` were found in; not changed.
+        model: A model of the architecture that ``groups`` were found in; not changed.
         groups: The groups.
         removed: The channels to remove, by the root of their group. Groups that are not named stay whole.
 
     Raises:
-        ValueError: If ``removed`` names a group that there is not.
+        ValueError: If ``removed`` names a group that is not in ``groups``.
     """
     unknown = removed.keys() - {group.root for group in groups}
     if unknown:
@@ -44,7 +44,7 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
         smaller[id(tensor)] = (
             nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
         )
-    thinner = copy.deepcopy(model, smaller)  # the memo has the tensors already: shared ones stay shared
+    thinner = copy.deepcopy(model, smaller)  # takes the tensors from the memo: shared ones stay shared
     for before, after in zip(model.modules(), thinner.modules(), strict=True):
         _restate_sizes(before, after)
         if known_attention(before) is not None and _shapes(after) != _shapes(before):
@@ -59,7 +59,7 @@ def remove_channels(model: nn.Module, groups: Sequence[Group], removed: Mapping[
 
 
 def _gone(groups: Sequence[Group], removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Tensor]:
-    """The positions that go, by tensor and dimension."""
+    """The positions to remove, by tensor and dimension."""
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for s, positions in positions_of(groups, removed):
         gone[s.parameter, s.dim].append(positions)

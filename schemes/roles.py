@@ -1,4 +1,4 @@
-"""What the parameters of a group are there for: filters that make its channels, inputs that read them, scales."""
+"""The roles of parameters: filters that put channels out, weights that read them, scales of BatchNorm."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class Roles:
     """The roles of a model's parameters.
 
     Attributes:
-        outputs: Weights of linear and convolutional layers by name, and the dimension of their outputs.
-        planar: Those whose layers put out two-dimensional maps.
-        grouped: Those whose layers do not let every filter see every input.
-        silent: Those whose layers are never called by themselves, so that nothing can watch what they do.
+        outputs: For each weight of a linear or convolutional layer, by name, the dimension of its outputs.
+        planar: Of these weights, those of layers that put out two-dimensional maps.
+        grouped: Of these weights, those of grouped convolutions.
+        silent: Of these weights, those of layers that are never called, so that hooks cannot observe them.
         scales: The scales of BatchNorm layers.
     """
 
@@ -52,15 +52,15 @@ class Roles:
         return cls(outputs, *map(frozenset, (planar, grouped, silent, scales)))
 
     def filters(self, group: Group) -> list[Slices]:
-        """The slices that put the channels out: filters, neurons."""
+        """The slices of a group that put its channels out: filters, neurons."""
         return [s for s in group.slices if self.outputs.get(s.parameter) == s.dim]
 
     def readers(self, group: Group) -> list[Slices]:
-        """The slices that read the channels, position by position."""
+        """The slices of a group that read its channels, those of grouped convolutions aside."""
         return [s for s in group.slices if self._reads(s) and s.parameter not in self.grouped]
 
     def owners(self, group: Group) -> set[str]:
-        """Names of the modules that the channels belong to: those that put them out, scale or shift them."""
+        """Names of the modules that put a group's channels out, scale or shift them."""
         return {module_of(s) for s in group.slices if not self._reads(s)}
 
     def _reads(self, s: Slices) -> bool:
@@ -68,7 +68,7 @@ class Roles:
 
 
 def module_of(s: Slices) -> str:
-    """The name of the module that has the parameter."""
+    """The name of the module that the slices' parameter belongs to."""
     return s.parameter.rpartition(".")[0]
 
 

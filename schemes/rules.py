@@ -1,8 +1,9 @@
-"""How the basic operations of PyTorch carry channels from inputs to outputs.
+"""The rule of each basic operation of PyTorch: how it carries channels from inputs to outputs.
 
-A rule takes a call and returns the fields of each of its outputs; on the way it ties what the operation forces
-to come and go together, and pins what it forces to stay. Rules are sound for any removal that the ties allow;
-numbers that Python code works out from shapes are beyond them, which is why what they find is checked afterwards.
+A rule takes a call and returns the fields of each of its outputs. It ties the labels that the operation forces to
+come and go together, and pins those that it forces to stay. Rules are sound for any removal that the ties allow,
+but they do not see numbers that Python code computes from shapes; so the groups are checked afterwards, by
+`autocompress.schemes.exactness`.
 """
 
 import re
@@ -13,7 +14,7 @@ import torch
 from . import computing, moving
 from .calls import Rule, name_of
 
-# Operations after which a weight is still a weight.
+# Operations whose result is a weight if their arguments are weights.
 MOVES = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "clone", "detach"),
     *("alias", "split", "split_with_sizes", "select", "slice", "unbind", "flip", "_to_copy"),

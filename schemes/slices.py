@@ -35,16 +35,16 @@ class Slices:
 class Group:
     """Channels that live in the same tensors: removing one removes its slice everywhere.
 
-    What counts as one channel is what goes at once: a channel of a residual stream with all layers that write
+    One channel is the smallest unit that can be removed: a channel of a residual stream with all layers that write
     it, a whole group of a grouped convolution, an attention head.
 
     Attributes:
         root: Name of the module whose output channels number the group's.
-        width: How many channels there are.
-        slices: Everything of the parameters that goes with a channel.
+        width: The number of channels.
+        slices: The slices of parameters that are removed with the channels.
         is_filter: Whether the channels are filters of a convolution (and not neurons of a linear layer).
         parts: The channels by the layers that they live in. No layer is emptied as long as each part keeps some.
-        buffers: What goes of the buffers: running statistics.
+        buffers: The slices of buffers that are removed with the channels: running statistics.
     """
 
     root: str
@@ -100,7 +100,7 @@ def kept_entries(
 def zeroed(
     groups: Sequence[Group], removed: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Copies of weights with zeros in place of what goes with some channels."""
+    """Copies of weights with zeros in the slices of the channels ``removed``, by the root of their group."""
     values = {name: w.clone() for name, w in weights.items()}
     for s, gone in positions_of(groups, removed):
         if s.parameter in values:
@@ -111,19 +111,19 @@ def zeroed(
 def positions_of(
     groups: Sequence[Group], channels: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[Slices, Tensor]]:
-    """The slices of parameters and buffers that some channels live in, and where in each of them.
+    """The slices of parameters and buffers that some channels live in, each with the positions of these channels.
 
     Args:
         groups: The groups.
-        channels: The channels, by the root of their group; none of the groups that are not named.
+        channels: The channels, by the root of their group.
     """
     for group in groups:
-        meant = torch.zeros(group.width, dtype=torch.bool)
-        meant[list(channels.get(group.root, ()))] = True
-        if meant.any():
-            yield from ((s, s.positions[meant[s.channels]]) for s in (*group.slices, *group.buffers))
+        is_chosen = torch.zeros(group.width, dtype=torch.bool)
+        is_chosen[list(channels.get(group.root, ()))] = True
+        if is_chosen.any():
+            yield from ((s, s.positions[is_chosen[s.channels]]) for s in (*group.slices, *group.buffers))
 
 
 def first_channels(groups: Sequence[Group]) -> list[int]:
-    """The number of each group's first channel when all are counted on; at the end how many there are."""
+    """The index of each group's first channel among the channels of all groups; at the end their number."""
     return list(accumulate((group.width for group in groups), initial=0))

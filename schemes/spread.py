@@ -1,8 +1,8 @@
-"""How a density is spread over the layers of a network.
+"""The spread of a density over the layers of a network.
 
-Every spread is an order in which entries leave: a threshold on their scores for ``global`` and ``lamp``, and for
-the others the level t at which the layer has no room for them any more. A layer of relative density a keeps the
-share min(1, a·t) of its entries, the best of them, and t falls from dense to what fits.
+Every spread is an order in which entries (or channels) are removed. ``global`` and ``lamp`` go by a threshold on
+their scores. The others go by a level t that falls until the density is met: a layer of relative density a keeps
+the share min(1, a·t) of its entries, the best of them, and the others are removed.
 """
 
 import heapq
@@ -22,10 +22,10 @@ Spread: TypeAlias = SpreadName | Mapping[str, float]
 
 
 def checked_spread(spread: Spread) -> SpreadName | PerModule[float]:
-    """The spread, a mapping made one that can be hashed.
+    """The spread, checked; a mapping is returned as a hashable one.
 
     Raises:
-        ValueError: If it is no spread.
+        ValueError: If it is not a spread.
     """
     if isinstance(spread, Mapping):
         named = all(isinstance(pattern, str) for pattern in spread)
@@ -40,7 +40,7 @@ def checked_spread(spread: Spread) -> SpreadName | PerModule[float]:
 
 
 def as_lamp(criterion: str, spread: Spread) -> tuple[str, Spread]:
-    """The criterion ``lamp`` as the spread that it is: within a layer it ranks as the square does."""
+    """Replaces the criterion ``lamp`` by ``l2``, which ranks alike within a layer, and a ``lamp`` spread."""
     if criterion != "lamp":
         return criterion, spread
     return "l2", "lamp" if spread == "global" else spread
@@ -73,13 +73,13 @@ def erdos_renyi_kernel(shapes: Iterable[torch.Size]) -> float:
 
 
 def allocate(total: int, sizes: Sequence[int], relative: Sequence[float], floors: Sequence[int]) -> list[int]:
-    """How many entries each layer keeps, ``total`` in all.
+    """The number of entries that each layer keeps, ``total`` in all.
 
     Args:
         total: From the sum of the floors to the sum of the sizes.
         sizes: Entries of each layer.
         relative: Their relative densities a: a layer keeps the share min(1, a·t) of its entries.
-        floors: What each keeps at least.
+        floors: The number of entries that each layer keeps at least.
     """
 
     def kept_at(t: float) -> list[int]:
@@ -91,7 +91,7 @@ def allocate(total: int, sizes: Sequence[int], relative: Sequence[float], floors
         middle = (low + high) / 2
         low, high = (low, middle) if sum(kept_at(middle)) > total else (middle, high)
     kept = kept_at(low)
-    # What rounding down has left over goes to the layers that reach their next entry at the lowest level.
+    # The entries lost to rounding down go to the layers that reach their next entry at the lowest level t.
     reached = [((kept[i] + 1) / sizes[i] / relative[i], i) for i in range(len(sizes)) if kept[i] < sizes[i]]
     heapq.heapify(reached)
     for _ in range(total - sum(kept)):
@@ -104,14 +104,14 @@ def allocate(total: int, sizes: Sequence[int], relative: Sequence[float], floors
 
 @dataclass(frozen=True)
 class Layer:
-    """Channels that leave one after the other, those of lowest score first.
+    """The channels of a layer, which are removed in the order of their scores, the lowest first.
 
     Attributes:
         channels: Their numbers among all the channels of the network, shape ``(n,)``.
-        floor: How many stay at least, fewer than n.
-        step: How many leave at a time, but for the first ones, so that a multiple of it stays.
-        fine: The width from which on they leave one by one.
-        relative: The layer's relative density, for the spreads that go by it.
+        floor: The number of channels that stay at least, below n.
+        step: The number of channels that are removed at a time, so that a multiple of it stays.
+        relative: The layer's relative density, for the spreads that use it.
+        fine: The width at and below which channels are removed one by one.
     """
 
     channels: Tensor
@@ -123,12 +123,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Order:
-    """The order in which channels leave.
+    """The order in which channels are removed.
 
     Attributes:
         channels: Their numbers, shape ``(m,)``.
-        ends: Where one may stop: how many have left after 0, 1, 2, … steps.
-        n_dead: How many of the steps take only channels that are dead already.
+        ends: The number of channels that are removed after 0, 1, 2, … steps, shape ``(steps + 1,)``.
+        n_dead: The number of steps, the first ones, that remove nothing but dead channels.
     """
 
     channels: Tensor
@@ -137,40 +137,48 @@ class Order:
 
 
 def removal_order(scores: Tensor, dead: Tensor, layers: Sequence[Layer], spread: Spread) -> Order:
-    """The order in which channels leave, dead ones first: then nothing is gained or lost by pruning again.
+    """The order in which channels are removed, dead ones first, so that pruning again changes nothing.
+
+    Channels of a layer that are removed in one step are compared with others by the mean of their keys.
 
     Args:
         scores: The importance of every channel, not negative, shape ``(channels,)``.
-        dead: Which of them are zero already, shape ``(channels,)``.
+        dead: True where a channel is zero already, shape ``(channels,)``.
         layers: The layers; a channel is in one of them at most.
-        spread: How the layers compare. Those that leave at a time go by the mean of their members.
+        spread: How channels of different layers compare.
     """
-    leaving, sizes, keys, is_dead = [], [], [], []
+    removable, sizes, keys, is_dead = [], [], [], []
     for layer in layers:
-        n_leaving = len(layer.channels) - layer.floor
+        n_removable = len(layer.channels) - layer.floor
         ranked = scores[layer.channels].masked_fill(dead[layer.channels], -1).sort(stable=True)
-        leaving.append(layer.channels[ranked.indices[:n_leaving]])
+        removable.append(layer.channels[ranked.indices[:n_removable]])
         widths = torch.arange(len(layer.channels) - 1, layer.floor - 1, -1)
         ends = len(layer.channels) - widths[(widths % layer.step == 0) | (widths <= layer.fine)]
-        key = _keys(ranked.values.clamp_min(0).double(), spread, layer.relative)[:n_leaving]
-        together = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long))
-        step_of_key = torch.arange(len(ends)).repeat_interleave(together)
-        means = torch.zeros(len(ends), dtype=key.dtype).index_add_(0, step_of_key, key) / together
-        sizes.append(together)
-        keys.append(means.cummax(0).values)  # equal keys may have means that differ in the last bit
+        key = _keys(ranked.values.clamp_min(0).double(), spread, layer.relative)[:n_removable]
+        step_sizes = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long))
+        step_of_key = torch.arange(len(ends)).repeat_interleave(step_sizes)
+        means = torch.zeros(len(ends), dtype=key.dtype).index_add_(0, step_of_key, key) / step_sizes
+        sizes.append(step_sizes)
+        keys.append(means.cummax(0).values)  # rising, although means of equal keys may differ in the last bit
         is_dead.append(ranked.values[ends - 1] < 0)
     dead_steps = torch.cat(is_dead)
     steps = torch.cat(keys).masked_fill(dead_steps, -torch.inf).argsort(stable=True)
     size = torch.cat(sizes)
     step_of_channel = torch.arange(len(size)).repeat_interleave(size)
-    place = torch.empty_like(steps).scatter_(0, steps, torch.arange(len(steps)))
-    order = torch.cat(leaving)[place[step_of_channel].argsort(stable=True)]
+    place = torch.empty_like(steps).scatter_(0, steps, torch.arange(len(steps)))  # of each step in the order
+    order = torch.cat(removable)[place[step_of_channel].argsort(stable=True)]
     ends = torch.cat([torch.zeros(1, dtype=torch.long), size[steps].cumsum(0)])
     return Order(order, ends, int(dead_steps.sum()))
 
 
 def _keys(ranked: Tensor, spread: Spread, relative: float) -> Tensor:
-    """What the channels of a layer, in rising order of score, are compared by with those of others."""
+    """The keys by which channels of different layers compare, rising; the smallest is removed first.
+
+    Args:
+        ranked: The scores of a layer's channels in rising order, shape ``(n,)``.
+        spread: The spread.
+        relative: The layer's relative density.
+    """
     if spread == "global":
         return ranked
     if spread == "lamp":

@@ -1,4 +1,4 @@
-"""Structured pruning: whole channels and neurons are removed, so the model is smaller and faster as it is."""
+"""Structured pruning: whole channels and neurons are removed; the model is smaller and faster on any runtime."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ from .roles import Roles
 from .spread import Layer, Order, Spread, as_lamp, checked_spread, relative_density, removal_order
 
 MIN_KEEP = 2
-WIDE, SUITS_HARDWARE = 32, 8  # above which width it is to be a multiple of which number
+WIDE, SUITS_HARDWARE = 32, 8  # with align="auto", widths above the first are multiples of the second
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Structure:
         groups: The groups of coupled channels that may shrink.
         layers: The layers that their channels live in, and how far each may shrink.
         shapes: The shape of every parameter of the model.
-        roles: What the parameters are there for.
+        roles: The roles of the parameters.
         example_input: A batch of one sample to trace the model with.
-        observed: What the criterion saw of the data.
+        observed: What the criterion observed on data.
     """
 
     groups: tuple[Group, ...]
@@ -78,20 +78,20 @@ class StructPrune:
             wider), ``lamp`` (one threshold on each score over those that are no smaller in its layer), or
             relative widths by module, as ``{"layer1.*": 1.0, "layer4.*": 0.3}``: layer4 is to keep 0.3 times
             the share of channels that layer1 keeps, as far as no layer is more than whole. Modules without a
-            match have 1; of coupled layers the largest counts; the sum always meets the density asked for.
+            match have 1; of coupled layers the largest counts; the density asked for is always met.
         align: The number of channels that a layer is left with is a multiple of it (8 suits most hardware).
             Layers that are too narrow for that are left whole, with a warning that names them. ``auto``: widths
             above 32 are multiples of 8, as a width of 31 or 33 is slower than one of 32; below, where eight
             channels are a large share of a layer, any width will do.
         min_keep: Channels that every layer keeps at least; or by module, as ``{"layer1.*": 16}``, and 2
             elsewhere.
-        skip: Layers whose channels are all kept, and with them those coupled to them: names of modules, globs
-            or types, as ``["conv1", "Linear"]``.
-        normalize: What scores are divided by before ``global`` and ``lamp`` compare layers. ``mean``: that of
-            their layer, so that one threshold suits layers of all scales, which leaves least of the arithmetic
-            at a density. ``none``: nothing, so that what a layer matters as a whole counts. ``sqrt``: the
-            square root of the mean, halfway between, which is the most accurate at a density. ``parameters``: how
-            many go with a channel in the dense model, so that the least loss per parameter saved goes first.
+        skip: Layers whose channels are all kept, with the channels coupled to them: names of modules, globs or
+            types, as ``["conv1", "Linear"]``.
+        normalize: What scores are divided by before ``global`` and ``lamp`` compare layers. ``mean``: the mean of
+            their layer, so that one threshold suits layers of all scales; it leaves the least arithmetic at a
+            density. ``none``: nothing, so that the importance of a layer as a whole counts. ``sqrt``: the square
+            root of the mean, a compromise that is the most accurate at a density. ``parameters``: the parameters
+            that are removed with a channel of the dense model, so that the least loss per parameter goes first.
     """
 
     criterion: ChannelCriterion = "obd"
@@ -122,11 +122,11 @@ class StructPrune:
         object.__setattr__(self, "skip", checked_skip(self.skip))
 
     def staged(self, relative: Mapping[str, float]) -> "StructPrune":
-        """The same with relative widths by module."""
+        """The same scheme with relative widths by module."""
         return replace(self, spread=relative)
 
     def prunes(self, group: Group) -> bool:
-        """Whether the scheme removes channels of this kind."""
+        """Whether the scheme removes the channels of a group."""
         return True
 
     def analyze(self, model: nn.Module, example_input: Tensor) -> Structure:
@@ -140,21 +140,21 @@ class StructPrune:
         least_of, relative_of = self._floors(model, roles), self._relative_widths(model, roles)
         whole: dict[str, list[str]] = {}  # layers that keep all their channels, by the reason
         every = find_groups(model, example_input, whole.__setitem__)
-        meant = [g for g in every if self.prunes(g) and not roles.owners(g) & skipped]
-        rated = [g for g in meant if can_rate(self.criterion, g, roles)]
+        allowed = [g for g in every if self.prunes(g) and not roles.owners(g) & skipped]
+        rated = [g for g in allowed if can_rate(self.criterion, g, roles)]
         steps = {g.root: self._step(g, roles) for g in rated}
         fine = WIDE if self.align == "auto" else 0
         floors = {g.root: _floor(least_of(g), steps[g.root], fine) for g in rated}
         narrow = [g for g in rated if any(least_of(g) < len(part) <= floors[g.root] for part in g.parts)]
         groups = tuple(g for g in rated if any(len(part) > floors[g.root] for part in g.parts))
         whole |= _named(
-            (f"criterion={self.criterion!r} cannot rate their channels", _but(meant, rated)),
+            (f"criterion={self.criterion!r} cannot rate their channels", _but(allowed, rated)),
             (f"align={self.align} leaves them no narrower width", narrow),
         )
         if not groups:
             whole |= _named(
                 (f"they are not what {type(self).__name__} removes", [g for g in every if not self.prunes(g)]),
-                ("skip names them", _but((g for g in every if self.prunes(g)), meant)),
+                ("skip names them", _but((g for g in every if self.prunes(g)), allowed)),
                 ("min_keep keeps all of them", _but(rated, narrow)),
             )
             why = "; ".join(f"{why}: {', '.join(layers)}" for why, layers in whole.items())
@@ -174,25 +174,26 @@ class StructPrune:
         return Structure(groups, tuple(layers), shapes, roles, example_input.detach().clone())
 
     def _step(self, group: Group, roles: Roles) -> int:
-        """How many channels of a group go at a time: fewer where each is several of a layer's, as a head is."""
+        """The number of channels to remove at a time: fewer where one, as a head, is several of a layer's."""
         counts = [torch.bincount(s.channels)[s.channels] for s in roles.filters(group)]
         align = SUITS_HARDWARE if self.align == "auto" else self.align
         return align // math.gcd(align, *set(torch.cat(counts).tolist())) if counts else align
 
     def _floors(self, model: nn.Module, roles: Roles) -> Callable[[Group], int]:
-        """Tells what the layers of a group keep at least."""
+        """A function of a group: the number of channels that its layers keep at least."""
         floors, elsewhere = per_module(model, self.min_keep, MIN_KEEP, "min_keep")
         return lambda group: max((floors[m] for m in roles.owners(group) if m in floors), default=elsewhere)
 
     def _relative_widths(self, model: nn.Module, roles: Roles) -> Callable[[Group], float]:
-        """Tells the relative density of a group's layers, for the spreads that go by it."""
+        """A function of a group: the relative width of its layers, for the spreads that use it."""
         named, _ = per_module(model, self.spread if isinstance(self.spread, Mapping) else {}, 1.0, "spread")
         weights = dict(model.named_parameters())
 
         def relative_of(group: Group) -> float:
             shapes = [weights[s.parameter].shape for s in roles.filters(group) or group.slices]
             relative = relative_density(self.spread, shapes, named, roles.owners(group))
-            return math.sqrt(relative) if self.spread == "erk" else relative  # a layer thins on both of its sides
+            # A layer loses inputs as well as outputs: its density is about the square of its relative width.
+            return math.sqrt(relative) if self.spread == "erk" else relative
 
         return relative_of
 
@@ -214,17 +215,19 @@ class StructPrune:
         fits = sizes.double() / int(sizes[0]) <= density  # float32 cannot tell millions of parameters apart
         if not fits.any():
             raise density_error(density, self.lowest_density(facts))
-        # Channels that are zero already go whatever the target: it is free, and it makes pi idempotent.
+        # Channels that are zero already are always removed: it costs nothing, and makes pi idempotent.
         steps = max(int(fits.int().argmax()), order.n_dead)
         removed = _by_group(facts.groups, order.channels[: order.ends[steps]])
         values, kept = zeroed(facts.groups, removed, weights), kept_entries(facts.groups, removed, weights)
         return Theta(values, kept, int(sizes[steps]), {"removed": removed})
 
     def _removal_order(self, weights: Weights, facts: Structure) -> Order:
+        """The order in which channels are removed, those first that are zero already."""
         criterion, spread = as_lamp(self.criterion, self.spread)
         scores = channel_scores(criterion, facts.groups, weights, facts.roles, facts.observed)
-        told = criterion == "l2" or (criterion == "obd" and bool(scores.all()))  # where w²F is not 0, nor is w²
-        energy = scores if told else channel_scores("l2", facts.groups, weights, facts.roles, None)
+        # Where w² is 0, so is w²F: scores that are all positive show that no channel is zero.
+        shows_zeros = criterion == "l2" or (criterion == "obd" and bool(scores.all()))
+        energy = scores if shows_zeros else channel_scores("l2", facts.groups, weights, facts.roles, None)
         scores = normalized(self.normalize, scores, facts.groups, facts.shapes)
         return removal_order(scores, energy == 0, facts.layers, spread)
 
@@ -233,7 +236,7 @@ class StructPrune:
         return theta.values
 
     def realize(self, model: nn.Module, theta: Theta, facts: Structure) -> nn.Module:
-        """Takes the channels out."""
+        """A copy of the model without the removed channels."""
         return remove_channels(model, facts.groups, theta.plan["removed"])
 
 
@@ -269,19 +272,19 @@ def _floor(least: int, step: int, fine: int) -> int:
 
 
 def _but(groups: Iterable[Group], others: Sequence[Group]) -> list[Group]:
-    """The groups that are not among others."""
+    """The groups that are not among ``others``."""
     roots = {group.root for group in others}
     return [group for group in groups if group.root not in roots]
 
 
 def _named(*groups: tuple[str, Iterable[Group]]) -> dict[str, list[str]]:
-    """The names of groups by the reason why they stay whole, where there are any."""
+    """The roots of groups by the reason why they stay whole, without reasons for which there are none."""
     named = {why: [group.root for group in members] for why, members in groups}
     return {why: names for why, names in named.items() if names}
 
 
 def _by_group(groups: tuple[Group, ...], channels: Tensor) -> dict[str, list[int]]:
-    """Channels numbered through all groups, as sorted lists by the name of their group's root."""
+    """Channels, given by their numbers among those of all groups, as sorted lists by the root of their group."""
     starts = first_channels(groups)
     return {
         group.root: sorted((channels[(channels >= start) & (channels < end)] - start).tolist())

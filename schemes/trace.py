@@ -1,8 +1,9 @@
-"""One forward pass, followed operation by operation: which channels the network ties together.
+"""A trace of a forward pass, operation by operation: which channels the network ties together.
 
-Below autograd a PyTorch network is a sequence of some hundred basic operations, whatever Python code it was
-written in. The trace watches them run, carries labels from inputs to outputs, and collects ties and pins. The
-rules for the operations are in `rules`; of an operation that has none, all that it touches stays.
+Below autograd a PyTorch network is a sequence of basic (ATen) operations, some hundred different ones, whatever
+Python code it was written in. The trace intercepts them, carries labels from their inputs to their outputs, and
+collects ties and pins. The rules of the operations are in `autocompress.schemes.rules`; an operation without a
+rule pins all labels of its arguments.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,19 +25,19 @@ OUTPUT = "the network's output"
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Labels the parameters and buffers of a model, and collects what its forward passes tie together.
+    """Labels the parameters and buffers of a model, and collects the ties and pins of its forward passes.
 
     Args:
-        model: The model; passes in train mode change its statistics.
-        heads: For parameters whose rows go by heads: the head of each row.
+        model: The model; passes in train mode change its running statistics.
+        heads: For parameters whose rows belong to attention heads: the head of each row, shape ``(rows,)``.
 
     Attributes:
         model: The model.
         couplings: The ties and pins.
         positions: The labels of the parameters and buffers met so far, in the order in which they were used:
-            by name, for each dimension a vector, or None where the dimension has size 1. With them
-            ``num_features`` of normalisations that have no tensors.
-        outputs: Labels of what layers put out: dimensions of weights that a product leaves over.
+            by name, for each dimension a vector, or None where the dimension has size 1. A normalisation layer
+            without tensors is there as its ``num_features``.
+        outputs: Labels of the outputs of layers, one vector for each.
         filters: Those of them that belong to convolutions.
     """
 
@@ -53,10 +54,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         self._labelled: Any = WeakTensorKeyDictionary()
 
     def run(self, x: Tensor) -> None:
-        """Follows one forward pass of the model, in the mode that it is in."""
+        """Traces one forward pass of the model, in the mode (train or eval) that it is in."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # attention as the products it consists of
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # attention as single products, not a fused kernel
             fastpath = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
@@ -71,7 +72,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
                     self.couplings.pin(field, OUTPUT)
 
     def _without_tensors(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Labels ``num_features`` of a normalisation that has no tensors to tell how many channels there are."""
+        """A hook that labels ``num_features`` of a normalisation without tensors, which states its channels."""
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = self.labelled(inputs[0])
@@ -82,7 +83,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         return note
 
     def labelled(self, tensor: Tensor) -> Labelled:
-        """What is known of a tensor; a parameter or buffer met for the first time gets fresh labels."""
+        """The labels of a tensor; a parameter or buffer that is used for the first time gets fresh ones."""
         known: Labelled | None = self._labelled.get(tensor)
         if known is None:
             name = self._parameters.get(id(tensor), self._buffers.get(id(tensor)))
@@ -91,6 +92,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         return known
 
     def _introduce(self, name: str, tensor: Tensor) -> Labelled:
+        """Fresh labels for a parameter or buffer: one for each position along each dimension, or for each head."""
         shape = tuple(tensor.shape)
         positions = tuple(self.couplings.fresh(size) if size > 1 else None for size in shape)
         if (heads := self._heads.get(name)) is not None:
@@ -111,7 +113,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         result = func(*args, **call.kwargs)
         call.outs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not any(self.labelled(t).fields for t in call.tensors):
-            return result  # nothing in it has labels: constants, the input
+            return result  # constants and inputs have no labels
         fields = rule_for(func)(call)
         is_weight = call.name in MOVES and all(self.labelled(t).is_weight for t in call.tensors)
         for out, out_fields in zip(call.outs, fields, strict=True):

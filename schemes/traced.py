@@ -1,4 +1,4 @@
-"""A network's graph: what it computes in eval mode, as ATen operators without side effects."""
+"""Tracing a network in eval mode: a graph of ATen operators without side effects."""
 
 import copy
 import warnings
@@ -10,7 +10,7 @@ from autocompress.task import device_of
 
 aten = torch.ops.aten
 
-# Operators that overwrite their input, and those that make a new tensor of the same values.
+# Operators that overwrite their input, and their forms that return a new tensor.
 FUNCTIONAL = {
     aten.relu_.default: aten.relu.default,
     aten.relu6_.default: aten.relu6.default,
@@ -38,19 +38,20 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
         example_input: A batch of at least one sample.
 
     Returns:
-        A module of its own with the parameters and buffers under their names in ``model``.
+        A new module with copies of the parameters and buffers, under their names in ``model``.
 
     Raises:
         ValueError: If it cannot be traced.
     """
     model = copy.deepcopy(model).eval()
-    x = torch.cat([example_input[:1].detach()] * 2).to(device_of(model))  # of two samples: one is taken for fixed
+    # The exporter takes a batch of a single sample for a fixed size.
+    x = torch.cat([example_input[:1].detach()] * 2).to(device_of(model))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between the exporter's own parts
             program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
             if any(_writes(node) and not _writes_alone(node) for node in program.graph.nodes):
-                program = program.run_decompositions({})  # slow, and finds every alias
+                program = program.run_decompositions({})  # makes every operator functional, but is slow
             exported = program.module(check_guards=False)
     except Exception as error:  # an exporter may raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -72,27 +73,28 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
 
 
 def _writes(node: fx.Node) -> bool:
+    """Whether an operator overwrites one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def _writes_alone(node: fx.Node) -> bool:
-    """Whether what an operator overwrites is a tensor of its own, and the operator has a form that does not."""
+    """Whether an operator overwrites a tensor that shares no memory with others, and has a `FUNCTIONAL` form."""
     written = node.args[0]
     assert isinstance(written, fx.Node)
     return node.target in FUNCTIONAL and not any(_is_view(other) for other in (written, *written.users))
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether an operator may hand on its input's memory."""
-    if "dropout" in str(node.target):  # in eval mode it does, which its schema does not say
+    """Whether an operator may return its input's memory."""
+    if "dropout" in str(node.target):  # it does in eval mode, which its schema does not say
         return True
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
     return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
 def _without_side_effect(node: fx.Node) -> None:
-    """Lets an operator that overwrites its input make a new tensor, and those that read it later read that."""
+    """Replaces an operator that overwrites its input by its functional form, which later readers then read."""
     written = node.args[0]
     assert isinstance(written, fx.Node)
     written.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and node < user)
