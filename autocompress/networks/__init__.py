@@ -1,1 +1,1 @@
-"""The network: from a user's file, trained where it is not, checked, compared, folded."""
+"""Networks: loading a user's model, training it if need be, checking, comparing and folding it."""

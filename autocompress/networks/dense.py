@@ -1,4 +1,4 @@
-"""The dense model, where none comes trained: the loss, the training with early stopping, and its cache."""
+"""Training the dense model where none is given trained: the loss, early stopping, and the cache of weights."""
 
 import copy
 import hashlib
@@ -33,9 +33,9 @@ class ClassLoss:
     """Cross-entropy of class numbers, binary cross-entropy of labels, with weights and smoothing.
 
     Attributes:
-        weights: Of each class in the mean; of its positive samples, where a sample may have several labels. Empty
-            for 1 each.
-        smoothing: Share of the target that is spread over all classes; of a label, moved towards 1/2.
+        weights: Of each class in the mean; of each label's positive samples, where a sample may have several
+            labels. Empty for 1 each.
+        smoothing: Share of the target that is spread over all classes; the share by which labels move to 1/2.
     """
 
     weights: tuple[float, ...] = ()
@@ -55,9 +55,9 @@ class ClassLoss:
 
 
 def balancing_weights(y: Tensor, classes: int) -> tuple[float, ...]:
-    """What makes rare classes count as much as frequent ones: the mean count over each class's own.
+    """Weights with which rare classes count as much as frequent ones: the mean count over the class's own count.
 
-    For labels of shape ``(n, labels)``: the samples without a label over those with it.
+    For labels of shape ``(n, labels)`` they are the number of samples without a label over the number with it.
     """
     if y.ndim == 2:
         positive = y.sum(dim=0).clamp_min(1)
@@ -74,8 +74,8 @@ class DenseTraining:
         epochs: Passes over the training data, at most.
         optimizer: ``adamw`` (Loshchilov & Hutter, ICLR 2019) or ``sgd`` with Nesterov momentum.
         lr: Peak learning rate; None for 0.001 with AdamW and 0.05 with SGD. It follows one cycle.
-        patience: Epochs without a better score on val after which it ends.
-        freeze: What stays as it was: a share of the layers, counted from the input, or names of modules.
+        patience: Epochs without a better score on val after which the training ends.
+        freeze: What is not trained: a share of the layers, counted from the input, or names of modules.
         seed: Seeds the order of the batches.
     """
 
@@ -107,7 +107,7 @@ def train_dense(
     they are sampled and augmented, the loss, the metric and the recipe.
 
     Raises:
-        ValueError: If what is to be frozen is not in the model, or nothing is left to train.
+        ValueError: If a module to freeze is not in the model, or nothing is left to train.
         FloatingPointError: If the training diverged.
     """
     frozen = frozen_modules(task.model, training.freeze)
@@ -140,10 +140,10 @@ def _train(
     )
     batches = Stream(kept_on(task.train, device_of(model)), training.seed)
     best, best_score, since = copy.deepcopy(model.state_dict()), -math.inf, 0
-    torch.manual_seed(training.seed)  # of dropout
+    torch.manual_seed(training.seed)  # for dropout
     for epoch in range(training.epochs):
         loss = _one_epoch(task, model, frozen, descent, islice(batches, per_epoch))
-        with heard_by(None):  # of the whole training it is the steps that count
+        with heard_by(None):  # progress is counted in gradient steps alone
             score = task.evaluate(model, task.val).score
         better = score if task.metric.higher_is_better else -score
         since = 0 if better > best_score else since + 1
@@ -166,7 +166,7 @@ def _one_epoch(
     """Trains on the batches; returns their mean loss."""
     device = device_of(model)
     model.train()
-    for module in frozen:  # its running statistics stay as they were, too
+    for module in frozen:  # their running statistics must not change either
         for part in module.modules():
             part.training = part.training and not isinstance(part, _BatchNorm)
     losses = []
@@ -205,10 +205,12 @@ def frozen_modules(model: nn.Module, freeze: Sequence[str]) -> list[nn.Module]:
 
 
 def _plain(name: str) -> str:
+    """A name that can be part of a file's name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "model"
 
 
 def _digest(task: Task, training: DenseTraining, device: str) -> str:
+    """A hash of everything that the trained weights depend on."""
     sampling = getattr(task.train, "sampling", None)
     recipe = {
         **asdict(training),

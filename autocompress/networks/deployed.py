@@ -16,17 +16,17 @@ TOLERANCE, TOLERANCE_16_BITS = 1e-4, 5e-2  # of the largest output, by which the
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# At no value of a tensor.
+# Functions that read the shape or type of a tensor, but none of its values.
 LOOKS = ("size", "dim", "stride", "numel", "ndimension", "is_contiguous", "is_floating_point", "__get__")
 
 
 def deployed(model: nn.Module, example_input: Tensor) -> nn.Module:
     """The model as it is deployed: it computes the same, without the BatchNorm layers that can be folded.
 
-    A BatchNorm is folded where it alone reads what one convolution or linear layer puts out. That is found
-    out by running the model, so its code may be anything; where the folded model answers otherwise than the
-    model, the model stays as it is. The parameters of a folded BatchNorm become a bias: whoever reports
-    parameters or a density counts them before.
+    A BatchNorm is folded where it is the only reader of the output of one convolutional or linear layer. That is
+    observed in a run of the model, so its code may be anything. If the outputs of the folded model differ, the
+    model is returned unfolded. Folding turns the parameters of a BatchNorm into a bias, so parameters and density
+    have to be counted before.
 
     Args:
         model: Any model in any mode; it is not changed.
@@ -35,7 +35,7 @@ def deployed(model: nn.Module, example_input: Tensor) -> nn.Module:
     Returns:
         A model in eval mode on the same device, `channels_last`; ``model`` itself where there is nothing to do.
     """
-    if any(p.dtype == torch.int8 for p in model.parameters()):  # its graph is as it shall run
+    if any(p.dtype == torch.int8 for p in model.parameters()):  # a quantized graph is folded already
         return model
     x = example_input[:1].to(device_of(model))
     folded = model
@@ -51,14 +51,14 @@ def deployed(model: nn.Module, example_input: Tensor) -> nn.Module:
 
 
 def is_channels_last(model: nn.Module) -> bool:
-    """Whether its convolutions are laid out as `channels_last` lays them out."""
+    """Whether the weights of a model's convolutions have the memory layout of `channels_last`."""
     convolves = [p for p in model.parameters() if p.dim() == 4]
     three_d = any(p.dim() == 5 for p in model.parameters())
     return three_d or all(p.is_contiguous(memory_format=torch.channels_last) for p in convolves)
 
 
 def _foldable(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Any]:
-    """Names of layers and of the BatchNorms to fold into them, and what the model puts out."""
+    """The pairs of layers and BatchNorms to fold into them, by name, and the model's outputs."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers, batchnorms = {}, {}
@@ -80,20 +80,20 @@ def _foldable(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Any]:
 
 
 class _Reads(TorchFunctionMode):
-    """Writes down which operator reads what: the weights and running means by identity, what layers put out.
+    """Records which tensors the functions of a forward pass read: weights, running means, the outputs of layers.
 
     Args:
-        weights: Identities of the weights of layers.
-        means: Identities of the running means of BatchNorms.
+        weights: The ids of the weights of layers.
+        means: The ids of the running means of BatchNorms.
     """
 
     def __init__(self, weights: set[int], means: set[int]) -> None:
         super().__init__()
         self._weights, self._means = weights, means
-        self._held: list[Any] = []  # while a tensor lives its identity is its own
-        self._weight_of: dict[int, int] = {}  # of what a layer puts out
+        self._held: list[Any] = []  # keeps tensors alive, so that no id is used again
+        self._weight_of: dict[int, int] = {}  # the weight of the layer, by the id of its output
         self._reads: Counter[int] = Counter()
-        self._pairs: list[tuple[int, int, int]] = []
+        self._pairs: list[tuple[int, int, int]] = []  # weight, running mean, and the tensor between them
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -112,11 +112,11 @@ class _Reads(TorchFunctionMode):
         return result
 
     def end(self, outputs: Any) -> None:
-        """Whoever calls the model reads what it returns."""
+        """Counts the model's outputs as read once more, by its caller."""
         self._reads.update(id(leaf) for leaf in tree_leaves(outputs))
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Each weight and mean used once, the mean by a BatchNorm that alone read what the layer put out."""
+        """The weights and running means to fold: those that, like the tensor between them, were read just once."""
         return [
             (weight, mean)
             for weight, mean, between in self._pairs
@@ -125,12 +125,13 @@ class _Reads(TorchFunctionMode):
 
 
 def _fold(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
+    """Folds each BatchNorm into the layer before it, in place."""
     model.eval()
     for layer_name, batchnorm_name in pairs:
         layer: Any = model.get_submodule(layer_name)
         batchnorm: Any = model.get_submodule(batchnorm_name)
         dtype = layer.weight.dtype
-        layer, batchnorm = layer.float(), batchnorm.float()  # in 16 bits the product would be rounded on the way
+        layer, batchnorm = layer.float(), batchnorm.float()  # 16 bits would round the intermediate results
         if isinstance(layer, nn.Linear):
             for name, value in (("weight", 1.0), ("bias", 0.0)):
                 if getattr(batchnorm, name) is None:  # this function, unlike that for convolutions, needs both
@@ -149,12 +150,12 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 
 
 def _agree(folded: nn.Module, x: Tensor, expected: Any) -> bool:
-    """Whether the folded model answers as the model did."""
+    """Whether the folded model's outputs are the expected ones, up to rounding."""
     try:
-        found = folded(x)
-    except Exception:  # code that reaches into a BatchNorm that is gone
+        outputs = folded(x)
+    except Exception:  # the model's code may use a BatchNorm that is gone
         return False
     sixteen_bits = any(p.dtype in (torch.bfloat16, torch.float16) for p in folded.parameters())
     tolerance = TOLERANCE_16_BITS if sixteen_bits else TOLERANCE
-    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    pairs = zip(tree_leaves(outputs), tree_leaves(expected), strict=True)
     return all(float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp_min(1e-12)) for a, b in pairs)

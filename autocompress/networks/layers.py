@@ -1,4 +1,4 @@
-"""The layers of a dense model and what compression left of each."""
+"""The layers of a dense model, and the size of each after compression."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer that has a weight matrix, before and after.
+    """A layer with a weight matrix, before and after compression.
 
     Attributes:
         name: Its name in the dense model.
         kind: Its type, such as ``"Conv2d"``.
         dense_width: Output channels or neurons of the dense layer.
-        width: Those that are left; None where the compressed model has no such layer.
-        dense_params: Parameters of the dense layer.
-        params: Those that are left and not zero.
+        width: Those of the compressed layer; None where the compressed model has no such layer.
+        dense_params: Parameters of the dense layer that are not zero.
+        params: Parameters of the compressed layer that are not zero.
     """
 
     name: str
@@ -28,18 +28,18 @@ class Layer:
 
 
 def compare_layers(dense: nn.Module, compressed: nn.Module) -> tuple[Layer, ...]:
-    """The layers of ``dense`` that have a weight of two or more dimensions, each beside what became of it.
+    """The layers of ``dense`` with a weight of two or more dimensions, each compared with its compressed form.
 
-    Layers are found by name: what replaces one, a sequence of smaller ones for instance, counts as a whole.
+    Layers are matched by name: a sequence of smaller layers that replaces one counts as a whole.
     """
-    there = dict(compressed.named_modules())
-    found = []
+    modules = dict(compressed.named_modules())
+    layers = []
     for name, layer in dense.named_modules():
         weight = _weight(layer)
         if weight is None or any(layer.children()):
             continue
-        left = there.get(name)
-        found.append(
+        left = modules.get(name)
+        layers.append(
             Layer(
                 name=name or "(model)",
                 kind=type(layer).__name__,
@@ -49,7 +49,7 @@ def compare_layers(dense: nn.Module, compressed: nn.Module) -> tuple[Layer, ...]
                 params=_nonzero(left) if left is not None else 0,
             )
         )
-    return tuple(found)
+    return tuple(layers)
 
 
 def _weight(layer: nn.Module) -> torch.Tensor | None:
@@ -58,7 +58,7 @@ def _weight(layer: nn.Module) -> torch.Tensor | None:
 
 
 def _width(layer: nn.Module) -> int | None:
-    """Outputs of a layer, or of the last one of what replaces it."""
+    """Outputs of a layer, or of the last layer of a sequence."""
     weights = [weight for module in layer.modules() if (weight := _weight(module)) is not None]
     return len(weights[-1]) if weights else None
 

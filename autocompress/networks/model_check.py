@@ -1,4 +1,4 @@
-"""What a model must be before anything is compressed: copied, changed and trained it will be."""
+"""Requirements on a model that is to be compressed: it is copied, changed and trained."""
 
 import copy
 
@@ -10,7 +10,7 @@ def check_model(model: nn.Module) -> None:
     """Checks that a model can be copied, changed and trained.
 
     Raises:
-        ValueError: If it cannot: what of it, and what to do.
+        ValueError: If it cannot; the message names the part of the model that prevents it, and what to do.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -37,7 +37,7 @@ def check_model(model: nn.Module) -> None:
         )
     try:
         copy.deepcopy(model)
-    except Exception as error:  # a module may hold what cannot be copied: torch.nn.utils.weight_norm, an open file
+    except Exception as error:  # modules may hold objects that cannot be copied: weight_norm, an open file
         reason = str(error).partition("\n")[0]
         raise ValueError(
             "the model cannot be copied, which every trial does (masks and norms of weights go with "

@@ -1,4 +1,4 @@
-"""The model that ``--model`` and ``--weights`` name, fitted to the data's classes and channels."""
+"""The model that ``--model`` and ``--weights`` name, adapted to the data's classes and channels."""
 
 import inspect
 import json
@@ -15,19 +15,19 @@ from autocompress.formats import weights as weights_files
 from autocompress.models import build, classifier, first_conv, with_classes, with_first_conv
 from autocompress.plugins import import_from_here, load_from_file
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # what checkpoints keep a state dict under
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which checkpoints keep a state dict
 
 
 @dataclass(frozen=True)
 class Made:
-    """A model, and what is known of it.
+    """A model that was made from a name or a factory.
 
     Attributes:
-        model: It gives a logit for each of the data's classes.
-        channels: What it takes: 1 for grey, 3 for RGB.
-        architecture: How to make it again without code, see `autocompress.models.build`; None for a factory's.
-        is_trained: Whether its weights, the classifier's included, came from a file.
-        notes: What was done to it, in words.
+        model: The model; it puts out a logit for each of the data's classes.
+        channels: Channels of its input: 1 for grey, 3 for RGB.
+        architecture: The arguments of `autocompress.models.build` that make it again; None for a factory's.
+        is_trained: Whether its weights, including the classifier's, came from a file.
+        notes: The changes that were made to it, in sentences.
     """
 
     model: nn.Module
@@ -47,19 +47,19 @@ def make_model(
     channels: int | None = None,
     seed: int = 0,
 ) -> Made:
-    """The model of that name, with its classifier and first convolution fitted to the data.
+    """Makes the model of a name, with its classifier and first convolution adapted to the data.
 
     Args:
         spec: ``small_resnet``, a classifier of torchvision, ``timm/NAME``, ``file.py:factory`` or
-            ``package.module:factory`` of what is installed or in the current folder.
-        arguments: Of the factory.
-        weights: A ``.pt`` or ``.safetensors`` file; ``none``; or ``auto`` for torchvision's own where they are on
+            ``package.module:factory`` of a package that is installed or in the current folder.
+        arguments: The arguments of the factory.
+        weights: A ``.pt`` or ``.safetensors`` file; ``none``; or ``auto`` for torchvision's own if they are on
             this machine already.
-        classes: How many the data has.
-        data_channels: How many the images have.
-        channels: How many the model shall take; None for three where its weights expect colour, and else as many
-            as the images have.
-        seed: Seeds the weights that are made anew.
+        classes: The number of classes of the data.
+        data_channels: The number of channels of the images.
+        channels: The number of channels that the model is to take; None for as many as its weights expect, or
+            without weights as many as the images have.
+        seed: Seeds weights that are initialized anew.
 
     Raises:
         ValueError: If there is no such model, or the weights do not fit it.
@@ -78,7 +78,7 @@ def make_model(
         model = build(architecture)
     is_trained = state is not None and _load(model, state, source, notes)
     conv = first_conv(model)
-    if wanted is None:  # a factory's: as many as it was made for, if the images can be brought to that
+    if wanted is None:  # a factory's model: as many as it was made for, if images can be converted to that
         wanted = conv[1].in_channels if conv and conv[1].in_channels in (1, 3) else data_channels
     if conv is not None and conv[1].in_channels != wanted:
         notes.append(f"the first convolution of {spec} takes {wanted} channels now, not {conv[1].in_channels}")
@@ -92,6 +92,7 @@ def make_model(
 
 
 def _from_factory(spec: str, arguments: Mapping[str, Any], classes: int, notes: list[str]) -> nn.Module:
+    """The model of a factory, with a new classifier if it has another number of classes."""
     factory = load_factory(spec)
     model = factory if isinstance(factory, nn.Module) else call_factory(spec, factory, arguments)
     if not isinstance(model, nn.Module):
@@ -109,7 +110,7 @@ def _from_factory(spec: str, arguments: Mapping[str, Any], classes: int, notes: 
 
 
 def load_factory(spec: str) -> Any:
-    """What ``file.py:name`` or ``package.module:name`` names.
+    """The object that ``file.py:name`` or ``package.module:name`` names.
 
     Raises:
         ValueError: If there is no such file, module or name.
@@ -134,10 +135,10 @@ def load_factory(spec: str) -> Any:
 
 
 def call_factory(spec: str, factory: Any, arguments: Mapping[str, Any]) -> Any:
-    """What a factory gives.
+    """The object that a factory returns.
 
     Raises:
-        ValueError: If it cannot be called so, or raises.
+        ValueError: If it cannot be called with these arguments, or raises.
     """
     if not callable(factory):
         raise ValueError(f"{spec!r} is a {type(factory).__name__}, not a function")
@@ -145,7 +146,7 @@ def call_factory(spec: str, factory: Any, arguments: Mapping[str, Any]) -> Any:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"{spec!r} cannot be called with the arguments {dict(arguments)}: {error}") from None
-    except ValueError:  # no signature is known
+    except ValueError:  # a callable without a known signature
         pass
     try:
         return factory(**arguments)
@@ -155,7 +156,7 @@ def call_factory(spec: str, factory: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` pairs; a value that is JSON is what it says, any other is text.
+    """The arguments in ``key=value`` pairs; a value is parsed as JSON if it is valid JSON, and text otherwise.
 
     Raises:
         ValueError: If a pair has no key, or a key comes twice.
@@ -178,7 +179,7 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _state_for(spec: str, weights: str, notes: list[str]) -> tuple[dict[str, Tensor] | None, str]:
-    """The state dict for a model by name, and where it is from."""
+    """The state dict for a model of a name, None for random weights, and its source in words."""
     if weights not in ("auto", "none"):
         return read_weights(Path(weights)), weights
     if weights == "none" or spec == "small_resnet":
@@ -191,7 +192,7 @@ def _state_for(spec: str, weights: str, notes: list[str]) -> tuple[dict[str, Ten
 
 
 def cached_weights(name: str) -> Path | None:
-    """Where torch keeps the weights that torchvision offers for a model, if they have been downloaded."""
+    """The file in torch's cache with torchvision's weights for a model; None if they have not been downloaded."""
     import torchvision
 
     if name not in torchvision.models.list_models(module=torchvision.models):
@@ -204,45 +205,44 @@ def cached_weights(name: str) -> Path | None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict in a ``.safetensors`` file or one of torch's; nothing in it is run.
+    """The state dict in a ``.safetensors`` file or a file of `torch.save`; no code in it is run.
 
     Raises:
-        ValueError: If it is not there, or is something else.
+        ValueError: If the file does not exist, or holds no state dict.
     """
     if not file.is_file():
         raise ValueError(f"there is no weights file {str(file)!r}")
     if file.suffix == ".safetensors":
         return weights_files.load(file)
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{file} is refused, because it is not only tensors: loading it could run code. If you trust it, "
             "convert it once where its classes are known: torch.save(torch.load(FILE, "
             "weights_only=False).state_dict(), 'weights.pt')"
         ) from None
-    except Exception as error:  # torch raises whatever damaged bytes make it
-        reason = str(error).partition("\n")[0]
-        said = f"{type(error).__name__}: {reason}"
-        raise ValueError(f"{file} is not a readable weights file, whatever its name says ({said})") from None
+    except Exception as error:  # torch may raise anything on damaged bytes
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{file} is not a readable weights file, whatever its name says ({reason})") from None
     for wrapper in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{file} holds no state dict; save it with torch.save(model.state_dict(), FILE)")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def _channels_of(state: Mapping[str, Tensor]) -> int | None:
-    """Channels that the first convolution in a state dict takes."""
+    """Input channels of the first convolution in a state dict; None without one."""
     return next((tensor.shape[1] for tensor in state.values() if tensor.ndim == 4), None)
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str, notes: list[str]) -> bool:
-    """Loads a state dict but for a classifier of other classes; whether the classifier was in it, too.
+    """Loads a state dict, leaving out a classifier of other classes; returns whether the classifier was loaded.
 
     Raises:
-        ValueError: If anything else does not fit.
+        ValueError: If any other tensor does not fit.
     """
     last = classifier(model)
     of_classifier = {f"{last[0]}.weight", f"{last[0]}.bias"} if last else set()

@@ -1,1 +1,1 @@
-"""What `autocompress.search` asks: the space, what is believed of it, and what to try next."""
+"""The parts of a search: the space of configurations, the posterior, the samplers, the choice of the answer."""

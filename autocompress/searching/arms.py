@@ -1,7 +1,7 @@
 """Thompson sampling over arms: which scheme, which criterion, and at which density to try it next.
 
 An arm is one combination of the categorical dimensions. Each has a drop curve and a threshold of its own, with the
-posterior of `ThresholdSampler`; what it is worth is the objective at its threshold.
+posterior of `ThresholdSampler`; its worth is the objective at its threshold.
 """
 
 import math
@@ -16,9 +16,9 @@ from autocompress.sampler import ThresholdSampler, WholeSampler, affordable_dept
 from autocompress.searching.posterior import Array, Posterior, quantile
 from autocompress.searching.space import DENSITY, Arm, Space
 
-ALIKE = math.log(2)  # standard deviation of the log density at the bound between arms, around what they share
-BEATS = 0.05  # an arm that is better than the best one known with a smaller probability is not tried again
-HOPELESS = 2  # failed trials of an arm without a result
+ALIKE = math.log(2)  # standard deviation of the arms' log thresholds around their common mean
+BEATS = 0.05  # an arm is not tried again if it beats the best known one with a smaller probability
+HOPELESS = 2  # failed trials after which an arm without any result is given up
 
 
 class ArmSampler(WholeSampler):
@@ -28,18 +28,18 @@ class ArmSampler(WholeSampler):
     off the arm's trials, and the arm that is best by this draw is tried, at the density that `ThresholdSampler`
     proposes from the arm's own trials. Each arm is tried once to begin with.
 
-    What arms share is where the cliff is, roughly: log thresholds are taken to scatter around a common mean with a
-    standard deviation of log 2 (a random effect), so that an arm without trials begins where the others fell. The
-    study's answer does not rely on that: it believes an arm's own trials alone.
+    Arms learn from each other roughly where the cliff is: their log thresholds are taken to scatter around a
+    common mean with a standard deviation of log 2 (a random effect), so that an arm without trials starts near the
+    others' thresholds. The study's answer does not use that: it relies on an arm's own trials alone.
 
-    With several objectives each draw weighs their logarithms at random (as ParEGO does, Knowles 2006): the arms of
-    the whole front take turns.
+    With several objectives each draw weighs their logarithms at random (as ParEGO does, Knowles 2006), so that the
+    arms of the whole front take turns.
 
     Args:
         space: A space with arms.
         max_drop: The bound on the drop, a fraction.
         seed: Makes the proposals repeatable; they depend on it and on the study's trials alone.
-        tolerance: An arm is known when its threshold's density is known to within this share.
+        tolerance: An arm counts as known when its threshold density is known to within this share of itself.
     """
 
     def __init__(self, space: Space, max_drop: float, seed: int = 0, tolerance: float = 0.15) -> None:
@@ -53,7 +53,7 @@ class ArmSampler(WholeSampler):
         return self.space.params_at(arm, self._density(arm, trials))
 
     def choose(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection], number: int) -> Arm:
-        """The arm that trial ``number`` shall try, given the other trials."""
+        """The arm for trial ``number``, given the other trials."""
         mine = self._by_arm(trials)
         for arm, own in zip(self.space.arms, mine, strict=True):
             if not own:
@@ -70,7 +70,7 @@ class ArmSampler(WholeSampler):
         return self.space.arms[min(candidates, key=drawn)]
 
     def open_arms(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[int]:
-        """Arms of which more may be learned that matters: not known yet, and perhaps better than the best one."""
+        """Indices of the arms worth another trial: not known yet, and perhaps better than the best known one."""
         mine = self._by_arm(trials)
         unknown = [i for i, own in enumerate(mine) if not self._is_known(self.space.arms[i], own)]
         if len(directions) > 1:
@@ -86,7 +86,10 @@ class ArmSampler(WholeSampler):
         return [i for i in unknown if may_be_best(i)]
 
     def best(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> Arm | None:
-        """The arm that is best where it is within the bound with 90%; with several objectives there is none."""
+        """The arm of the best objective at its density that is within the bound with 90% probability.
+
+        None with several objectives, or if that arm has no trials.
+        """
         if len(directions) > 1:
             return None
         mine = self._by_arm(trials)
@@ -102,17 +105,17 @@ class ArmSampler(WholeSampler):
         return f"of the {n} combinations each is known well enough, or known not to be the best"
 
     def posterior(self, arm: Arm, trials: Sequence[FrozenTrial]) -> Posterior:
-        """What the arm's own trials say about its threshold."""
-        return self._of(arm).posterior(of_arm(arm, trials))
+        """The posterior of the arm's threshold, given its own trials."""
+        return self._sampler(arm).posterior(of_arm(arm, trials))
 
     def shared_beliefs(self, mine: Sequence[Sequence[FrozenTrial]]) -> list[tuple[Array, Array]]:
         """Draws of each arm's threshold (log 1/density) and their probabilities, given the trials of all arms.
 
-        Each arm's own posterior, with a normal prior around the mean of the others' thresholds, weighted by how
-        well they are known, in the place of the flat one. At 0 for an arm without a density.
+        They are those of each arm's own posterior, reweighted: a normal prior around the precision-weighted mean
+        of the other arms' thresholds replaces the flat one. An arm without a density has the single draw 0.
         """
         arms = zip(self.space.arms, mine, strict=True)
-        own = [self._of(arm).posterior(trials) if arm.low < 1 else None for arm, trials in arms]
+        own = [self._sampler(arm).posterior(trials) if arm.low < 1 else None for arm, trials in arms]
         seen = [(i, *_moments(b)) for i, b in enumerate(own) if b is not None and observations(mine[i])]
         shared = []
         for i, belief in enumerate(own):
@@ -131,57 +134,62 @@ class ArmSampler(WholeSampler):
         return shared
 
     def _density(self, arm: Arm, trials: Sequence[FrozenTrial]) -> float:
+        """The density at which to try an arm next."""
         if arm.low == 1:
             return 1.0
         mine = self._by_arm(trials)
         i = self.space.arms.index(arm)
         if mine[i]:
-            return self._of(arm).propose(mine[i])
-        return math.exp(-quantile(*self.shared_beliefs(mine)[i], 0.5))  # about where the others fell
+            return self._sampler(arm).propose(mine[i])
+        return math.exp(-quantile(*self.shared_beliefs(mine)[i], 0.5))  # near the other arms' thresholds
 
     def _is_known(self, arm: Arm, own: Sequence[FrozenTrial]) -> bool:
+        """Whether an arm's threshold is known to within the tolerance, or the arm has only failed."""
         if not any(t.state.is_finished() and "drop" in t.user_attrs for t in own):
             return len([t for t in own if t.state.is_finished()]) >= HOPELESS
-        return arm.low == 1 or self._of(arm).done(own, self.tolerance) is not None
+        return arm.low == 1 or self._sampler(arm).done(own, self.tolerance) is not None
 
     def _safe_worth(self, i: int, mine: Sequence[Sequence[FrozenTrial]], worths: "Worths") -> float:
-        """The one objective where arm ``i`` is within its bound with 90%; infinite where that is nowhere."""
+        """The single objective of arm ``i`` at its sparsest density within the bound with 90% probability.
+
+        Infinite if there is no such density.
+        """
         arm, own = self.space.arms[i], mine[i]
         if arm.low == 1:
             return float(worths.at(i, np.zeros(1))[0, 0]) if any(map(_is_feasible, own)) else math.inf
-        depth = -math.log(self._of(arm).posterior(own).threshold(0.9))
+        depth = -math.log(self._sampler(arm).posterior(own).threshold(0.9))
         reachable = depth > 0 and depth >= affordable_depth(own)
         return float(worths.at(i, np.array([depth]))[0, 0]) if reachable else math.inf
 
     def _by_arm(self, trials: Sequence[FrozenTrial]) -> list[list[FrozenTrial]]:
-        """The trials of each arm, as `of_arm`, but with one look at each trial."""
+        """The trials of each arm, as by `of_arm`, in a single pass over the trials."""
         own: list[list[FrozenTrial]] = [[] for _ in self.space.arms]
         choices = [name for name in self.distributions if name != DENSITY]
-        of: dict[tuple[Any, ...], list[list[FrozenTrial]]] = {}
+        lists: dict[tuple[Any, ...], list[list[FrozenTrial]]] = {}  # by the choices: those of their arms
         for trial in trials:
             if not (params := trial.params) or trial.user_attrs.get("dense"):
                 continue
             chosen = tuple(params.get(name) for name in choices)
-            if chosen not in of:
-                of[chosen] = [mine for arm, mine in zip(self.space.arms, own, strict=True) if arm.holds(params)]
-            for mine in of[chosen]:
+            if chosen not in lists:
+                lists[chosen] = [mine for arm, mine in zip(self.space.arms, own, strict=True) if arm.holds(params)]
+            for mine in lists[chosen]:
                 mine.append(trial)
         return own
 
-    def _of(self, arm: Arm) -> ThresholdSampler:
+    def _sampler(self, arm: Arm) -> ThresholdSampler:
         return ThresholdSampler(arm.low, self.max_drop, self.seed)
 
 
 class Worths:
-    """What each arm is worth at a density, read off its trials: the smaller, the better.
+    """Predicts the objectives of each arm at any density from its trials: the smaller, the better.
 
     The logarithm of an objective is taken to be linear in the logarithm of the density, with the same slope in all
-    arms, through the arm's nearest trial; an objective that may be negative is taken as it is.
+    arms, through the arm's nearest trial. An objective with values that are not positive is taken as it is.
 
     Args:
         mine: The trials of each arm.
-        trials: All trials; the dense model's tells the slope as long as no arm has two densities.
-        directions: Of the objectives.
+        trials: All trials; the dense model's gives the slope as long as no arm has trials at two densities.
+        directions: The directions of the objectives.
     """
 
     def __init__(
@@ -207,7 +215,7 @@ class Worths:
         self._slope = _slope(self._points, scored(dense), len(sign))
 
     def at(self, i: int, depths: Array) -> Array:
-        """The objectives of arm ``i`` at depths of shape (n,), shape (objectives, n); infinite without trials."""
+        """The scores of arm ``i`` at depths of shape (n,), shape (objectives, n); infinite without trials."""
         depth, score = self._points[i]
         if not len(depth):
             return np.full((len(self._slope), len(depths)), math.inf)
@@ -216,7 +224,7 @@ class Worths:
 
 
 def _slope(points: Sequence[tuple[Array, Array]], dense: tuple[Array, Array], objectives: int) -> Array:
-    """The change of each objective's score with depth: within arms, or else from the dense model."""
+    """The change of each score with depth, shape (objectives,): within arms, or else from the dense model."""
     centred = [(x - x.mean(), y - y.mean(axis=0)) for x, y in points if len(x)]
     if sum(float(x @ x) for x, _ in centred) < 1e-3 and len(dense[0]):
         centred = [(x, y - dense[1][0]) for x, y in points if len(x)]
@@ -226,7 +234,7 @@ def _slope(points: Sequence[tuple[Array, Array]], dense: tuple[Array, Array], ob
 
 
 def of_arm(arm: Arm, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials of an arm, the dense model left out."""
+    """The trials of an arm, without the dense model's."""
     own = (t for t in trials if not arm.params or arm.holds(t.params))
     return [t for t in own if t.params and not t.user_attrs.get("dense")]
 
@@ -236,6 +244,7 @@ def _is_feasible(trial: FrozenTrial) -> bool:
 
 
 def _moments(belief: Posterior) -> tuple[float, float]:
+    """Mean and variance of the threshold."""
     threshold, weights = belief.curves.threshold[:, 0], belief.weights
     mean = float(weights @ threshold)
     return mean, float(weights @ (threshold - mean) ** 2)

@@ -1,7 +1,7 @@
-"""Dimensions: what a search may vary beside the density, from ``criterion=l1,l2; stage-density; lr; lc.mu``.
+"""Dimensions: what a search may vary beside the density, as in ``criterion=l1,l2; stage-density; lr; lc.mu``.
 
 A dimension is a parameter of the scheme, a setting of the recovery, or the relative density of one stage of the
-network. Each carries an Optuna distribution and knows where its value goes.
+network. Each has an Optuna distribution, and says what its value is applied to.
 """
 
 import ast
@@ -22,13 +22,13 @@ from autocompress.recovery import Recovery, settings_of, with_settings
 from autocompress.scheme import Compose, Scheme, Staged, describe, parts_of
 
 STAGES = "stage-density"
-FEW_STAGES, MANY_STAGES = 4, 6  # fewer are taken apart, more are put together: each is a dimension
-STAGE_RANGE = (0.25, 4.0)  # of a stage's density, relative to that of the first one
+FEW_STAGES, MANY_STAGES = 4, 6  # fewer are split, more are merged: each is a dimension
+STAGE_RANGE = (0.25, 4.0)  # of a stage's density, relative to that of the first stage
 WIDE = 10  # a range whose ends differ by this factor is searched on a log scale
 
 Search: TypeAlias = str | Mapping[str, Any]
 
-# What a setting of the recovery is searched over when no values are given; factors are of its present value.
+# Default ranges of the recovery's settings; factors are of a setting's present value.
 _FACTORS = {"lr": (0.1, 3.0), "mu": (0.1, 10.0)}
 _RANGES: Mapping[str, tuple[float, float]] = {
     "alternating": (0.2, 0.9),
@@ -45,16 +45,15 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {"optimizer": ("sgd", "adamw"), "augme
 
 @dataclass(frozen=True)
 class Dimension:
-    """One thing that a search may vary.
+    """One dimension of a search.
 
     Attributes:
-        name: As users, Optuna and MLflow call it.
-        distribution: The values it may take; a categorical one holds values that are no plain number, word or
-            truth value by their text.
+        name: Its name for users, Optuna and MLflow.
+        distribution: The values it may take; a categorical distribution holds lists and mappings as text.
         of: What it belongs to.
-        field: The parameter's or the setting's own name.
+        field: The name of the scheme's parameter, or of the recovery's setting.
         part: For a parameter of the scheme: the class of the part that has it; empty for any.
-        modules: For a stage: the names of its modules; empty where the stages are yet to be found.
+        modules: For a stage: the names of its modules; empty until the model's stages are known, see `on_model`.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Dimension:
         return self.of == "recovery" or any(isinstance(part, Staged) for part in parts_of(scheme))
 
     def put(self, scheme: Scheme, value: Any) -> Scheme:
-        """The scheme with this parameter of it set.
+        """The scheme with this parameter set to ``value`` in all parts that have it.
 
         Raises:
             ValueError: If the scheme refuses the value.
@@ -99,22 +98,22 @@ class Dimension:
 
 
 def plain(value: Any) -> Any:
-    """A categorical value from what the distribution holds: the text of a list or a mapping is read again."""
+    """The value that a categorical choice stands for: lists and mappings are parsed from their text."""
     return ast.literal_eval(value) if isinstance(value, str) and value[:1] in ("[", "{", "(") else value
 
 
 def staged(scheme: Scheme, relative: Mapping[str, float]) -> Scheme:
-    """The scheme with relative densities by module, in the part that takes them."""
+    """The scheme with relative densities by module, in the parts that are `autocompress.scheme.Staged`."""
     parts = [part.staged(relative) if isinstance(part, Staged) else part for part in parts_of(scheme)]
     return Compose(*parts) if isinstance(scheme, Compose) else parts[0]
 
 
 def parse_dimensions(search: Search, schemes: Sequence[Scheme], recovery: Recovery) -> tuple[Dimension, ...]:
-    """What is to be searched beside the density and the scheme.
+    """The dimensions to search beside the density and the scheme.
 
     Args:
         search: ``"criterion=l1,l2; stage-density; lr=0.01..0.3; lc.mu"``, or a mapping from names to a list of
-            values, a ``(low, high)`` range, or None for the values that make sense.
+            values, a ``(low, high)`` range, or None for default values.
         schemes: The schemes that the search may use.
         recovery: How a trial compresses and trains.
 
@@ -122,42 +121,42 @@ def parse_dimensions(search: Search, schemes: Sequence[Scheme], recovery: Recove
         ValueError: If a name is unknown, or values are missing, refused or given twice; the message says what is
             allowed.
     """
-    found = []
+    dimensions = []
     for name, values in _entries(search):
         make = _stage_dimension if name == STAGES else _dimension
-        found.append(make(name, values, schemes, recovery))
-    targets = [(one.of, one.field, one.part) for one in found]
-    for one, target in zip(found, targets, strict=True):
+        dimensions.append(make(name, values, schemes, recovery))
+    targets = [(one.of, one.field, one.part) for one in dimensions]
+    for one, target in zip(dimensions, targets, strict=True):
         if targets.count(target) > 1:
             raise ValueError(f"search: {one.name} is given twice; give each dimension once")
-    return tuple(found)
+    return tuple(dimensions)
 
 
 def on_model(dimensions: Sequence[Dimension], model: nn.Module) -> tuple[Dimension, ...]:
-    """The dimensions with that of the stages replaced by one for each stage of the model but the first.
+    """The dimensions of a search on a model: that of the stages becomes one for each stage but the first.
 
-    Densities are relative to the first stage's: it has 1.
+    Densities are relative to the first stage's, which has 1.
 
     Raises:
         ValueError: If the model has a single stage.
     """
-    found = []
+    expanded = []
     for one in dimensions:
         if one.of != "stage" or one.modules:
-            found.append(one)
+            expanded.append(one)
             continue
         _, *others = stages(model)
         if not others:
             raise ValueError(f"search: {STAGES} needs a model of several stages; this one has a single one")
-        found += [replace(one, name=f"{STAGES}.{names[0]}", modules=names) for names in others]
-    return tuple(found)
+        expanded += [replace(one, name=f"{STAGES}.{names[0]}", modules=names) for names in others]
+    return tuple(expanded)
 
 
 def stages(model: nn.Module) -> list[tuple[str, ...]]:
-    """The stages of a network: its children with weights, but for a single layer at the end, the classifier.
+    """The stages of a network, as names of modules: its children with weights, without a final classifier layer.
 
-    Where they are few, the largest sequence among them is taken apart. Where they are many, as in a VGG, they are
-    put together into stages of about as many parameters each.
+    While they are few, the largest sequence among them is split into its children. If they are many, as in a VGG,
+    consecutive ones are merged into stages of about as many parameters each.
     """
     children = _with_weights("", model)
     while len(children) < FEW_STAGES:
@@ -192,11 +191,11 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# Reading
+# Parsing
 
 
 def _entries(search: Search) -> Iterator[tuple[str, Any]]:
-    """Names with a list of values, a (low, high) tuple, or None."""
+    """The names, each with a list of values, a (low, high) tuple, or None."""
     if isinstance(search, Mapping):
         for name, values in search.items():
             yield text.convert("a name in search", name), values
@@ -211,6 +210,7 @@ def _entries(search: Search) -> Iterator[tuple[str, Any]]:
 
 
 def _read(name: str, text: str) -> list[Any] | tuple[float, float]:
+    """The list or the range that ``LOW..HIGH`` or ``a,b`` stands for."""
     low, dots, high = text.partition("..")
     if dots:
         try:
@@ -230,6 +230,7 @@ def _number(text: str) -> float:
 
 
 def _dimension(name: str, values: Any, schemes: Sequence[Scheme], recovery: Recovery) -> Dimension:
+    """The dimension of a scheme's parameter or a recovery's setting, its values tried on each scheme."""
     owner, _, field = name.rpartition(".")
     if owner in ("lc", "recovery") or (not owner and not _owners(schemes, field)):
         return _of_recovery(name, field, values, schemes, recovery)
@@ -244,14 +245,14 @@ def _dimension(name: str, values: Any, schemes: Sequence[Scheme], recovery: Reco
     values = _sensible(owners[0], field) if values is None else values
     if values is None:
         raise ValueError(f"search: {name} needs values, as {name}=a,b or {name}=LOW..HIGH")
-    made = Dimension(name, _distribution(name, values, getattr(owners[0], field)), "scheme", field, owner)
-    for value in _samples(made.distribution):
+    dimension = Dimension(name, _distribution(name, values, getattr(owners[0], field)), "scheme", field, owner)
+    for value in _samples(dimension.distribution):
         for scheme in schemes:
             try:
-                made.put(scheme, value)
+                dimension.put(scheme, value)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"search: {name}={value}: {error}") from None
-    return made
+    return dimension
 
 
 def _of_recovery(name: str, field: str, values: Any, schemes: Sequence[Scheme], recovery: Recovery) -> Dimension:
@@ -265,13 +266,13 @@ def _of_recovery(name: str, field: str, values: Any, schemes: Sequence[Scheme], 
         values = _RANGES.get(field) or list(_CHOICES.get(field, ()))
     if values == []:
         raise ValueError(f"search: {name} needs values, as {name}=10,30 or {name}=LOW..HIGH")
-    made = Dimension(name, _distribution(name, values, now), "recovery", field)
-    for value in _samples(made.distribution):
+    dimension = Dimension(name, _distribution(name, values, now), "recovery", field)
+    for value in _samples(dimension.distribution):
         try:
             with_settings(recovery, **{field: value})
         except (ValueError, TypeError) as error:
             raise ValueError(f"search: {name}={value}: {error}") from None
-    return made
+    return dimension
 
 
 def _stage_dimension(name: str, values: Any, schemes: Sequence[Scheme], recovery: Recovery) -> Dimension:
@@ -285,7 +286,7 @@ def _stage_dimension(name: str, values: Any, schemes: Sequence[Scheme], recovery
 
 
 def _distribution(name: str, values: Any, now: Any) -> BaseDistribution:
-    """The distribution of a list or a range: of whole numbers between whole ends, unless ``now`` is a fraction."""
+    """The distribution of a list, or of a range: of integers between integer ends, unless ``now`` is a float."""
     if isinstance(values, tuple):
         if len(values) != 2 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
             raise ValueError(f"search: {name}={values!r}; a range is two finite numbers (low, high)")
@@ -306,7 +307,7 @@ def _distribution(name: str, values: Any, now: Any) -> BaseDistribution:
 
 
 def _samples(distribution: BaseDistribution) -> tuple[Any, ...]:
-    """All values of a list, the ends of a range."""
+    """The values to try out: all of a list, the ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return tuple(map(plain, distribution.choices))
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -328,10 +329,7 @@ def _unknown(name: str, schemes: Sequence[Scheme], recovery: Recovery) -> ValueE
 
 def _settings(recovery: Recovery) -> dict[str, Any]:
     """The settings of a recovery that may be varied, with their values."""
-    settings = settings_of(recovery)
-    return {
-        name: value for name, value in settings.items() if name not in ("method", "steps", "compile", "rounds")
-    }
+    return {name: value for name, value in settings_of(recovery).items() if name not in _NOT_VARIED}
 
 
 def _fields(part: Scheme) -> list[Any]:
@@ -339,6 +337,7 @@ def _fields(part: Scheme) -> list[Any]:
 
 
 def _parts_with(scheme: Scheme, field: str, part: str = "") -> Iterator[Scheme]:
+    """The parts of a scheme that have the parameter ``field``; of the class named ``part``, if that is given."""
     for one in parts_of(scheme):
         if part in ("", type(one).__name__) and any(f.name == field for f in _fields(one)):
             yield one
@@ -349,12 +348,13 @@ def _owners(schemes: Sequence[Scheme], field: str, part: str = "") -> list[Schem
 
 
 def _sensible(part: Scheme, field: str) -> list[Any] | None:
-    """What to search a parameter over: what the scheme says, or else all the words that its type allows."""
-    said = getattr(part, "searched", {}).get(field)
-    return list(said or _literals(typing.get_type_hints(type(part)).get(field))) or None
+    """Default values for a parameter: the scheme's ``searched``, or those in its type hint; None if neither."""
+    values = getattr(part, "searched", {}).get(field)
+    return list(values or _literals(typing.get_type_hints(type(part)).get(field))) or None
 
 
 def _literals(hint: Any) -> Iterator[Any]:
+    """The values that a type hint lists: those of bool and Literal, also within a union."""
     if hint is bool:
         yield from (True, False)
     elif typing.get_origin(hint) is Literal:

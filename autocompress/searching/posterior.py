@@ -1,4 +1,4 @@
-"""The posterior of the drop curve: what the trials so far say about the lowest density within the bound.
+"""The posterior of the drop curve given the trials so far, and of the lowest density within the bound.
 
 With one free density the drop is a noisy, nearly monotone curve of the log density: flat, then a cliff. The
 *threshold* is the density at which the true drop reaches the bound.
@@ -17,26 +17,26 @@ from scipy.special import expit, ndtr, ndtri
 Array: TypeAlias = NDArray[np.float64]
 
 # The noise of one observed drop; fractions (0.01 is one point).
-TRAINING_NOISE = 2e-3  # prior median of what the training seed alone moves (ResNet-56 on CIFAR-10: 0.2 points)
+TRAINING_NOISE = 2e-3  # prior median of the effect of the training seed alone (ResNet-56 on CIFAR-10: 0.2 points)
 SHARED = 0.5  # share of the sampling variance that trials have in common: they share the validation samples
-MISFIT = 0.2  # error of the family of curves, as a share of the distance from the bound: it has to fit there
+MISFIT = 0.2  # error of the family of curves, as a share of the distance from the bound: there it has to fit
 NU = 4  # degrees of freedom of the Student-t noise
-SE_FLOOR = 1e-4  # a standard error estimated as 0 says only that no sample disagreed
+SE_FLOOR = 1e-4  # least standard error: an estimate of 0 means only that no sample disagreed
 BOUND_FLOOR = 0.005  # the scale of the cliff when the bound itself is smaller
-FAR = 5  # a drop of more bounds than this says only that it is beyond: curves saturate, the family does not
+FAR = 5  # drops beyond so many bounds count as "at least that": real curves saturate, the family does not
 
-MANY = 48  # observations that are believed, see `telling`
-AT_A_TIME = 8  # of them are evaluated at all draws: so many stay in a processor's cache
+MANY = 48  # the most observations that a fit uses, see `telling`
+AT_A_TIME = 8  # observations that are evaluated together at all draws: so many stay in a processor's cache
 
-# Adaptive importance sampling, settled by its Monte-Carlo error: 1% of the interval's width at 10 ms.
-# Its sums are einsum's, on one thread: BLAS wakes others for this many draws, which doubles the time.
+# Settings of the adaptive importance sampling: a Monte-Carlo error of 1% of the interval's width, in 10 ms.
+# Its sums use einsum, on one thread: BLAS would start more for this many draws, which doubles the time.
 DIMENSIONS, ROUNDS, POINTS = 6, 8, 1280
 WIDEN = 1.5  # the next round's covariance over that of the draws so far
 ENOUGH = 8  # effective draws that a fit needs; more contract too slowly, fewer are no fit
 
 
 class Observation(NamedTuple):
-    """What a finished trial says: at ``depth`` = log(1 / density) it dropped ``drop``, or at least that.
+    """The result of a finished trial: at ``depth`` = log(1 / density) it dropped ``drop``, or at least that.
 
     Attributes:
         depth: log(1 / density): 0 is dense, larger is sparser.
@@ -59,9 +59,9 @@ class Curves:
 
         drop(u) = a g(u) + (D - a g(t)) (F(u) - F(0)) / (F(t) - F(0)),    F(u) = log(1 + exp(k (u - t) + z))
 
-    a is the plateau: what compression loses (or gains, when negative) before the cliff, and
-    g(u) = 1 - exp(-u / 0.2) lets every curve start from the dense model's drop of 0. F is the cliff: exponential
-    with z well below 0, a hockey stick that bends z / k before the threshold with z well above 0.
+    a is the plateau: the drop (or gain, when negative) before the cliff, and g(u) = 1 - exp(-u / 0.2) lets every
+    curve start from the dense model's drop of 0. F is the cliff: exponential with z well below 0, a hockey stick
+    that bends z / k before the threshold with z well above 0.
 
     Attributes:
         threshold: t, shape (n, 1).
@@ -95,7 +95,7 @@ class Curves:
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """What the trials say about the threshold: the smallest density whose true drop is within the bound.
+    """The posterior of the threshold, the smallest density whose true drop is within the bound, by weighted draws.
 
     *True* means on the population: the noise that all trials share through the validation samples does not
     average out over trials, and is part of every probability here.
@@ -125,7 +125,7 @@ class Posterior:
         return self.threshold((1 - mass) / 2), self.threshold((1 + mass) / 2)
 
     def learnable_interval(self, mass: float = 0.8) -> tuple[float, float]:
-        """The same interval were the noise common to all trials known: what more trials can narrow."""
+        """The same interval if the noise common to all trials were known: the part that more trials can narrow."""
         high, low = (self._density(self._learnable.quantile(q)) for q in ((1 - mass) / 2, (1 + mass) / 2))
         return low, high
 
@@ -143,7 +143,7 @@ class Posterior:
 
     @cached_property
     def _learnable(self) -> "_Draws":
-        """The threshold less what the common noise explains of it."""
+        """The threshold minus its linear regression on the common noise."""
         t, s, w = self.curves.threshold[:, 0], self.shared, self.weights
         mean_t, mean_s = (w * t).sum(), (w * s).sum()
         slope = float((w * (t - mean_t) * (s - mean_s)).sum() / (w * (s - mean_s) ** 2).sum())
@@ -153,47 +153,48 @@ class Posterior:
         return float(min(1.0, max(self.low, math.exp(-depth))))
 
 
-# One state of a study is asked about several times, and each of its arms; half a MB each.
+# The latest posteriors, half a MB each: those of one state of a study, and of its arms, are needed several times.
 _known: dict[tuple[tuple[Observation, ...], float, float, int, float], Posterior] = {}
-STATES, KNOWN = 2, 128  # how many earlier states of one arm are kept, and how many posteriors
+STATES, KNOWN = 2, 128  # how many earlier states of one arm are kept, and how many posteriors in all
 
 
 def fit_posterior(
     seen: tuple[Observation, ...], low: float, bound: float, *, seed: int = 0, shared: float = SHARED
 ) -> Posterior:
-    """What the observations say about the threshold; the prior when there are none.
+    """The posterior of the threshold given the observations; the prior when there are none.
 
-    The last ones asked for are remembered; of a list of observations that grows only its last states, so that a
-    long study takes no more memory than a short one.
+    The latest results are cached. Of a growing list of observations only the last states are kept, so that a long
+    study takes no more memory than a short one.
 
     Args:
-        seen: What the finished trials found.
+        seen: The observations of the finished trials.
         low: The lowest density of the study.
-        bound: On the drop, a fraction: 0.01 is one point.
-        seed: Of the quasi-random points.
+        bound: The bound on the drop, a fraction: 0.01 is one point.
+        seed: Seeds the quasi-random points.
         shared: Share of the sampling variance that trials have in common, between 0 and 1.
     """
-    asked = (seen, low, bound, seed, shared)
-    found = _known.pop(asked, None)
-    if found is None:
-        found = _fitted(*asked)
-        grown = [one for one in list(_known) if one[1:] == asked[1:] and one[0] == seen[: len(one[0])]]
-        for one in (*grown[:-STATES], *list(_known)[:-KNOWN]):
-            _known.pop(one, None)
-    _known[asked] = found  # the last in order
-    return found
+    key = (seen, low, bound, seed, shared)
+    posterior = _known.pop(key, None)
+    if posterior is None:
+        posterior = _fitted(*key)
+        grown = [old for old in list(_known) if old[1:] == key[1:] and old[0] == seen[: len(old[0])]]
+        for old in (*grown[:-STATES], *list(_known)[:-KNOWN]):
+            _known.pop(old, None)
+    _known[key] = posterior  # now the latest
+    return posterior
 
 
 def _fitted(seen: tuple[Observation, ...], low: float, bound: float, seed: int, shared: float) -> Posterior:
-    """By adaptive importance sampling (AMIS; Cornuet, Marin, Mira and Robert 2012) with quasi-random points.
+    """Computes `fit_posterior` by adaptive importance sampling with quasi-random points.
 
-    The same arguments give the same posterior in any process.
+    Cornuet, Marin, Mira and Robert, "Adaptive Multiple Importance Sampling" (2012). The same arguments give the
+    same posterior in any process.
     """
     depth_max = math.log(1 / low)
-    told = _as_arrays(telling(seen, bound), FAR * max(bound, BOUND_FLOOR))
+    data = _as_arrays(telling(seen, bound), FAR * max(bound, BOUND_FLOOR))
 
     def log_likelihood(x: Array) -> Array:
-        return _log_likelihood(told, *_from_normal(x, depth_max, bound), shared)
+        return _log_likelihood(data, *_from_normal(x, depth_max, bound), shared)
 
     x, weights = _sample(log_likelihood, seed, rounds=ROUNDS if seen else 1)
     curves, _, shared_noise = _from_normal(x, depth_max, bound)
@@ -208,7 +209,7 @@ def _from_normal(x: Array, depth_max: float, bound: float) -> tuple[Curves, Arra
     x_threshold, x_slope, x_bend, x_rise, x_noise, shared = np.hsplit(x, DIMENSIONS)
     # The threshold: anywhere in log density, with some room beyond the lowest density.
     threshold = np.maximum(1e-3, 1.15 * depth_max * ndtr(x_threshold))
-    # What the cliff rises from the plateau to the bound: about the bound.
+    # The height of the cliff, from the plateau to the bound: about the bound.
     scale = max(bound, BOUND_FLOOR)
     rise = scale * np.exp(0.5 * x_rise)
     # The cliff: from an exponential to a sharp bend, and its slope d drop / d depth at the threshold.
@@ -221,18 +222,18 @@ def _from_normal(x: Array, depth_max: float, bound: float) -> tuple[Curves, Arra
 
 
 def telling(seen: Sequence[Observation], bound: float) -> Sequence[Observation]:
-    """At most `MANY` observations: half of those are nearest to where drops cross the bound, half spread evenly.
+    """At most `MANY` observations: half are nearest to where drops cross the bound, half are spread evenly.
 
-    Further ones would narrow the posterior by less than it is wrong: trials share half of their sampling noise,
-    which no number of them averages out, and with hundreds the family of curves is believed further than it fits.
-    They are chosen by their depths, so that the luck of a trial does not matter to whether it is.
+    More of them would narrow the posterior by less than its error: trials share half of their sampling noise,
+    which does not average out, and hundreds would be trusted beyond the fit of the family of curves. Given the
+    crossing, the choice depends on depths alone, so that lucky trials are no more likely to be chosen.
     """
     if len(seen) <= MANY:
         return seen
     depth = np.array([one.depth for one in seen])
     order = np.argsort(depth, kind="stable")
     beyond = np.array([one.rejected or one.drop > bound for one in seen])[order]
-    # The cut with the fewest observations on the wrong side of it; the middle one of several.
+    # The depth that has the fewest observations on its wrong side; the middle one of several.
     wrong = np.cumsum(np.concatenate([[np.sum(~beyond)], np.where(beyond, 1, -1)]))
     cuts = np.flatnonzero(wrong == wrong.min())
     crossing = depth[order][min(cuts[len(cuts) // 2], len(seen) - 1)]
@@ -244,7 +245,7 @@ def telling(seen: Sequence[Observation], bound: float) -> Sequence[Observation]:
     return [seen[i] for i in np.sort(np.concatenate([near, spread]))]
 
 
-class _Told(NamedTuple):
+class _Data(NamedTuple):
     """Observations as arrays of shape (m,); ``rejected`` where the drop is at least ``drop``."""
 
     depth: Array
@@ -253,32 +254,33 @@ class _Told(NamedTuple):
     rejected: NDArray[np.bool_]
 
 
-def _as_arrays(seen: Sequence[Observation], far: float) -> _Told:
+def _as_arrays(seen: Sequence[Observation], far: float) -> _Data:
+    """The observations as arrays; drops beyond ``far`` are cut off there, and count as rejected."""
     depth, drop, se = (np.array([getattr(o, f) for o in seen]) for f in ("depth", "drop", "drop_se"))
     rejected = np.array([o.rejected for o in seen], dtype=bool) | (drop > far)
     # Standard errors are pooled over neighbouring densities: a trial with bad luck has a larger one than a
     # trial with good luck, and that alone would pull the threshold towards the lucky ones.
     near = np.exp(-(((depth[:, None] - depth) / 0.3) ** 2) / 2)
-    return _Told(depth, np.minimum(drop, far), np.sqrt(near @ se**2 / near.sum(axis=1)), rejected)
+    return _Data(depth, np.minimum(drop, far), np.sqrt(near @ se**2 / near.sum(axis=1)), rejected)
 
 
 def _log_likelihood(
-    told: _Told, curves: Curves, training_noise: Array, shared_noise: Array, shared: float
+    data: _Data, curves: Curves, training_noise: Array, shared_noise: Array, shared: float
 ) -> Array:
     """Log probability of the observations under each draw, shape (n,)."""
     log_p = np.zeros(len(shared_noise))
-    for i in range(0, len(told.depth), AT_A_TIME):
+    for i in range(0, len(data.depth), AT_A_TIME):
         part = slice(i, i + AT_A_TIME)
-        some = _Told(told.depth[part], told.drop[part], told.se[part], told.rejected[part])
-        log_p += _log_probabilities(some, curves, training_noise, shared_noise, shared).sum(axis=1)
+        chunk = _Data(data.depth[part], data.drop[part], data.se[part], data.rejected[part])
+        log_p += _log_probabilities(chunk, curves, training_noise, shared_noise, shared).sum(axis=1)
     return log_p
 
 
 def _log_probabilities(
-    told: _Told, curves: Curves, training_noise: Array, shared_noise: Array, shared: float
+    data: _Data, curves: Curves, training_noise: Array, shared_noise: Array, shared: float
 ) -> Array:
-    """Of each observation under each draw, up to a constant, shape (n, m)."""
-    depth, drop, se, rejected = told
+    """Log probability of each observation under each draw, up to a constant, shape (n, m)."""
+    depth, drop, se, rejected = data
     expected = curves(depth)
     misfit = MISFIT * (expected - curves.bound)
     variance = misfit**2 + ((1 - shared) * se**2 + training_noise**2)
@@ -300,7 +302,7 @@ def _ramp(depth: Array) -> Array:
     return np.asarray(-np.expm1(-depth / 0.2))
 
 
-# Its posterior.
+# Sampling from the posterior.
 
 
 def _sample(log_likelihood: Callable[[Array], Array], seed: int, rounds: int) -> tuple[Array, Array]:
@@ -325,7 +327,7 @@ def _sample(log_likelihood: Callable[[Array], Array], seed: int, rounds: int) ->
 
 
 def _fit(x: Array, log_w: Array) -> tuple[Array, Array]:
-    """Mean and root of the widened covariance, with the weights tempered until enough draws count."""
+    """Mean and Cholesky root of the widened covariance, the weights tempered until enough draws are effective."""
     for temperature in (1, 2, 4, 8, 16, 32):
         w = _normalized(log_w / temperature)
         if 1 / np.einsum("i,i", w, w) >= ENOUGH:
@@ -338,6 +340,7 @@ def _fit(x: Array, log_w: Array) -> tuple[Array, Array]:
 
 
 def _log_normal(x: Array, mean: Array, root: Array) -> Array:
+    """The log density of a normal at draws x of shape (n, 6), up to a constant, shape (n,)."""
     z = np.einsum("ij,kj->ik", x - mean, np.linalg.inv(root))
     return np.asarray(-np.einsum("ij,ij->i", z, z) / 2 - np.log(np.diag(root)).sum())
 
@@ -368,7 +371,7 @@ def quantile(values: Array, weights: Array, level: float) -> float:
 
 
 class _Draws:
-    """Weighted draws of a number, sorted once for many questions."""
+    """Weighted draws of a number, sorted once for many quantiles and probabilities."""
 
     def __init__(self, values: Array, weights: Array) -> None:
         order = np.argsort(values)

@@ -20,19 +20,19 @@ MANY_ARMS = 64  # more cannot each be tried
 
 
 class _Grid(optuna.samplers.GridSampler):
-    """Optuna's grid for ask and tell, where its own `after_trial` raises at the end: it stops `optimize`."""
+    """Optuna's grid sampler for ask and tell: its own `after_trial` stops `Study.optimize`, or raises."""
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """Leaves the end to whoever asks."""
+        """Does nothing: the search ends by itself."""
 
 
 class _Stateless(optuna.samplers.BaseSampler):
-    """One of Optuna's samplers, made anew with a seed of its own for each trial and parameter.
+    """One of Optuna's samplers, created anew with a seed of its own for each trial and parameter.
 
-    Its proposals depend on the seed and the study's trials alone, and not on how often the search was cut short
-    and resumed; several searches of one study, which have different trials to propose for, differ.
+    Its proposals depend on the seed, the trial's number and the study's trials alone, and not on how often the
+    search was interrupted and resumed. Several searches that share a study propose different values.
     """
 
     def __init__(self, make: Callable[[int], optuna.samplers.BaseSampler], seed: int) -> None:
@@ -105,7 +105,7 @@ def make_sampler(
             and a grid has 20 densities of each.
         max_drop: The bound on the drop, a fraction.
         seed: Makes the proposals repeatable.
-        tolerance: To within which share of itself a threshold's density shall be known.
+        tolerance: A threshold counts as known when its density is known to within this share of itself.
 
     Raises:
         ValueError: As `check_sampler`.
@@ -118,8 +118,8 @@ def make_sampler(
                 ArmSampler(space, max_drop, seed, tolerance) if several else ThresholdSampler(low, max_drop, seed)
             )
         case "gp":
-            # The default of 10 random trials to start with would be most of a study here. The objective is
-            # told to be noisy because Optuna shares the setting between objective and constraints.
+            # The default of 10 random trials to start with would be most of a study here. The objective is left
+            # noisy, as Optuna shares this setting between objective and constraints.
             gp = optuna.samplers.GPSampler
             return _Stateless(lambda s: gp(seed=s, n_startup_trials=4, warn_independent_sampling=False), seed)
         case "tpe":
@@ -133,7 +133,7 @@ def make_sampler(
 
 
 def _grid(space: Space) -> dict[str, Sequence[str | float | int | bool | None]]:
-    """Densities without 1, where the dense model is, and all that the lists hold."""
+    """The grid: densities below 1, which is the dense model's, and all values of the categorical dimensions."""
     densities = np.geomspace(space.low, 1, GRID_SIZE + 1)[:-1].tolist() if space.low < 1 else [1.0]
     lists = {n: list(d.choices) for n, d in space.distributions.items() if isinstance(d, CategoricalDistribution)}
     return {DENSITY: densities, **lists}

@@ -1,4 +1,4 @@
-"""Selection: which of a study's trials is its answer, and how probable it is that it holds what it promises."""
+"""Selection: which of a study's trials is its answer, and with which probability a trial meets the bound."""
 
 import math
 from collections.abc import Collection
@@ -14,10 +14,10 @@ from autocompress.searching.posterior import SE_FLOOR, TRAINING_NOISE, Posterior
 from autocompress.searching.space import Arm, Space
 from autocompress.trial import Bound
 
-PROBABILITY = 0.9  # with which the answer's true drop shall be within the bound
-SMALLEST = 1e-12  # an objective of 0 or less has no logarithm
-SHORTLIST = 3  # trials that are judged on test, at most
-ALIKE = 0.01  # values that differ by less, relative to the better one, are as good as each other
+PROBABILITY = 0.9  # with which the answer's true drop must be within the bound
+SMALLEST = 1e-12  # stands for an objective of 0 or less, which has no logarithm
+SHORTLIST = 3  # the most trials that are scored on test
+ALIKE = 0.01  # objectives that differ by less, relative to the better one, count as equal
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -27,7 +27,7 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def posterior(study: optuna.Study, space: Space, bound: Bound, arm: Arm | None = None) -> Posterior | None:
-    """What an arm's trials say about its lowest feasible density.
+    """The posterior of an arm's lowest feasible density, given its trials.
 
     Args:
         study: The study.
@@ -36,7 +36,8 @@ def posterior(study: optuna.Study, space: Space, bound: Bound, arm: Arm | None =
         arm: One of the space's arms; may be left out where it has just one.
 
     Returns:
-        None where there is no curve to believe in: no density, or none of its own because a dimension is a range.
+        None where there is no drop curve: the scheme takes no density, or there are no arms as a dimension is a
+        range.
     """
     if arm is None:
         arm = space.arms[0] if len(space.arms) == 1 else None
@@ -49,7 +50,7 @@ def posterior(study: optuna.Study, space: Space, bound: Bound, arm: Arm | None =
 def p_feasible(study: optuna.Study, space: Space, bound: Bound, trial: FrozenTrial) -> float:
     """The probability that a finished trial's true drop is within the bound.
 
-    From the drop curve of its arm; where there is none, from its own observed drop and the noise in that.
+    It comes from the drop curve of the trial's arm or, where there is none, from its own drop and the noise in it.
     """
     return _p_feasible(posterior(study, space, bound, space.arm_of(trial.params)), bound, trial)
 
@@ -64,17 +65,17 @@ def _p_feasible(belief: Posterior | None, bound: Bound, trial: FrozenTrial) -> f
 def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int] = ()) -> FrozenTrial | None:
     """The trial that the search answers with; None if none is feasible on val.
 
-    Not the study's best trial, which its own selection has made look better than it is, but the best of those
-    whose true drop is within the bound with a probability of 90% given all the trials; of several that are as good
-    as that to a percent, or to what their latencies are known to, the one that lost least. Failing that the most
-    probable one. Of several objectives their product counts, each relative to the
-    dense model, and so the answer is beaten by no other such trial in all of them.
+    It is the best of the trials whose true drop is within the bound with a probability of 90% given all trials.
+    The study's best observed trial is not used: being selected makes it look better than it is. Of trials whose
+    objective is as good to within a percent, or to within the noise of their latencies, it is the one that lost
+    least. If no trial has a probability of 90%, it is the most probable one. Several objectives are multiplied, so
+    that no other such trial is better in all of them.
 
     Args:
         study: The study.
-        space: What it searches.
-        bound: What may be lost.
-        lost: Trials whose record or weights are damaged: what they found counts, but they cannot be the answer.
+        space: The space that it searches.
+        bound: The bound on the drop.
+        lost: Trials whose record or weights are damaged: their results count, but they cannot be the answer.
     """
     feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
     if not feasible:
@@ -100,16 +101,16 @@ def answer(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int
 
 
 def candidates(study: optuna.Study, space: Space, bound: Bound, lost: Collection[int] = ()) -> list[int]:
-    """Trials that may be the answer in the end, by their numbers, the likeliest first.
+    """The numbers of up to three trials that may be the answer in the end, the likeliest first.
 
-    What it would be now; the best of those that met the bound on val, if the trials to come speak for it; and what
-    it would be without the first, if they speak against that one.
+    They are the present answer; the best trial that met the bound on val, in case further trials make it more
+    probable; and the answer without the present one, in case they make that less probable.
 
     Args:
         study: The study.
-        space: What it searches.
-        bound: What may be lost.
-        lost: As for `answer`.
+        space: The space that it searches.
+        bound: The bound on the drop.
+        lost: See `answer`.
     """
     now = answer(study, space, bound, lost)
     if now is None:
@@ -122,17 +123,17 @@ def candidates(study: optuna.Study, space: Space, bound: Bound, lost: Collection
 def shortlist(
     study: optuna.Study, space: Space, chosen: FrozenTrial, lost: Collection[int] = ()
 ) -> list[FrozenTrial]:
-    """The trials that are judged on test, densest first: the search's answer comes last.
+    """The trials that are scored on test, densest first: the search's answer comes last.
 
-    Before it come up to two that it falls back on where it cannot be certified: denser ones of its arm that met
-    the bound on val and lost no more there than those after them. Testing stops at the first that fails, so that
-    one which looks worse on val is none to begin with.
+    Before it come up to two trials to fall back on if the answer cannot be certified: denser ones of its arm that
+    met the bound on val, and lost no more there than the trials after them. As testing stops at the first trial
+    that fails, one that looks worse on val must not come first.
 
     Args:
         study: The study.
-        space: What it searches.
-        chosen: What `answer` gave.
-        lost: As for `answer`.
+        space: The space that it searches.
+        chosen: The trial that `answer` returned.
+        lost: See `answer`.
     """
     arm, listed = space.arm_of(chosen.params), [chosen]
     feasible = [t for t in finished(study) if t.user_attrs["feasible"] and t.number not in lost]
@@ -146,10 +147,10 @@ def shortlist(
 
 
 def front(study: optuna.Study) -> list[FrozenTrial]:
-    """With several objectives, the trials that were feasible on val and that no other such trial dominates.
+    """The Pareto front: the trials feasible on val that no other such trial dominates.
 
-    One dominates another if it is as good by every objective and better by one. The best by the first objective
-    comes first.
+    A trial dominates another if it is as good by every objective and better by one. The best by the first
+    objective comes first.
     """
     signs = _signs(study)
     feasible = [trial for trial in finished(study) if trial.user_attrs["feasible"]]
@@ -164,5 +165,5 @@ def front(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _signs(study: optuna.Study) -> list[int]:
-    """By objective 1 if less of it is better, -1 if more."""
+    """For each objective 1 if it is minimized, -1 if it is maximized."""
     return [1 if direction == StudyDirection.MINIMIZE else -1 for direction in study.directions]

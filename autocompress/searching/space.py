@@ -1,4 +1,4 @@
-"""Space: all that a search may choose from. A trial proposes a whole configuration in it."""
+"""Space: the configurations that a search may choose from. Each trial tries one of them."""
 
 import itertools
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ DENSITY, SCHEME = "density", "scheme"  # the dimensions that every search may ha
 
 @dataclass(frozen=True)
 class Configuration:
-    """What one trial is run with.
+    """The configuration of one trial.
 
     Attributes:
         density: The density to compress to; 1 where the scheme takes none.
         scheme: How to compress.
         recovery: How to train.
-        params: All that was proposed beside the density, by name.
+        params: The proposed values of all dimensions but the density, by name.
     """
 
     density: float
@@ -38,7 +38,7 @@ class Arm:
     """One choice of the scheme and of all other categorical dimensions: it has a drop curve of its own.
 
     Attributes:
-        params: The choices, by the dimension's name; without those that make no difference to the scheme.
+        params: The choices by dimension; without dimensions that do not apply to the scheme.
         low: The lowest density to propose; 1 where there is no density to search over.
     """
 
@@ -46,19 +46,19 @@ class Arm:
     low: float
 
     def holds(self, params: Mapping[str, Any]) -> bool:
-        """Whether these parameters of a trial are of this arm."""
+        """Whether a trial with these parameters belongs to the arm."""
         return all(params.get(name) == value for name, value in self.params.items())
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a search may choose from.
+    """The configurations that a search may choose from.
 
     Attributes:
         schemes: The schemes to choose from; several make a categorical dimension.
-        recovery: How trials train, but for what is a dimension.
+        recovery: How trials train, except for settings that are dimensions.
         lows: For each scheme, the lowest density to propose; 1 where it has none to search over.
-        dimensions: What else is varied, on this model: see `autocompress.searching.dimensions.on_model`.
+        dimensions: The other dimensions, for this model: see `autocompress.searching.dimensions.on_model`.
     """
 
     schemes: tuple[Scheme, ...]
@@ -68,17 +68,17 @@ class Space:
 
     @property
     def low(self) -> float:
-        """The lowest density that any scheme may be proposed; 1 when none has a density to search over."""
+        """The lowest density of all schemes; 1 when none has a density to search over."""
         return min(self.lows)
 
     @property
     def is_finite(self) -> bool:
-        """Whether everything but the density is a choice among a few."""
+        """Whether all dimensions but the density are categorical."""
         return all(one.is_categorical for one in self.dimensions)
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Every dimension as Optuna sees it. A trial has a value for each; some may make no difference to it."""
+        """Optuna's distribution of each dimension. A trial has values for all, even those that do not apply."""
         named: dict[str, BaseDistribution] = {DENSITY: FloatDistribution(self.low, 1.0, log=True)}
         if len(self.schemes) > 1:
             named[SCHEME] = CategoricalDistribution(list(map(describe, self.schemes)))
@@ -86,39 +86,39 @@ class Space:
 
     @property
     def dense_params(self) -> dict[str, Any]:
-        """Of the dense model: density 1, whatever else. Optuna models the dimensions that all trials have."""
+        """The dense model's parameters: density 1 and any others; Optuna models only what all trials have."""
         return {name: _middle(distribution) for name, distribution in self.distributions.items()} | {DENSITY: 1.0}
 
     @cached_property
     def arms(self) -> tuple[Arm, ...]:
-        """All combinations of scheme and categorical dimensions that differ; none where one is continuous."""
+        """All combinations of a scheme and the dimensions that apply to it; none where a dimension is a range."""
         if not self.is_finite:
             return ()
-        found = []
+        arms = []
         for scheme, low in zip(self.schemes, self.lows, strict=True):
             chosen = {SCHEME: describe(scheme)} if len(self.schemes) > 1 else {}
             applying = [one for one in self.dimensions if one.applies_to(scheme)]
             choices = [one.distribution.choices for one in applying]  # type: ignore[attr-defined]  # categorical
             for combination in itertools.product(*choices):
                 params = dict(zip((one.name for one in applying), combination, strict=True))
-                found.append(Arm(chosen | params, low))
-        return tuple(found)
+                arms.append(Arm(chosen | params, low))
+        return tuple(arms)
 
     def arm_of(self, params: Mapping[str, Any]) -> Arm | None:
-        """The arm that a trial's parameters are of; None where there are no arms."""
+        """The arm that a trial with these parameters belongs to; None where there are no arms."""
         return next((arm for arm in self.arms if arm.holds(params)), None)
 
     def params_at(self, arm: Arm, density: float) -> dict[str, Any]:
-        """The parameters of a trial of an arm, those that make no difference to it included."""
-        # exp(log(low)) may fall short of low by the last bit, and Optuna would not take it
+        """The parameters of a trial of an arm, including dimensions that do not apply to it."""
+        # exp(log(low)) may be below low by the last bit, which Optuna would refuse
         return self.dense_params | dict(arm.params) | {DENSITY: min(1.0, max(self.low, density))}
 
     def suggest(self, trial: optuna.Trial) -> Configuration:
-        """Has the study's sampler choose in every dimension."""
+        """The configuration that the study's sampler chooses for a trial."""
         return self.configuration({name: _suggest(trial, name, d) for name, d in self.distributions.items()})
 
     def configuration(self, params: Mapping[str, Any]) -> Configuration:
-        """The configuration that a trial's parameters stand for."""
+        """The configuration of a trial with these parameters."""
         chosen = self._scheme(params)
         scheme, recovery, relative = self.schemes[chosen], self.recovery, dict[str, float]()
         density = max(self.lows[chosen], params[DENSITY]) if scheme.takes_density else 1.0
