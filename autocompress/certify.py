@@ -1,4 +1,4 @@
-"""The verdict on held-out data: is the drop within the bound, and with what confidence can that be said."""
+"""The verdict on held-out data: whether the drop is within the bound, with a confidence bound on the drop."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,27 +15,27 @@ from autocompress.verdict.constraint import Judged
 
 Outcome: TypeAlias = Literal["certified", "not certifiable", "not met"]
 
-CONFIDENCE = 0.95  # unless told otherwise
+CONFIDENCE = 0.95  # by default
 RESAMPLES = 2000  # for the bounds of the verdict
 RESAMPLES_SE = 100  # for the standard error of one trial: 7% accurate, and there are many trials
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What held-out data say about the drop of a metric from the dense to the compressed model.
+    """The verdict on the drop of a metric from the dense to the compressed model, on held-out data.
 
     Attributes:
-        outcome: ``certified``: the upper bound is within ``max_drop``. ``not met``: even the lower bound is
-            beyond it. ``not certifiable``: so many samples cannot tell.
+        outcome: ``certified``: the upper bound is at most ``max_drop``. ``not met``: even the lower bound is above
+            it. ``not certifiable``: neither; there are too few samples to tell.
         drop: The observed drop, a fraction (0.01 is one point); when ``relative``, of the dense score.
         upper: The drop is at most this, with ``confidence``.
         lower: The drop is at least this, with ``confidence``.
-        n: Test samples.
-        confidence: Of each of the two one-sided bounds.
-        max_drop: The bound that was asked for, in the unit of ``drop``.
-        relative: Whether drops are shares of the dense score.
+        n: Number of test samples.
+        confidence: Confidence of each of the two one-sided bounds.
+        max_drop: The study's bound, in the unit of ``drop``.
+        relative: Whether drops are fractions of the dense score.
         metric: Name of the metric.
-        higher_is_better: Whether a larger score of it is the better one.
+        higher_is_better: Whether a larger score is better.
     """
 
     outcome: Outcome
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        """Whether nothing contradicts the bound: certified or not certifiable."""
+        """Whether the data do not contradict the bound: certified or not certifiable."""
         return self.outcome != "not met"
 
     @property
@@ -60,7 +60,7 @@ class Verdict:
         worse, better = ("drops", "gains") if self.higher_is_better else ("worsens by", "improves by")
         change = f"{better if self.drop < 0 else worse} {_amount(abs(self.drop), self.relative)}"
         observed = f"{self.metric.replace('_', ' ')} {change}"
-        # The upper bound is rounded up, the lower one down: the sentence claims no more than was shown.
+        # The upper bound is rounded up, the lower one down, so that the sentence never claims too much.
         sure = f"with {self.confidence * 100:g}% confidence"
         bound = f"(bound {_amount(self.max_drop, self.relative)})"
         at_most = f"at most {_amount(self.upper, self.relative, math.ceil)} {sure}"
@@ -93,18 +93,18 @@ def certify(
 
     For a metric that is a mean of right and wrong answers the bounds are those of Bonett and Price,
     see `paired_bounds`; for others they are percentiles of 2,000 paired bootstrap resamples. Each bound is
-    one-sided: a compressed model that truly drops more than ``max_drop`` is called certified in at most
-    1 - ``confidence`` of test sets (about; the bootstrap needs some ten samples in every class).
+    one-sided: a compressed model whose true drop exceeds ``max_drop`` is certified on at most a fraction
+    1 - ``confidence`` of test sets (approximately; the bootstrap needs some ten samples of every class).
 
     Args:
-        metric: What the bound is about.
-        dense: The dense model on the test data: outputs of shape (n, classes), targets of shape (n,).
-        compressed: The compressed model on the same samples in the same order.
+        metric: The metric whose drop is bounded.
+        dense: The dense model's evaluation on the test data.
+        compressed: The compressed model's, on the same samples in the same order.
         max_drop: The bound, a fraction: 0.01 is one point, or 1% of the dense score when ``relative``.
-        relative: Count the drop as a share of the dense score. For accuracy-like metrics the dense score is
-            taken as known; the bootstrap resamples it too.
-        confidence: Of each bound, between 0.5 and 1.
-        seed: Of the bootstrap.
+        relative: Whether the drop counts as a fraction of the dense score. For accuracy-like metrics the dense
+            score is taken as known; the bootstrap resamples it too.
+        confidence: Confidence of each bound, between 0.5 and 1.
+        seed: Seeds the bootstrap.
 
     Raises:
         ValueError: If the two evaluations are not of the same samples, or ``confidence`` is out of range.
@@ -134,27 +134,27 @@ def certify(
 
 
 def conclude(verdict: Verdict, constraints: Sequence[Judged]) -> tuple[Outcome, str]:
-    """The verdict on the drop and on all the constraints together: the worst of them, and each in words."""
+    """Combines the verdicts on the drop and on all constraints: the worst outcome, and a sentence for each."""
     order: tuple[Outcome, ...] = ("certified", "not certifiable", "not met")
-    outcome = max((verdict.outcome, *(one.standing for one in constraints)), key=order.index)
+    outcome = max((verdict.outcome, *(constraint.standing for constraint in constraints)), key=order.index)
     sentence = verdict.sentence
     if outcome != verdict.outcome:
         sentence = (
             f"{outcome.capitalize()}, for a constraint. Of the drop alone: {sentence[0].lower()}{sentence[1:]}"
         )
-    return outcome, " ".join([sentence, *(one.sentence for one in constraints)])
+    return outcome, " ".join([sentence, *(constraint.sentence for constraint in constraints)])
 
 
 def certified_in_order(outcomes: Iterable[Outcome]) -> int:
-    """How many of several models are certified: those before the first that is not, at which the testing stops.
+    """The number of models certified in a fixed-sequence test, which stops at the first that is not certified.
 
-    In an order that is fixed before the data are seen, each model may be tested at the full level, and the
-    probability to certify any of them wrongly is still at most 1 - confidence: the first whose true drop is beyond
-    the bound is certified with no more than that, and those after it only where it was (Maurer, Hothorn and
-    Lehmacher 1995; Wiens 2003, A fixed sequence Bonferroni procedure for testing multiple endpoints).
+    If the order is fixed before the data are seen, each model may be tested at the full level, and the probability
+    of certifying any of them wrongly is still at most 1 - confidence: the first model whose true drop exceeds the
+    bound is certified with at most that probability, and those after it are tested only if it was (Maurer, Hothorn
+    and Lehmacher 1995; Wiens 2003, A fixed sequence Bonferroni procedure for testing multiple endpoints).
 
     Args:
-        outcomes: Of the models, in their order; those after the first failure are not asked for.
+        outcomes: The models' outcomes in that order, computed lazily: none after the first failure is requested.
     """
     certified = 0
     for outcome in outcomes:
@@ -177,8 +177,8 @@ def paired_bounds(lost: int, gained: int, n: int, confidence: float) -> tuple[fl
     Args:
         lost: Samples that only the dense model gets right.
         gained: Samples that only the compressed model gets right.
-        n: All samples.
-        confidence: Of each of the two bounds.
+        n: Number of samples.
+        confidence: Confidence of each of the two bounds.
 
     Example:
         >>> lower, upper = paired_bounds(lost=8, gained=2, n=449, confidence=0.95)
@@ -195,8 +195,8 @@ def drop_standard_error(
 ) -> float:
     """Standard error of the observed drop over samples, in the unit of the drop.
 
-    With b and c the samples that only the dense and only the compressed model gets right it is
-    sqrt(b + c - (b - c)^2 / n) / n; for metrics that are no mean of right and wrong, a small bootstrap.
+    With b samples that only the dense model gets right and c that only the compressed model does, it is
+    sqrt(b + c - (b - c)^2 / n) / n. For metrics that are not a mean of right and wrong answers, a small bootstrap.
 
     Raises:
         ValueError: If the two evaluations are not of the same samples.
@@ -211,13 +211,13 @@ def drop_standard_error(
 
 
 def certifiable_drop(n: int, max_drop: float, disagreement: float, confidence: float = CONFIDENCE) -> float | None:
-    """The largest observed drop that ``n`` test samples could certify, or None when not even a gain would do.
+    """The largest observed drop that ``n`` test samples could certify; None if even the largest gain could not.
 
     Args:
-        n: Test samples.
+        n: Number of test samples.
         max_drop: The bound on the drop, a fraction.
-        disagreement: Share of the samples that only one of the two models gets right.
-        confidence: Of the certificate.
+        disagreement: Fraction of the samples that only one of the two models gets right.
+        confidence: Confidence of the certificate.
 
     Example:
         >>> print(f"{certifiable_drop(n=449, max_drop=0.01, disagreement=0.03):.4f}")
@@ -232,7 +232,7 @@ def certifiable_drop(n: int, max_drop: float, disagreement: float, confidence: f
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuses what is no confidence.
+    """Checks a confidence level.
 
     Raises:
         ValueError: If it does not lie between 0.5 and 1.
@@ -250,11 +250,11 @@ def _check(dense: Evaluation, compressed: Evaluation) -> None:
 
 
 def _disagreements(metric: Metric, dense: Evaluation, compressed: Evaluation) -> tuple[int, int]:
-    """How many samples only the dense, and only the compressed model gets right."""
+    """The number of samples that only the dense model, and that only the compressed model, gets right."""
     assert metric.correct is not None
-    before = metric.correct(dense.targets, dense.outputs)
-    after = metric.correct(compressed.targets, compressed.outputs)
-    return int((before & ~after).sum()), int((after & ~before).sum())
+    dense_right = metric.correct(dense.targets, dense.outputs)
+    compressed_right = metric.correct(compressed.targets, compressed.outputs)
+    return int((dense_right & ~compressed_right).sum()), int((compressed_right & ~dense_right).sum())
 
 
 def _bootstrap_bounds(
@@ -262,13 +262,14 @@ def _bootstrap_bounds(
 ) -> tuple[float, float]:
     """One-sided bounds: percentiles of the drop over paired resamples."""
     drops = _bootstrap_drops(metric, dense, compressed, relative, RESAMPLES, seed)
-    if len(drops) < RESAMPLES / 2:  # most resamples miss a class: there is nothing to go by
+    if len(drops) < RESAMPLES / 2:  # most resamples lack a class: too few samples for any bound
         return -math.inf, math.inf
     lower, upper = (float(np.quantile(drops, q)) for q in (1 - confidence, confidence))
     if drops.min() < drops.max():
         return lower, upper
-    # No resample differs: the models agree wherever the metric looks. Fresh samples need not, so the margin
-    # is that of `paired_bounds` without a disagreement, at the size of the smallest class: conservative.
+    # All resamples have the same drop: the models agree wherever the metric looks. On fresh samples they may
+    # differ, so the margin is that of `paired_bounds` for no disagreement among as many samples as the smallest
+    # class has, which is conservative.
     n = smallest_class(dense.targets)
     margin = paired_bounds(0, 0, n, confidence)[1]
     return lower - margin, upper + margin
@@ -277,24 +278,24 @@ def _bootstrap_bounds(
 def _bootstrap_drops(
     metric: Metric, dense: Evaluation, compressed: Evaluation, relative: bool, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """The drop over paired resamples; fewer than asked for when some lost a class and have no score."""
+    """The drops on paired resamples, without those resamples that lack a class and so have no score."""
     targets = dense.targets
     n_classes = classes_present(targets)
 
     def drop(i: NDArray[np.int64]) -> float:
         if classes_present(targets[i]) < n_classes:
             return math.nan
-        before, after = (metric.score(targets[i], e.outputs[i]) for e in (dense, compressed))
-        return metric.drop(before, after, relative=relative)
+        dense_score, compressed_score = (metric.score(targets[i], e.outputs[i]) for e in (dense, compressed))
+        return metric.drop(dense_score, compressed_score, relative=relative)
 
-    # Not scipy.stats.bootstrap: one resample without a score would leave it without an interval.
+    # Not scipy.stats.bootstrap: it returns no interval if a single resample has no score.
     rng = np.random.default_rng(seed)
     drops = [drop(rng.integers(len(targets), size=len(targets))) for _ in range(resamples)]
     return np.array([d for d in drops if math.isfinite(d)], dtype=np.float64)
 
 
 def _amount(drop: float, relative: bool, rounding: Callable[[float], float] = round) -> str:
-    """To a hundredth of a point; adding 0.0 makes a minus zero plain."""
+    """A drop in words, rounded to a hundredth of a point."""
     if not math.isfinite(drop):
         return "an unknown amount"
-    return f"{rounding(drop * 1e4) / 100 + 0.0:g}{'%' if relative else ' pp'}"
+    return f"{rounding(drop * 1e4) / 100 + 0.0:g}{'%' if relative else ' pp'}"  # + 0.0 turns -0.0 into 0.0

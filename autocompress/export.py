@@ -1,8 +1,9 @@
-"""The deployable artifact: files that run without autocompress.
+"""Exports a compressed model to files that run without autocompress.
 
 ``model.pt2`` needs torch alone, ``model.onnx`` ONNX Runtime alone; both take any batch size. On request there is
-``model.pte`` for ExecuTorch. Beside them lies what gives the module itself back, see
-`autocompress.formats.bundle`. Each is run in a fresh process and is offered only if it answers as the model does.
+``model.pte`` for ExecuTorch. ``model.safetensors`` and ``plan.json`` restore the module itself, see
+`autocompress.formats.bundle`. Each file is run in a fresh process, and is offered only if its outputs are the
+model's.
 """
 
 import copy
@@ -27,9 +28,9 @@ from autocompress.formats.onnx_export import capture, quietly, weight_dtype, wri
 from autocompress.formats.parity import Arrays, FreshProcess, Undelivered, have_waiting, reason
 from autocompress.networks.deployed import deployed
 
-ON_REQUEST = ("executorch",)  # of the formats
-TOLERANCE = 1e-4
-TOLERANCE_FEWER_BITS = 5e-2
+ON_REQUEST = ("executorch",)  # formats that are not always written
+TOLERANCE = 1e-4  # largest `Artifact.max_error` of a model in float32
+TOLERANCE_FEWER_BITS = 5e-2  # and of one in 16 or 8 bits
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Artifact:
         path: The file.
         size_bytes: Its size on disk.
         max_error: The largest difference of a logit from the model's, relative to the largest logit.
-        not_fresh: Why it was checked in the process that wrote it, in one line; empty where a fresh one did.
+        not_fresh: Why it was checked in this process and not in a fresh one, in one line; usually empty.
     """
 
     format: str
@@ -53,13 +54,13 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Staged:
-    """Files that were written and checked, and are not yet where they are looked for.
+    """Files that were written to a temporary folder and checked, for `publish` to move into place.
 
     Attributes:
-        folder: Where they lie.
-        errors: `Artifact.max_error` of each format that is offered.
-        refused: For each format that is not, the reason in one line.
-        not_fresh: `Artifact.not_fresh` by format, where there is something to say.
+        folder: The temporary folder.
+        errors: `Artifact.max_error` of each format that passed its check.
+        refused: The reason, in one line, of each format that did not.
+        not_fresh: `Artifact.not_fresh` by format, where it is not empty.
     """
 
     folder: Path
@@ -70,17 +71,17 @@ class Staged:
 
 @dataclass(frozen=True)
 class Export:
-    """What `export` wrote, and for each format that it did not, the reason in one line."""
+    """The files that `export` wrote, and for each format that it did not offer, the reason in one line."""
 
     artifacts: tuple[Artifact, ...]
     refused: Mapping[str, str]
 
 
 def check_formats(formats: str | Sequence[str]) -> tuple[str, ...]:
-    """Formats to write besides those that are always written.
+    """Checks the formats of `ON_REQUEST` that a user asks for, and returns them without duplicates.
 
     Raises:
-        ValueError: If there is no such format, or what it needs is not installed.
+        ValueError: If there is no such format, or the package that writes it is not installed.
     """
     formats = listing(formats)
     if unknown := [name for name in formats if name not in ON_REQUEST]:
@@ -100,25 +101,25 @@ def export(
     formats: Sequence[str] = (),
     tolerance: float | None = None,
 ) -> Export:
-    """Writes the model in every format, checks each, and keeps those that answer as the model does.
+    """Writes the model in every format, checks each file, and keeps those whose outputs are the model's.
 
-    What is there to run, ``model.pt2`` and ``model.onnx``, has BatchNorm folded; ``model.safetensors`` has it as
-    it was trained.
+    BatchNorm is folded in ``model.pt2`` and ``model.onnx``, which are for inference; ``model.safetensors`` has it
+    as it was trained.
 
-    Files appear in ``directory`` one by one, each complete; those of an earlier export are replaced. It is `stage`
-    and then `publish`.
+    Files appear in ``directory`` one by one, each complete; those of an earlier export are replaced. It is
+    `stage`, then `publish`.
 
     Args:
-        model: As for `stage`, as are the others.
+        model: See `stage`, as for all other arguments.
         example_input: A batch of at least one sample.
-        directory: Where to write; made if it does not exist.
-        provenance: What ``plan.json`` and ``README.md`` say of the model.
+        directory: The folder to write to; created if it does not exist.
+        provenance: What ``plan.json`` and ``README.md`` record about the model.
         dense: Any instance of the dense architecture.
-        formats: What to write besides.
+        formats: Formats to write in addition.
         tolerance: The largest `Artifact.max_error` to accept.
 
     Raises:
-        ValueError: If ``example_input`` is no batch, or a format cannot be written here.
+        ValueError: If ``example_input`` is not a batch, or a format cannot be written here.
     """
     staging = directory / ".export"
     try:
@@ -140,19 +141,19 @@ def stage(
     formats: Sequence[str] = (),
     tolerance: float | None = None,
 ) -> Staged:
-    """The part of `export` that takes long, and needs no more than the model: writes the files and checks them.
+    """Writes the files of `export` to a temporary folder and checks them: the slow part of it.
 
     Args:
-        model: The realized model: logits of shape ``(n, classes)`` from a batch. It is not changed.
+        model: The realized model, which maps a batch to logits of shape ``(n, classes)``. It is not changed.
         example_input: A batch of at least one sample. None of it is stored.
-        folder: Where to write; what is in it goes.
-        provenance: What ``plan.json`` and ``README.md`` say of the model.
-        dense: Any instance of the dense architecture, from which ``model.safetensors`` is rebuilt to see whether
-            it answers as the model does. Without it only its weights are compared.
-        formats: What to write besides, see `check_formats`.
-        tolerance: The largest `Artifact.max_error` to accept; 1e-4 by default, and 5e-2 for a model in 16
-            bits, because its ONNX file has the same weights and computes in float32, or in 8, because
-            activations between two steps may be rounded the other way.
+        folder: The folder to write to; its contents are deleted first.
+        provenance: What ``plan.json`` and ``README.md`` record about the model.
+        dense: Any instance of the dense architecture, from which the module is rebuilt with ``model.safetensors``
+            to compare its outputs. Without it only the weights are compared.
+        formats: Formats to write in addition, see `check_formats`.
+        tolerance: The largest `Artifact.max_error` to accept. By default 1e-4; 5e-2 for a model in 16 bits, whose
+            ONNX file has the same weights but computes in float32, and for one in 8 bits, whose activations may be
+            rounded to either of two neighbouring steps.
 
     Raises:
         ValueError: As `export`.
@@ -160,41 +161,41 @@ def stage(
     formats = check_formats(formats)
     if example_input.ndim < 2 or len(example_input) == 0:
         raise ValueError(f"example_input= must be a batch (n, ...), not of shape {tuple(example_input.shape)}")
-    # Another memory layout is for speed here; exporters know the plain one best.
+    # Channels last is for speed; exporters support the contiguous layout best.
     stored = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     if tolerance is None:
         tolerance = TOLERANCE if weight_dtype(stored) == torch.float32 else TOLERANCE_FEWER_BITS
-    shutil.rmtree(folder, ignore_errors=True)  # of another model, or left by an export that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # files of another model, or of an export that was killed
     folder.mkdir(parents=True)
     probes = _probes(example_input.detach().cpu())
     with torch.inference_mode():
         expected = [stored(x).float().numpy() for x in probes]
-    answers, not_fresh = _write_all(stored, probes, folder, provenance, dense, formats)
-    # Without answers it is what `bundle.save` has compared: its weights.
-    errors = {"safetensors": 0.0} | {name: _error(found, expected) for name, found in answers.items()}
+    outputs, not_fresh = _write_all(stored, probes, folder, provenance, dense, formats)
+    # Without ``dense``, model.safetensors has no outputs; `bundle.save` has compared its weights.
+    errors = {"safetensors": 0.0} | {name: _error(found, expected) for name, found in outputs.items()}
     refused = {name: why for name, error in errors.items() if (why := _refusal(error, tolerance))}
     integers = weight_dtype(stored) == torch.int8
     readme = instructions(errors, probes[0], expected[0].shape[-1], provenance, refused, integers, not_fresh)
     (folder / "README.md").write_text(readme, encoding="utf-8")
-    offered = {name: float(errors[name]) for name in FILES if name in errors and name not in refused}
-    return Staged(folder, offered, refused, not_fresh)
+    passed = {name: float(errors[name]) for name in FILES if name in errors and name not in refused}
+    return Staged(folder, passed, refused, not_fresh)
 
 
 def publish(staged: Staged, directory: Path, results: Mapping[str, Any] | None = None) -> Export:
-    """The rest of `export`: moves each file into place; what an earlier export left of another format goes.
+    """Moves staged files into place and removes files of other formats that an earlier export left.
 
     Args:
-        staged: What `stage` gave; its files are moved.
-        directory: Where to, on the same file system; made if it does not exist.
-        results: What ``plan.json`` says of the model besides, such as its metric on val and test: JSON types only.
+        staged: The result of `stage`; its files are moved.
+        directory: The folder to move to, on the same file system; created if it does not exist.
+        results: Further entries of ``plan.json``, such as the metric on val and test: JSON types only.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    wanted = {file: name in staged.errors for name, file in FILES.items()}
-    wanted |= {bundle.PLAN: "safetensors" in staged.errors, "README.md": True}
-    if results and wanted[bundle.PLAN]:
+    is_staged = {file: name in staged.errors for name, file in FILES.items()}
+    is_staged |= {bundle.PLAN: "safetensors" in staged.errors, "README.md": True}
+    if results and is_staged[bundle.PLAN]:
         bundle.add_results(staged.folder, results)
-    for file, is_there in wanted.items():
-        if is_there:
+    for file, staged_now in is_staged.items():
+        if staged_now:
             (staged.folder / file).replace(directory / file)
         else:
             (directory / file).unlink(missing_ok=True)
@@ -206,12 +207,12 @@ def publish(staged: Staged, directory: Path, results: Mapping[str, Any] | None =
 
 
 def export_dense(model: nn.Module, example_input: Tensor, folder: Path) -> None:
-    """Writes a model as it is deployed, unchecked. The next export of the process takes a fraction of the time.
+    """Writes a model in its deployed form, unchecked. It also warms up the exporters for the next export.
 
     Args:
-        model: It is not changed.
+        model: The model; it is not changed.
         example_input: A batch of at least one sample.
-        folder: Where to write ``model.pt2`` and ``model.onnx``; made if it does not exist.
+        folder: The folder to write ``model.pt2`` and ``model.onnx`` to; created if it does not exist.
     """
     plain = copy.deepcopy(deployed(model, example_input)).cpu().to(memory_format=torch.contiguous_format).eval()
     traced = torch.zeros_like(_probes(example_input[:1].detach().cpu())[-1])
@@ -224,18 +225,18 @@ def export_dense(model: nn.Module, example_input: Tensor, folder: Path) -> None:
 
 
 def have_checker(folder: Path, example_input: Tensor) -> None:
-    """Sees to it that a fresh process waits to check the next export, and has run a model of each format before.
+    """Starts a process that waits to check the next export, warmed up by running the files of `export_dense`.
 
     Args:
-        folder: Where `export_dense` has written.
-        example_input: A batch for what it has written.
+        folder: The folder that `export_dense` has written to.
+        example_input: A batch of at least one sample for these files.
     """
     files = {name: folder / FILES[name] for name in ("pt2", "onnx")}
     have_waiting(folder, files, [_probes(example_input[:1].detach().cpu())[-1].numpy()])
 
 
 def _probes(example: Tensor) -> list[Tensor]:
-    """Batches of one and of five samples in the range of the example."""
+    """Random batches of one and of five samples, in the range of the example's values."""
     generator = torch.Generator().manual_seed(0)
     probes = []
     for n in (1, 5):
@@ -258,70 +259,74 @@ def _write_all(
     dense: nn.Module | None,
     formats: Sequence[str],
 ) -> tuple[dict[str, Arrays | str], dict[str, str]]:
-    """Writes every format into ``folder`` and has it run.
+    """Writes every format into ``folder`` and runs each file in a fresh process.
 
     Returns:
-        The answers of each, or why there are none, and `Artifact.not_fresh` by format. Without ``dense`` there are
-        no answers of ``model.safetensors``.
+        By format, the outputs on ``probes`` or the reason why there are none, and `Artifact.not_fresh`. Without
+        ``dense`` there are no outputs of ``model.safetensors``.
     """
-    # Zeros: exporters may store the input that they trace with, and the data is not ours to ship.
+    # Zeros: exporters may store the input that they trace with, and the user's data must not be shipped.
     traced = torch.zeros_like(probes[-1])
-    # A copy, as the caller's is stored beside it, in the layout that exporters know best.
-    runs = copy.deepcopy(deployed(model, probes[0])).to(memory_format=torch.contiguous_format)
-    answers: dict[str, Arrays | str] = {}
+    # A copy, because `bundle.save` needs ``model`` unchanged; in the layout that exporters support best.
+    plain = copy.deepcopy(deployed(model, probes[0])).to(memory_format=torch.contiguous_format)
+    outputs: dict[str, Arrays | str] = {}
     try:
         with quietly():
-            program = capture(runs, traced)
-    except Exception as error:  # whatever it raises for a model that it does not take
-        program, answers["pt2"] = None, reason(error)
-    writers = _writers(runs, traced, program)
+            program = capture(plain, traced)
+    except Exception as error:  # whatever torch.export raises for a model that it does not support
+        program, outputs["pt2"] = None, reason(error)
+    writers = _writers(plain, traced, program)
     if "executorch" in formats:
-        writers["executorch"] = lambda path: write_pte(runs, traced, path)
-    # The last: it is loaded with autocompress, and the others must be known to run without.
+        writers["executorch"] = lambda path: write_pte(plain, traced, path)
+    # Last, because its check imports autocompress, and the other files must be checked in a process without it.
     writers["safetensors"] = lambda path: bundle.save(model, probes[0], path.parent, provenance)
     inputs = [x.numpy() for x in probes]
     not_fresh: dict[str, str] = {}
-    with FreshProcess(folder, inputs) as elsewhere:
+    with FreshProcess(folder, inputs) as fresh_process:
         for done, (name, write) in enumerate(writers.items()):
-            progress.report(done / (len(writers) + 1))  # the other process comes last
+            progress.report(done / (len(writers) + 1))  # waiting for the fresh process is the last step
             try:
                 with quietly():
                     write(folder / FILES[name])
-            except Exception as error:  # an exporter may raise anything; it costs this one format
-                answers[name] = reason(error)
+            except Exception as error:  # an exporter may raise anything; only this format is lost
+                outputs[name] = reason(error)
             else:
                 if name != "safetensors":
-                    elsewhere.start(name, folder / FILES[name])
+                    fresh_process.start(name, folder / FILES[name])
         progress.report(len(writers) / (len(writers) + 1))
-        answers |= elsewhere.finish([name for name in writers if name not in (*answers, "safetensors")])
-        if dense is not None and "safetensors" not in answers:
-            answers["safetensors"], why_here = _rebuilt(elsewhere, folder, provenance, dense, inputs)
+        outputs |= fresh_process.finish([name for name in writers if name not in (*outputs, "safetensors")])
+        if dense is not None and "safetensors" not in outputs:
+            outputs["safetensors"], why_here = _run_rebuilt(fresh_process, folder, provenance, dense, inputs)
             not_fresh |= {"safetensors": why_here} if why_here else {}
-    return answers, not_fresh
+    return outputs, not_fresh
 
 
 def _writers(
     model: nn.Module, batch: Tensor, program: ExportedProgram | None
 ) -> dict[str, Callable[[Path], None]]:
-    """What writes the files that are always written, by format; without a program there is none for PyTorch's."""
+    """Functions that write ``model.pt2``, if there is an exported program, and ``model.onnx``, by format."""
     onnx: dict[str, Callable[[Path], None]] = {"onnx": lambda path: write_onnx(model, batch, path, program)}
     return onnx if program is None else {"pt2": lambda path: _write_pt2(program, path)} | onnx
 
 
-def _rebuilt(
-    elsewhere: FreshProcess, folder: Path, provenance: Provenance, dense: nn.Module, inputs: Arrays
+def _run_rebuilt(
+    fresh_process: FreshProcess, folder: Path, provenance: Provenance, dense: nn.Module, inputs: Arrays
 ) -> tuple[Arrays | str, str]:
-    """What the module rebuilt from ``folder`` answers; why it was not in the fresh process, if it was here."""
+    """Runs the module rebuilt from ``folder``, in this process if it cannot be run in the fresh one.
+
+    Returns:
+        Its outputs or the reason why there are none, and `Artifact.not_fresh`.
+    """
     try:
         call = bundle.checking_call(folder, provenance, dense)
     except Exception as error:  # whatever a user's object raises that cannot be pickled
         why_here = reason(error)
     else:
-        elsewhere.start_call("safetensors", call)
-        answer = elsewhere.finish(["safetensors"])["safetensors"]
-        if not isinstance(answer, Undelivered):
-            return answer, ""
-        why_here = str(answer)
+        fresh_process.start_call("safetensors", call)
+        outputs = fresh_process.finish(["safetensors"])["safetensors"]
+        if not isinstance(outputs, Undelivered):
+            return outputs, ""
+        why_here = str(outputs)
     try:
         return bundle.answers_of(folder, dense, provenance.kinds, inputs), why_here
     except Exception as error:
@@ -331,13 +336,13 @@ def _rebuilt(
 def _write_pt2(program: ExportedProgram, path: Path) -> None:
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # quotes the user's source, with its path
+            node.meta.pop("stack_trace", None)  # it quotes the user's source code and its path
     program.example_inputs = None
     torch.export.save(program, path)
 
 
 def _error(found: Arrays | str, expected: Arrays) -> float | str:
-    """The largest difference relative to the largest logit; or why there is no such number."""
+    """The largest difference relative to the largest logit; or the reason why there is no such number."""
     if isinstance(found, str):
         return found
     if [a.shape for a in found] != [a.shape for a in expected]:
@@ -349,6 +354,7 @@ def _error(found: Arrays | str, expected: Arrays) -> float | str:
 
 
 def _refusal(error: float | str, tolerance: float) -> str | None:
+    """The reason, in words, to refuse a file with this error; None to accept it."""
     if isinstance(error, str):
         return error
     too_far = f"its logits differ by {error:.1e} of the largest, more than the {tolerance:.0e} allowed"
