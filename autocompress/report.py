@@ -1,4 +1,4 @@
-"""The report of a study: one HTML file that opens anywhere, the same in Markdown, and its figures."""
+"""Writes the report of a study: one self-contained HTML file, the same in Markdown, and the figures."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -28,15 +28,15 @@ NOT_MEASURED = ("n/a", "n/a")
 
 
 def write_report(folder: Path, *, ours: bool = False, into: Path | None = None) -> tuple[Path, ...]:
-    """Writes ``report.html``, ``report.md`` and ``figures/`` from what lies in a study's folder.
+    """Writes ``report.html``, ``report.md`` and ``figures/`` from the files in a study's folder.
 
     Args:
-        folder: The study's folder. Any state will do: a study without a result has a report of its trials.
-        ours: Whether this process holds the study.
-        into: An existing folder to write to, in place of the study's.
+        folder: The study's folder, in any state: without a result the report shows the trials so far.
+        ours: Whether this process holds the study's lock.
+        into: An existing folder to write to instead of the study's.
 
     Returns:
-        The two files and the folder of figures.
+        The paths of the two files and of the folder of figures.
     """
     record, into = read_record(folder, ours=ours), into or folder
     figures = {figure.name: figure for figure in draw(record, into / FIGURES)}
@@ -52,8 +52,8 @@ def write_report(folder: Path, *, ours: bool = False, into: Path | None = None) 
 
 @cache
 def _templates(autoescape: bool) -> "Environment":
-    """The page's templates, compiled once in a process."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # with markupsafe: not for an import
+    """The environment of the page's templates, which compiles them once per process."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # slow to import, and needed for reports only
 
     environment = Environment(
         loader=PackageLoader("autocompress"),
@@ -69,12 +69,12 @@ def _templates(autoescape: bool) -> "Environment":
 
 
 def _together(value: str) -> str:
-    """A number with its unit on one line; its error, and what is in brackets, may go on the next."""
+    """Keeps a number and its unit on one line; a line may break before ± and before brackets."""
     return re.sub(r" (?![±(])", "\N{NO-BREAK SPACE}", value)
 
 
 def _markdown(text: object) -> str:
-    """Text that Markdown shows as it is, in a table as well."""
+    """Escapes text so that Markdown shows it unchanged, also in a table."""
     plain = " ".join(str(text).split())
     for special in "\\`*_[]<>|#":
         plain = plain.replace(special, f"\\{special}")
@@ -82,17 +82,17 @@ def _markdown(text: object) -> str:
 
 
 def _content(record: Record, figures: Mapping[str, Figure]) -> dict[str, Any]:
-    """All that the templates show."""
+    """The variables of the templates."""
     found = record.found or {}
     rows = comparison(found) if found else []
-    said, tone = headline(record)
+    outcome, tone = headline(record)
     measured = found.get("measurements", {}).get("compressed")
     machine = record.asked.get("provenance", {}).get("machine", {})
     return {
         "name": record.name,
         "title": f"{record.asked.get('task', record.name)}: {record.asked.get('scheme', 'unknown scheme')}",
         "question": _question(record),
-        "headline": said,
+        "headline": outcome,
         "tone": tone,
         "sentence": sentence(record),
         "words": words(record),
@@ -102,8 +102,8 @@ def _content(record: Record, figures: Mapping[str, Figure]) -> dict[str, Any]:
         "device": measured["device"] if measured else "",
         "sources": "; ".join(machine.values()) and f"The machine: {'; '.join(machine.values())}.",
         "figures": figures,
-        "classes": [_class_row(one) for one in found.get("classes") or ()],
-        "layers": [_layer_row(one) for one in found.get("layers") or ()],
+        "classes": [_class_row(of_class) for of_class in found.get("classes") or ()],
+        "layers": [_layer_row(layer) for layer in found.get("layers") or ()],
         "trials": sorted([*_trials(record), *_failures(record)], key=lambda row: row["number"]),
         "trials_caption": _caption(record),
         "command": record.asked.get("provenance", {}).get("command"),
@@ -113,6 +113,7 @@ def _content(record: Record, figures: Mapping[str, Figure]) -> dict[str, Any]:
 
 
 def _question(record: Record) -> str:
+    """The study's name, date and question, in a sentence each."""
     asked = record.asked
     if not asked:
         return f"Study {record.name}"
@@ -122,7 +123,7 @@ def _question(record: Record) -> str:
     objective = _named(asked.get("objective", "density"))
     metric = str(asked.get("metric", "the metric")).replace("_", " ")
     asked_for = f"the best {objective} that loses at most {bound} of {metric} ({kind})"
-    besides = "".join(f", with {one}" for one in asked.get("constraints") or ())
+    besides = "".join(f", with {constraint}" for constraint in asked.get("constraints") or ())
     return f"Study {record.name}{date}. Asked: {asked_for}{besides}."
 
 
@@ -131,7 +132,7 @@ def _named(asked: Any) -> str:
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
-    """The few numbers that are looked for first."""
+    """The most important numbers, each with its label."""
     found = record.found
     if found is None or "compressed" not in found["measurements"]:
         return []
@@ -150,35 +151,36 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     return tiles
 
 
-def _class_row(one: Mapping[str, Any]) -> dict[str, Any]:
+def _class_row(of_class: Mapping[str, Any]) -> dict[str, Any]:
     def percent(value: float | None) -> str:
         return "n/a" if value is None else f"{100 * value:.1f}%"
 
-    known = one["recall"] is not None and one["dense_recall"] is not None
-    change = 100 * (one["recall"] - one["dense_recall"]) if known else 0.0
+    known = of_class["recall"] is not None and of_class["dense_recall"] is not None
+    change = 100 * (of_class["recall"] - of_class["dense_recall"]) if known else 0.0
     shares = ("dense_recall", "recall", "dense_precision", "precision")
     return {
-        "name": one["name"],
-        "support": one["support"],
-        **{key: percent(one[key]) for key in shares},
+        "name": of_class["name"],
+        "support": of_class["support"],
+        **{key: percent(of_class[key]) for key in shares},
         "change": f"{change:+.1f} pp" if known else "n/a",
         "lost": change < 0,
     }
 
 
-def _layer_row(one: Mapping[str, Any]) -> dict[str, Any]:
+def _layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "name": one["name"],
-        "kind": one["kind"],
-        "dense_width": f"{one['dense_width']:,}",
-        "width": "gone" if one["width"] is None else f"{one['width']:,}",
-        "dense_params": f"{one['dense_params']:,}",
-        "params": f"{one['params']:,}",
-        "kept": f"{100 * one['params'] / max(1, one['dense_params']):.1f}%",
+        "name": layer["name"],
+        "kind": layer["kind"],
+        "dense_width": f"{layer['dense_width']:,}",
+        "width": "gone" if layer["width"] is None else f"{layer['width']:,}",
+        "dense_params": f"{layer['dense_params']:,}",
+        "params": f"{layer['params']:,}",
+        "kept": f"{100 * layer['params'] / max(1, layer['dense_params']):.1f}%",
     }
 
 
 def _trials(record: Record) -> Iterator[dict[str, Any]]:
+    """The rows of finished trials in the table of trials."""
     answer = record.answer["number"] if record.answer else None
     for trial in record.trials:
         cost, latency = trial["measurement"], trial["measurement"].get("latency") or ()
@@ -202,31 +204,32 @@ def _trials(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _besides(trial: Mapping[str, Any]) -> str:
-    """The trial's value of each constraint, and which of them it violates."""
-    said = ""
-    for one in trial.get("constraints") or ():
-        said += f", {constrained(one['text'])} {in_unit(one['value'], one.get('unit', ''))}"
-        said += " (violated)" * (one["excess"] > 0)
-    return said
+    """The trial's value of each constraint, and which of them it violates, as text after yes or no."""
+    note = ""
+    for checked in trial.get("constraints") or ():
+        note += f", {constrained(checked['text'])} {in_unit(checked['value'], checked.get('unit', ''))}"
+        note += " (violated)" * (checked["excess"] > 0)
+    return note
 
 
 def _failures(record: Record) -> Iterator[dict[str, Any]]:
+    """The rows of failed trials in the table of trials."""
     for number, reason in record.failed:
         yield {"number": number, "reason": reason or "for a reason that is not known"}
 
 
 def _caption(record: Record) -> str:
     within = sum(bool(trial["feasible"]) for trial in record.trials)
-    said = f"{len(record.trials)} finished, {within} of them within the bound"
+    caption = f"{len(record.trials)} finished, {within} of them within the bound"
     given_up = sum(trial.get("given_up_at") is not None for trial in record.trials)
-    said += f"; {given_up} given up early, whose drop is that of the moment" if given_up else ""
-    said += f"; {len(record.failed)} failed. " if record.failed else ". "
-    return said + "The drop is on validation data, ± one standard error of the samples."
+    caption += f"; {given_up} given up early, whose drop is that of the moment" if given_up else ""
+    caption += f"; {len(record.failed)} failed. " if record.failed else ". "
+    return caption + "The drop is on validation data, ± one standard error of the samples."
 
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
-    """What somebody needs who wants to get the same again or to check that it is the same."""
-    asked, made = record.asked, record.asked.get("provenance", {})
+    """Names and values of all that is needed to reproduce the study or to check a copy of it."""
+    asked, provenance = record.asked, record.asked.get("provenance", {})
     recovery = asked.get("recovery", {})
     for what in ("scheme", "search", "objective", "sampler", "seed"):
         if what in asked:
@@ -240,20 +243,20 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
             yield what, str(asked[what])
     if record.found:
         yield "search", f"{trials_in_time(record.found)}; {record.found['stopped']}"
-    for name, data in made.get("data", {}).items():
+    for name, data in provenance.get("data", {}).items():
         digest = f"SHA-256 {data['sha256']}" if data.get("sha256") else "not hashed: not held in memory"
         yield f"{name} data", f"{data['n']:,} samples, {digest}"
     if "fingerprint" in asked:
         yield "dense model and data", f"fingerprint {asked['fingerprint']}"
     yield from _files(record)
-    if made.get("versions"):
-        yield "versions", ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    for what, value in made.get("machine", {}).items():
+    if provenance.get("versions"):
+        yield "versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    for what, value in provenance.get("machine", {}).items():
         yield what, value
 
 
 def _files(record: Record) -> Iterator[tuple[str, str]]:
-    """The files of the answer, with their sizes; the hash of its weights as it was written beside them."""
+    """The files of the answer with their sizes, and the hash of its weights from ``plan.json``."""
     best = record.folder / "best"
     for name, file in (record.found or {}).get("artifacts", {}).items():
         path = best / Path(file).name

@@ -1,4 +1,8 @@
-"""A study, from the question to the artifact: the whole job in the order in which it happens."""
+"""Runs a study: measures the dense model, searches, judges the answer, exports it, writes the report.
+
+While trials run, a background process (`autocompress.processes.aside.Aside`) logs to MLflow and prepares the end
+of the study. Several processes (coordinators) may run the same study if it is kept in a database.
+"""
 
 import contextlib
 import os
@@ -46,13 +50,13 @@ class Study:
     """One study in one folder.
 
     Args:
-        settings: What is asked.
+        settings: The study's settings.
         task: The task, its model on the study's device.
-        folder: Where the study lives.
-        watcher: Is told how it goes.
-        make_tracker: Opens MLflow, from the process beside this one if that is started.
-        register: Where given, the name under which MLflow registers the answer.
-        database: Keeps what the search knows, in place of a journal in the folder.
+        folder: The study's folder.
+        watcher: Receives the study's progress.
+        make_tracker: Makes the MLflow tracker, which logs from the given background process once that is started.
+        register: The name under which MLflow registers the answer; None to register nothing.
+        database: The database of the Optuna study, for several coordinators; None for a journal in the folder.
     """
 
     def __init__(
@@ -73,13 +77,13 @@ class Study:
         self.began = time.perf_counter()
         watcher.doing("analyzing the dense model")
         self.analyses = Analyses(task)
-        # Before the tracker: its thread may import MLflow, and threads share Python's warning filters.
+        # Before the tracker, whose thread may import MLflow: both change the warning filters, which are global.
         self.space, self.notes = self.analyses.open_space(settings)
         self.tracker = make_tracker(self.aside)
-        self.run_id: str | None = None  # in MLflow, as the folder has it
+        self.run_id: str | None = None  # MLflow's parent run, as stored in the folder
 
     def run(self) -> Result:
-        """Does the whole job."""
+        """Runs the study to its end and returns its result."""
         try:
             macs = count_macs(self.task.model, self.task.example_input) * self.task.train.batch_size
             with threads_for(macs, self.settings.device):
@@ -87,10 +91,10 @@ class Study:
         except BaseException as error:
             if self.tracker.has_begun:
                 with contextlib.suppress(OSError):  # the terminal may be what failed
-                    self.watcher.doing("logging to MLflow what has finished")  # where that is new, half a minute
+                    self.watcher.doing("logging to MLflow what has finished")  # half a minute for a new database
             self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             with contextlib.suppress(OSError):  # the disk may be what failed
-                self._remember_run()
+                self._save_run_id()
             raise
         finally:
             self.workplace.close()
@@ -99,9 +103,9 @@ class Study:
     def _run(self) -> Result:
         settings, task = self.settings, self.task
         self.watcher.doing("measuring the dense model")
-        began = time.perf_counter()
+        start = time.perf_counter()
         self.dense = task.evaluate(task.model, task.val)
-        evaluating_s = time.perf_counter() - began
+        evaluating_s = time.perf_counter() - start
         self.dense_cost, self.timing = self._measure_dense()
         self.plan = Plan(
             self.space,
@@ -125,16 +129,16 @@ class Study:
         self.records = Records(
             self.study, self.space, settings.bound, self.folder, self.analyses, self.watcher.warned
         )
-        self._go_on()
-        self._have_aside(self._expected_s(evaluating_s))
+        self._load_records()
+        self._start_aside_if_worth_it(self._expected_trial_s(evaluating_s))
         any_spec = self._spec(0, self.space.configuration(self.space.dense_params))
         with (
             self.workplace.open(vars(any_spec)) as executor,
             gentle_interrupt(self.watcher.warned) as asked_to_stop,
         ):
             stopped = run_search(self.study, self.plan, self._spec, executor, self.folder, self, asked_to_stop)
-        with self.folder.turn():  # who shares the study concludes after this one, or has done so
-            for result in adopt(self.study, settings.bound, self.folder):  # of one that died, or of Ctrl-C
+        with self.folder.turn():  # coordinators of a shared study conclude one after the other
+            for result in adopt(self.study, settings.bound, self.folder):  # saved before a kill or Ctrl-C
                 self.trial(result)
             self._catch_up()
             return self._conclude(stopped)
@@ -149,28 +153,36 @@ class Study:
         return open_study(self.folder.journal_file, *directions)
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
-        """What the dense model costs, and whether the objective or a limit needs more than can be counted."""
+        """Measures the dense model, with times only if an objective or a limit needs more than counts.
+
+        Returns:
+            The measurement, and whether it has times.
+
+        Raises:
+            ValueError: If an objective or a limit cannot be computed even with times, as in every trial then.
+        """
         counted = measure(self.task.model, self.task.example_input, self.settings.measured_on, timing=False)
         try:
-            self._try(counted)
+            self._compute_objectives(counted)
         except ValueError:
-            where, runtime = self.settings.measured_on, self.settings.runtime
-            timed = measure(self.task.model, self.task.example_input, where, runtimes=(runtime,))
-            self._try(timed)  # what fails here would fail in every trial
+            device, runtime = self.settings.measured_on, self.settings.runtime
+            timed = measure(self.task.model, self.task.example_input, device, runtimes=(runtime,))
+            self._compute_objectives(timed)
             return timed, True
         return counted, False
 
-    def _try(self, cost: Measurement) -> None:
+    def _compute_objectives(self, cost: Measurement) -> None:
+        """Computes all objectives and limits, which raise ValueError if they need other measurements."""
         for objective in self.settings.objectives:
             objective(cost)
-        for one in self.settings.constraints:
-            if isinstance(one, Limit):
-                one.check(cost)
+        for constraint in self.settings.constraints:
+            if isinstance(constraint, Limit):
+                constraint.check(cost)
 
     def _report_beginning(self, dense_value: float) -> None:
         settings, identity = self.settings, self.settings.identity(self.task)
         shared = self.workplace.notes if self.timing else ()
-        missed = tuple(one.warning for one in self.dense_checked if not one.met and not one.is_cost)
+        violated = (checked for checked in self.dense_checked if not checked.met and not checked.is_cost)
         self.watcher.began(
             Beginning(
                 name=self.folder.path.name,
@@ -185,19 +197,19 @@ class Study:
                     *self.notes,
                     *team().notes,
                     *shared,
-                    *missed,
+                    *(checked.warning for checked in violated),
                     *prospect(settings, self.task),
                 ),
                 workers=self.workplace.size,
             )
         )
-        asked = read_json(self.folder.settings_file)
+        stored = read_json(self.folder.settings_file)
         recovery = {f"recovery.{name}": value for name, value in identity.pop("recovery").items()}
         self.tracker.start(
             self.folder.path.name,
             {**identity, **recovery, "trials": settings.trials, "device": settings.device},
-            data=asked.get("provenance", {}).get("data"),
-            run_id=asked.get("mlflow_run"),
+            data=stored.get("provenance", {}).get("data"),
+            run_id=stored.get("mlflow_run"),
         )
         self.tracker.dense(self.dense.score, self.dense_cost, dense_value)
 
@@ -227,13 +239,13 @@ class Study:
             params=chosen.params,
         )
 
-    def _go_on(self) -> None:
-        """Passes on the trials of an earlier run of the study, or of others who share it."""
+    def _load_records(self) -> None:
+        """Loads the trials of an earlier run or of other coordinators; reports and logs them."""
         self.records.load()
         self.resumed_with = len(self.records)
-        if self.folder.shared:  # the others log to the same run
+        if self.folder.shared:  # other coordinators must find the run, to log to it
             self.tracker.flush()
-        self._remember_run()
+        self._save_run_id()
         best = self.records.best()
         belief = self.records.belief(best)
         for record in self.records:
@@ -241,54 +253,55 @@ class Study:
             self.tracker.trial(record)
 
     def _catch_up(self) -> None:
-        """Passes on what has finished without `trial` being told: others who share the study log theirs."""
+        """Loads and reports the trials that have finished without a call of `trial`."""
         for record in self.records.load():
             best = self.records.best()
             self.watcher.trial(record, best, self.records.belief(best))
-            if not self.folder.shared:
+            if not self.folder.shared:  # the coordinators of a shared study log their own trials
                 self.tracker.trial(record)
 
     def trial(self, result: TrialResult) -> None:
-        """Passes a finished trial on to the watcher and to MLflow."""
+        """Reports a finished trial to the watcher and logs it to MLflow. An event of the search."""
         self.records.add(record := replace(result, model=None))
         if self.folder.shared:
             self._catch_up()
         best = self.records.best()
         belief = self.records.belief(best)
         self.watcher.trial(record, best, belief)
-        beliefs = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
+        estimates = {f"threshold_{p:02.0f}": belief.threshold(p / 100) for p in (10, 50, 90)} if belief else {}
         if belief is not None and best is not None:
-            beliefs["p_feasible"] = belief.p_feasible(best.density_asked)
-        self.tracker.trial(record, best.density if best else None, beliefs)
-        self._remember_run()
-        self._have_aside(record.seconds)
-        self.tracker.proceed()  # there is nothing to wait for any more
+            estimates["p_feasible"] = belief.p_feasible(best.density_asked)
+        self.tracker.trial(record, best.density if best else None, estimates)
+        self._save_run_id()
+        self._start_aside_if_worth_it(record.seconds)
+        self.tracker.proceed()  # with a trial's time known, the decision is final
 
-    def _expected_s(self, evaluating_s: float) -> float:
-        """Seconds of a trial by what evaluating val takes: a gradient step costs three times the forward pass."""
+    def _expected_trial_s(self, evaluating_s: float) -> float:
+        """Estimates the seconds of a trial from those of evaluating val: a gradient step is 3 forward passes."""
         train, val = self.task.train, self.task.val
         n_samples = self.settings.recovery.n_steps(train) * train.batch_size
         return 3 * evaluating_s * n_samples / val.n_samples
 
-    def _have_aside(self, seconds: float) -> None:
-        """Starts the process beside this one where trials of ``seconds`` are to come that are worth it."""
-        left_s = (self.settings.trials - len(self.records)) * seconds / self.workplace.size
+    def _start_aside_if_worth_it(self, trial_s: float) -> None:
+        """Starts the background process if the trials left, of ``trial_s`` seconds each, take long enough."""
+        left_s = (self.settings.trials - len(self.records)) * trial_s / self.workplace.size
         if left_s >= WORTH_S:
             self.aside.start()
             self.tracker.proceed()
 
     def begins(self, number: int) -> None:
-        """Has the end prepared beside a trial: for what would be the answer now, and for what might be."""
-        if self.aside.is_there and not self.timing:  # never beside what is timed
+        """Prepares the end of the study in the background while a trial runs. An event of the search."""
+        if self.aside.is_there and not self.timing:  # the load would distort trials' timings
             self.ahead.prepare(self.records.candidates(), self.records.whole)
 
-    def _remember_run(self) -> None:
+    def _save_run_id(self) -> None:
+        """Stores the id of MLflow's parent run in the folder, as soon as there is one."""
         if self.tracker.run_id not in (None, self.run_id):
             self.run_id = self.tracker.run_id
             self.folder.update_settings({"mlflow_run": self.run_id})
 
     def failed(self, number: int, reason: str) -> None:
-        """Passes a failed trial on."""
+        """Reports and logs a failed trial. An event of the search."""
         self.watcher.failed(number, reason)
         self.tracker.failed(number, reason)
 
@@ -307,28 +320,29 @@ class Study:
         )
         shortlisted = self.records.shortlist()
         if shortlisted:
-            told = conclusion.of(shortlisted)
+            fields = conclusion.of(shortlisted)
         else:
-            told = conclusion.of_none(nearest_miss(self.settings, tuple(self.records)))
-        result = self._result(stopped, told)
-        found = result.to_json()
-        write_json(self.folder.result_file, found, sealed=True)
-        self._log_result(result, found, self._report())
+            fields = conclusion.of_none(nearest_miss(self.settings, tuple(self.records)))
+        result = self._result(stopped, fields)
+        as_json = result.to_json()
+        write_json(self.folder.result_file, as_json, sealed=True)
+        self._log_result(result, as_json, self._report())
         return result
 
     def _report(self) -> Sequence[Path]:
-        """Writes the report; its files."""
+        """Writes the report and returns its paths; a failure is only warned of."""
         self.watcher.doing("writing the report")
         try:
             return self.aside.call(write_report, self.folder.path, ours=True)
         except Exception as error:  # the study is saved, and its report can be written at any time
-            again = f"autocompress report {called(self.folder.path)} tries again"
-            self.watcher.warned(f"no report: {type(error).__name__}: {error} ({again})")
+            retry = f"autocompress report {called(self.folder.path)} tries again"
+            self.watcher.warned(f"no report: {type(error).__name__}: {error} ({retry})")
             return ()
 
-    def _result(self, stopped: str, told: Mapping[str, Any]) -> Result:
+    def _result(self, stopped: str, fields: Mapping[str, Any]) -> Result:
+        """The study's result, with ``fields`` of it from `Conclusion`."""
         belief = self.records.belief(self.records.best()) if self.records else None
-        several = len(self.settings.objectives) > 1
+        has_front = len(self.settings.objectives) > 1
         return Result(
             name=self.folder.path.name,
             records=tuple(self.records),
@@ -339,22 +353,22 @@ class Study:
             seconds=time.perf_counter() - self.began,
             resumed_with=self.resumed_with,
             folder=self.folder.path,
-            objectives=self.settings.objectives if several else (),
-            front=tuple(t.number for t in front(self.study)) if several else (),
-            **told,
+            objectives=self.settings.objectives if has_front else (),
+            front=tuple(t.number for t in front(self.study)) if has_front else (),
+            **fields,
         )
 
-    def _log_result(self, result: Result, found: Mapping[str, Any], reported: Sequence[Path]) -> None:
+    def _log_result(self, result: Result, as_json: Mapping[str, Any], report: Sequence[Path]) -> None:
         self.watcher.doing("logging to MLflow")
-        winner = next((one.path for one in result.exported.artifacts if one.format == "pt2"), None)
-        if self.register and winner is None:
+        model = next((file.path for file in result.exported.artifacts if file.format == "pt2"), None)
+        if self.register and model is None:
             self.watcher.warned(f"nothing is registered as {self.register!r}: there is no model.pt2 to register")
         self.tracker.finish(
             "KILLED" if result.interrupted else "FINISHED",
             result.sentence,
-            final_metrics(found),
-            [self.folder.result_file, *reported],
-            winner,
+            final_metrics(as_json),
+            [self.folder.result_file, *report],
+            model,
             register=self.register,
         )
-        self._remember_run()
+        self._save_run_id()

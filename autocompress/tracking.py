@@ -1,8 +1,8 @@
-"""Everything autocompress says to MLflow: one parent run per study, one child run per trial.
+"""Logs studies to MLflow: one parent run per study, one child run per trial.
 
 All studies of an output directory share one database there, unless they are logged to a server: see
-`autocompress.experiments.mlflow_store`. MLflow is an account of the study, never its memory: what it cannot take
-is warned of once and left out.
+`autocompress.experiments.mlflow_store`. A study never reads anything from MLflow and never fails because of it: if
+logging fails, the user is warned once and the study goes on.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ P = ParamSpec("P")
 
 MEANWHILE = "the study goes on; its own directory has everything"
 
-_FAILURES_IN_A_ROW = 3
-_UNFIT = re.compile(r"[^\w./ -]")  # in the name of a metric
-_NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # in what an HTTP client says at length
-_INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "recovery.epochs")  # by each trial
-COSTS = (
+_FAILURES_IN_A_ROW = 3  # after which logging is given up
+_UNFIT = re.compile(r"[^\w./ -]")  # characters that MLflow refuses in the name of a metric
+_NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # parts of long errors of HTTP clients
+_INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "recovery.epochs")  # repeated in trials' runs
+COSTS = (  # fields of `Measurement` that every run logs as metrics
     "density",
     "params",
     "size_bytes",
@@ -47,7 +47,7 @@ COSTS = (
 
 
 def _queued(method: Callable[Concatenate["Tracker", P], None]) -> Callable[Concatenate["Tracker", P], None]:
-    """Makes a method return at once and run, guarded, in the tracker's thread, after what came before it."""
+    """Makes a method return at once and run later in the tracker's thread, in order; errors become a warning."""
 
     def enqueue(self: "Tracker", /, *args: P.args, **kwargs: P.kwargs) -> None:
         self._enqueue(functools.partial(method, self, *args, **kwargs))
@@ -57,25 +57,26 @@ def _queued(method: Callable[Concatenate["Tracker", P], None]) -> Callable[Conca
 
 
 class Tracker:
-    """Logs one study to MLflow, from a thread of its own, or by way of the process beside the study's.
+    """Logs one study to MLflow, from a thread of its own or in the background process of the study.
 
-    MLflow's import and its database take seconds of Python, which a thread would take from the training. So with
-    ``aside`` nothing is written until `proceed` tells that this process has been started, or is not worth it.
+    Importing MLflow and opening its database take seconds of Python, which in a thread would hold up the training.
+    So with ``aside`` nothing is written until `proceed` is called, once the background process has been started or
+    is known not to be worth its start.
 
-    No method raises or waits for MLflow, except that `finish` and `flush` wait until everything said so far is
-    written. Arguments are read later: do not change a mapping that was passed.
+    No method raises or waits for MLflow, except that `finish` and `flush` wait until everything so far is written.
+    Arguments are read later: do not change a mapping that was passed.
 
     Args:
-        out: The output directory; the database and the artifacts live in it and nothing is written elsewhere.
+        out: The output directory; the database and the artifacts are written there and nowhere else.
         experiment: The MLflow experiment, one per task.
-        uri: A server to log to in place of the database in ``out``.
-        device: Where the study computes: its load and this machine's are logged as they go. None logs no load.
-        aside: The process beside the study's; by default all is written from this one, at once.
-        meanwhile: What the warning says of the study.
-        on_warning: Gets one sentence the first time that MLflow fails; ``warnings.warn`` by default.
+        uri: A server to log to instead of the database in ``out``.
+        device: The study's device, whose load is logged with the machine's; None logs no load.
+        aside: The background process; by default everything is written from this process, at once.
+        meanwhile: The part of the warning that tells what becomes of the study.
+        on_warning: Called with one sentence the first time that MLflow fails; ``warnings.warn`` by default.
 
     Attributes:
-        has_begun: Whether `start` was called: until then there is nothing to write.
+        has_begun: Whether `start` was called.
     """
 
     def __init__(
@@ -106,17 +107,17 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The parent run, to be handed to `start` when the study is resumed; None when there is none yet."""
+        """The id of the parent run, which `start` takes when the study is resumed; None if there is none yet."""
         return self._runs.run_id
 
     def proceed(self) -> None:
-        """Begins to write: by way of ``aside`` if it was started, and from this process otherwise."""
+        """Begins to write: in the background process if it has been started, in this process otherwise."""
         self._decided.set()
 
     def flush(self) -> None:
-        """Waits until everything said so far is written."""
+        """Waits until everything so far is written."""
         self.proceed()
-        with contextlib.suppress(RuntimeError):  # after `finish` nothing is left to write
+        with contextlib.suppress(RuntimeError):  # raised after `finish`, when nothing is left to write
             self._worker.submit(int).result()
 
     def start(
@@ -131,12 +132,12 @@ class Tracker:
         """Opens the parent run.
 
         Args:
-            study_name: Names the run.
-            params: What was asked of the study. The scheme, the seed and others are repeated in every trial's run.
+            study_name: The name of the run.
+            params: The study's settings. The scheme, the seed and others are repeated in every trial's run.
             tags: Further tags of the parent run.
-            data: The splits by name, each with ``n``, its samples, and ``sha256`` where it was hashed.
-            run_id: The parent run of a study that is resumed: it goes on, and trials it has already are not
-                logged again. A run that is not in the database is begun anew.
+            data: The splits by name, each with the number of samples ``n`` and, if it was hashed, ``sha256``.
+            run_id: The parent run of a study that is resumed: it is continued, and trials that it has already are
+                not logged again. If it is not in the database, a new run is begun.
         """
         inherited = {key: params[key] for key in _INHERITED if key in params}
         tags = {"role": "study", "scheme": str(params.get("scheme", "")), **(tags or {})}
@@ -150,9 +151,9 @@ class Tracker:
 
         Args:
             score: The metric on val.
-            measurement: What the dense model costs.
+            measurement: The dense model's measurement.
             value: The objective.
-            seconds: What scoring and measuring took.
+            seconds: Time that scoring and measuring took.
         """
         metrics = metrics_of(score, measurement) | {
             "drop_pp": 0.0,
@@ -175,13 +176,13 @@ class Tracker:
         params: Mapping[str, object] | None = None,
         scores: Mapping[str, float] | None = None,
     ) -> None:
-        """Logs a finished trial as a child run, and what the search now believes as a step on the parent.
+        """Logs a finished trial as a child run, and the search's state after it as a step of the parent run.
 
         Args:
-            result: What the trial found.
-            best_density: The lowest feasible density so far.
-            posterior: Quantiles of the density at the bound, and other beliefs, by name.
-            params: What else the trial was run with; by default what it has of the study.
+            result: The trial's result.
+            best_density: The density of the study's answer so far.
+            posterior: Quantiles of the threshold's density, and other estimates, by name.
+            params: Parameters of the trial that differ from, or are not among, the study's.
             scores: Further scores, by name.
         """
         metrics = metrics_of(result.score, result.measurement) | {
@@ -194,7 +195,7 @@ class Tracker:
             "value": result.value,
             **{f"value_{i}": value for i, value in enumerate(result.values[1:], start=2)},
             "seconds": result.seconds,
-            **{_UNFIT.sub("_", f"constraint/{one.metric}"): one.value for one in result.constraints},
+            **{_UNFIT.sub("_", f"constraint/{checked.metric}"): checked.value for checked in result.constraints},
             **(scores or {}),
         }
         state = "rejected" if result.rejected else "complete"
@@ -218,7 +219,7 @@ class Tracker:
         progress = {f"posterior/{name}": value for name, value in (posterior or {}).items()}
         if best_density is not None:
             progress["best_density"] = best_density
-        if progress:  # a trial of an earlier run has none: what was believed then is there
+        if progress:  # empty for a trial of an earlier run of the study, which has logged it
             self._have(Runs.log, self._runs.parent, metrics=progress, step=result.number)
 
     @_queued
@@ -228,7 +229,7 @@ class Tracker:
         Args:
             number: The trial's number in its study.
             reason: One sentence, shown as the run's description.
-            params: What the trial was run with; by default what it has of the study.
+            params: Parameters of the trial that differ from, or are not among, the study's.
         """
         tags = {"role": "trial", "state": "failed", "mlflow.note.content": reason, "reason": reason[:500]}
         name = f"trial {number:03d} · failed"
@@ -254,7 +255,7 @@ class Tracker:
             verdict: One sentence, shown as the run's description.
             metrics: Final metrics; those named ``compressed_...`` are attached to the model too.
             artifacts: Small files and directories.
-            model: The winner as a torch.export file; logged as an MLflow model.
+            model: The answer as a torch.export file; logged as an MLflow model.
             register: The name to register the model under.
         """
         self.proceed()
@@ -295,7 +296,7 @@ class Tracker:
             self._on_warning(f"MLflow: {without_secrets(reason)}{meanwhile}")
 
     def _log_load(self, metrics: Mapping[str, float], at: float) -> None:
-        """Writes one reading of the machine; where writing has just failed it is not worth another wait."""
+        """Writes one reading of the machine's load, unless the last write failed: it is not worth another wait."""
         runs = self._runs
         if runs.run_id is None or self._failures or at < runs.began:
             return
@@ -307,9 +308,9 @@ class Tracker:
 
     @_queued
     def _connect(self) -> None:
-        self._failures = _FAILURES_IN_A_ROW - 1  # without a database there is nothing to try again
+        self._failures = _FAILURES_IN_A_ROW - 1  # if connecting fails, nothing else is tried
         if not self._decided.wait(WORTH_S):
-            self._aside.start()  # the first trial alone takes so long that it is worth it
+            self._aside.start()  # the first trial takes long enough to make the process worth its start
         self._have(Runs.connect)
 
     @_queued
@@ -317,10 +318,10 @@ class Tracker:
         self._have(Runs.open, *args)
 
     def _have(self, method: Callable[Concatenate[Runs, P], None], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Calls a method of the study's runs where MLflow is.
+        """Calls a method of the study's `Runs`, in the background process if there is one.
 
         Raises:
-            RuntimeError: If it fails; in its own words.
+            RuntimeError: If it fails, with the error's message.
         """
         self._runs, problem = self._aside.call(perform, self._runs, method, *args, **kwargs)
         if problem:
@@ -328,21 +329,21 @@ class Tracker:
 
     @_queued
     def _log_model(self, model: Path, register: str | None) -> None:
-        if self._runs.run_id is not None:  # otherwise it has been warned of
+        if self._runs.run_id is not None:  # otherwise opening the run has failed, with a warning
             self._have(Runs.log_model, model, self._out, register)
 
     @_queued
     def _conclude(self, verdict: str, metrics: Mapping[str, float], artifacts: tuple[Path, ...]) -> None:
         run_id, model_id = self._runs.run_id, self._runs.model_id
-        if run_id is None:  # it has been warned of
+        if run_id is None:  # opening the run has failed, with a warning
             return
-        of_model = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
-        # Under the names that trials use as well, so that a study has a row in the same table: its answer's.
+        model_metrics = {key: value for key, value in metrics.items() if key.startswith("compressed_")}
+        # The answer's metrics under the names that trials use, too, so that studies and trials share a table.
         row = {key: metrics[f"compressed_{key}"] for key in ("score", *COSTS) if f"compressed_{key}" in metrics}
         if "drop_val_pp" in metrics:
             row |= {"drop_pp": metrics["drop_val_pp"], "feasible": 1.0}
-        self._have(Runs.log, run_id, metrics=of_model, model_id=model_id)
-        self._have(Runs.log, run_id, metrics={k: v for k, v in metrics.items() if k not in of_model} | row)
+        self._have(Runs.log, run_id, metrics=model_metrics, model_id=model_id)
+        self._have(Runs.log, run_id, metrics={k: v for k, v in metrics.items() if k not in model_metrics} | row)
         self._have(Runs.conclude, verdict, artifacts)
 
     @_queued
@@ -351,18 +352,18 @@ class Tracker:
 
 
 def _reason(result: TrialResult) -> str:
-    """Why a trial is not feasible."""
-    missed = [f"{one.shown} violates {one.text}" for one in result.constraints if not one.met]
+    """The reason, in words, why a trial is not feasible."""
+    violations = [f"{checked.shown} violates {checked.text}" for checked in result.constraints if not checked.met]
     given_up = "given up early: " if result.rejected else ""
-    return given_up + ("; ".join(missed) or f"loses {100 * result.drop:.2f} on val, which is beyond the bound")
+    return given_up + ("; ".join(violations) or f"loses {100 * result.drop:.2f} on val, which is beyond the bound")
 
 
 def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict[str, float]:
-    """A model's metrics as every run names them; what was not measured is left out.
+    """A model's metrics under the names that all runs use; fields that were not measured are left out.
 
     Args:
         score: The metric.
-        measurement: What the model costs.
+        measurement: The model's measurement.
         prefix: Put before every name: ``"dense_"`` or ``"compressed_"`` for `Tracker.finish`.
     """
     measured = {key: getattr(measurement, key) for key in COSTS}
@@ -371,7 +372,7 @@ def metrics_of(score: float, measurement: Measurement, prefix: str = "") -> dict
 
 
 def final_metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    """What the parent run says in the end, from the content of a study's ``result.json``."""
+    """The final metrics of the parent run, from the content of a study's ``result.json``."""
     metrics = {"seconds": float(found["seconds"])}
     for who, cost in found["measurements"].items():
         metrics |= metrics_of(found["scores"][who]["val"], Measurement.from_json(cost), f"{who}_")

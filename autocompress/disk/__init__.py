@@ -1,1 +1,1 @@
-"""A study on disk: written so that it survives, and read leniently."""
+"""Studies on disk: written atomically, read leniently, repaired from their records."""

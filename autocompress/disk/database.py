@@ -1,4 +1,4 @@
-"""A database in which several coordinators keep one study."""
+"""A database in which several coordinators share the Optuna study."""
 
 import re
 import time
@@ -14,16 +14,16 @@ from autocompress.experiments.mlflow_store import without_secrets
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "sqlite": "sqlite"}
 CONNECT_S = 10
-LOCKED_S = 60  # one coordinator writes to SQLite at a time; of its own accord it waits for 5 s
-# Of several processes that make the tables of a new database at once all but one fail, at each table anew.
+LOCKED_S = 60  # how long to wait for another coordinator's write to SQLite, whose default is 5 s
+# If several processes create the tables of a new database at once, all but one fail, at each table again.
 _ATTEMPTS, _PAUSE_S = 20, 0.1
 
 
 def check_database(url: str) -> str:
-    """The address of a database, if a study can be kept there; it is not asked whether it answers.
+    """Checks the form of a database's address and returns it; does not connect.
 
     Raises:
-        ValueError: If it is none; the message holds no password.
+        ValueError: If it is not the address of a supported database; the message holds no password.
     """
     kind, separator, rest = url.partition("://")
     if not separator or kind not in _DRIVERS or not rest.strip("/"):
@@ -31,11 +31,11 @@ def check_database(url: str) -> str:
             f"storage={without_secrets(url)!r}; write postgresql://USER@HOST/DATABASE, or sqlite:///FILE for "
             "several coordinators on one machine"
         )
-    if kind != "sqlite" and rest.count("@") > 1:  # what is taken for the host would be told in errors
+    if kind != "sqlite" and rest.count("@") > 1:  # part of the password would be taken for the host and shown
         raise ValueError("storage: an @ in a user or password of an address is written %40")
     try:
         make_url(url)
-    except (SQLAlchemyError, ValueError):  # what they say may hold a piece of the password
+    except (SQLAlchemyError, ValueError):  # their messages may contain a part of the password
         raise ValueError(
             "storage is not an address; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with what is special "
             "in it percent-encoded"
@@ -45,11 +45,11 @@ def check_database(url: str) -> str:
 
 @contextmanager
 def connected(url: str) -> Iterator[RDBStorage]:
-    """Optuna's tables in a database, made if they are not there; for a ``with`` block.
+    """Opens Optuna's storage in a database for a ``with`` block; creates its tables if they do not exist.
 
     Raises:
-        ValueError: If it cannot be used; the message says what is wrong, without user and password.
-        RuntimeError: If it cannot be used any more; so, too.
+        ValueError: If the database cannot be used; the message says why, without user and password.
+        RuntimeError: If the connection is lost within the block; likewise.
     """
     database = _connect(check_database(url))
     try:
@@ -76,8 +76,8 @@ def _connect(url: str) -> RDBStorage:
                 f"storage={without_secrets(url)!r} needs a driver ({error}); "
                 "pip install 'autocompress[postgresql]'"
             ) from None
-        except (SQLAlchemyError, RuntimeError) as error:  # the latter: its tables are of another Optuna
-            if _is_being_made(error) and attempt + 1 < _ATTEMPTS:
+        except (SQLAlchemyError, RuntimeError) as error:  # RuntimeError: the tables are of another Optuna version
+            if _is_race(error) and attempt + 1 < _ATTEMPTS:
                 time.sleep(_PAUSE_S)
                 continue
             raise ValueError(
@@ -87,15 +87,15 @@ def _connect(url: str) -> RDBStorage:
     raise AssertionError("unreachable")
 
 
-def _is_being_made(error: Exception) -> bool:
-    """Whether another process makes the same tables just now."""
+def _is_race(error: Exception) -> bool:
+    """Whether another process is creating the same tables now."""
     return isinstance(error, IntegrityError) or "already exists" in str(error)
 
 
 def _reason(error: BaseException, url: str) -> str:
-    """The database's own first words, without the password should they hold it."""
+    """The first line of the database's own message, without the password."""
     error = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-    said = str(getattr(error, "orig", None) or error)
+    message = str(getattr(error, "orig", None) or error)
     password = make_url(url).password
-    said = said.replace(str(password), "...") if password else said
-    return re.split(r"\n|Multiple connection attempts", without_secrets(said))[0].strip()
+    message = message.replace(str(password), "...") if password else message
+    return re.split(r"\n|Multiple connection attempts", without_secrets(message))[0].strip()

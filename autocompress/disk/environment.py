@@ -1,4 +1,4 @@
-"""What a study is made with and of: versions, machine and data. For whoever has to repeat it or mend it."""
+"""The provenance of a study: versions of packages, the machine, hashes of the data."""
 
 import hashlib
 import os
@@ -29,15 +29,15 @@ PACKAGES = (
     "onnxruntime",
     "nvidia-ml-py",
 )
-_IN_MEMORY_BYTES = 2 * 10**9  # a hash of more takes seconds
+_IN_MEMORY_BYTES = 2 * 10**9  # larger data is not hashed, as that takes seconds
 
 
 def provenance(task: Task, command: str | None) -> dict[str, Any]:
-    """What somebody needs who wants to get the same study again: JSON types only.
+    """All that is needed to reproduce a study, beside its settings: JSON types only.
 
     Args:
-        task: Its splits are hashed where that costs no pass over the data.
-        command: What was typed; None when Python was used.
+        task: The task, whose splits are hashed if they are in memory.
+        command: The command line; None if the study was started from Python.
     """
     splits = {"train": task.train, "val": task.val, "test": task.test}
     return {
@@ -50,37 +50,37 @@ def provenance(task: Task, command: str | None) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages whose numbers depend on theirs."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the installed `PACKAGES`, on which results depend."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def machine() -> dict[str, str]:
-    """The system, the processor, how many threads torch takes, and the GPUs."""
+    """The system, the processor, torch's number of threads, and the GPUs."""
     cores, threads = usable_cores(), torch.get_num_threads()
-    found = {
+    parts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": f"{processor()}, {cores} core{'s' * (cores != 1)}",
         "threads": f"at most {threads} thread{'s' * (threads != 1)}",
     }
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        found["gpu"] = f"{', '.join(names)} (CUDA {torch.version.cuda})"
-    return found
+        parts["gpu"] = f"{', '.join(names)} (CUDA {torch.version.cuda})"
+    return parts
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name."""
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -90,7 +90,7 @@ def processor() -> str:
 
 
 def data_digest(split: Split) -> str | None:
-    """The SHA-256 of a split held in memory, samples then labels; None where it would cost a pass over files."""
+    """The SHA-256 of a split held in memory, samples then labels; None for others, which would be read whole."""
     if not isinstance(split, TensorSplit) or split.x.nbytes > _IN_MEMORY_BYTES:
         return None
     return tensors_digest({"x": split.x, "y": split.y})

@@ -1,4 +1,4 @@
-"""What is written on disk as JSON, and how a study is named: there, and from the command line."""
+"""JSON files with a checksum, and the names of studies on disk and on the command line."""
 
 import hashlib
 import json
@@ -8,39 +8,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LONGEST = 150  # characters of a name: file systems take 255 bytes, and others put something after it
+LONGEST = 150  # characters of a study's name: file systems take 255 bytes, and files append to it
 NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST - 1}}}"  # of a study, which is the name of its folder
-LOCK = "lock"  # the file that whoever runs a study holds; in the folder of a trial, whoever runs that
-DEFAULT_OUT = Path("autocompress-runs")  # where studies lie unless told otherwise
-SEAL = "seal"  # the key of a digest of all the rest: a bit that flips on a disk is noticed
+LOCK = "lock"  # the lock file of the process that runs a study; in a trial's folder, of the one that runs that
+DEFAULT_OUT = Path("autocompress-runs")  # the default folder of studies
+SEAL = "seal"  # the key of a checksum of all other entries
 
 
 def short(path: Path) -> Path:
-    """The path as seen from the current folder, if it lies below it."""
+    """The path relative to the current folder if it lies below it; otherwise unchanged."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def out_option(home: Path) -> str:
-    """What makes a command find the studies in ``home`` from here: nothing, or `` --out HOME``."""
-    seen = short(home.absolute())
-    return "" if seen == DEFAULT_OUT else f" --out {shlex.quote(str(seen))}"
+    """The option with which a command finds the studies in ``home`` from here: `` --out HOME``, or nothing."""
+    path = short(home.absolute())
+    return "" if path == DEFAULT_OUT else f" --out {shlex.quote(str(path))}"
 
 
 def called(folder: Path) -> str:
-    """A study as a command finds it from here: its name, and ``--out`` where that is needed."""
+    """The arguments with which a command finds a study from here: its name, and ``--out`` if needed."""
     return folder.name + out_option(folder.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, sealed: bool = False) -> None:
-    """Writes JSON by way of a temporary file, so that ``path`` is old or new but never half.
+    """Writes a JSON file atomically, by way of a temporary file.
 
     Args:
         path: The file.
         value: JSON types only.
-        sealed: Whether nobody else may change it: `read_json` will refuse it then.
+        sealed: Whether to add a checksum, with which `read_json` refuses the file once it has changed.
     """
     if sealed:
-        plain = json.loads(json.dumps(value, allow_nan=False))  # a key that is a number is text there
+        plain = json.loads(json.dumps(value, allow_nan=False))  # as it is read: JSON turns keys into strings
         value = {**plain, SEAL: _digest(plain)}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -50,14 +50,14 @@ def write_json(path: Path, value: Mapping[str, Any], *, sealed: bool = False) ->
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # of a disk that is full
+        temporary.unlink(missing_ok=True)  # left if the disk is full
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads JSON, without its seal. A file without one is taken as it is.
+    """Reads a JSON file, checks its seal if it has one, and removes that.
 
     Raises:
-        ValueError: If the file is not whole JSON, or not what was sealed; the message names it.
+        ValueError: If the file is not valid JSON, or differs from what was sealed; the message names it.
     """
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A journal that is damaged, made again from the records of its trials, which are sealed."""
+"""Repairs a damaged Optuna journal from the sealed records of the trials."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,13 @@ LOST = "its entry in the journal was damaged"
 
 
 def set_aside_if_damaged(folder: StudyFolder) -> str | None:
-    """Renames a journal that cannot be believed; what was wrong with it in one sentence, or None.
+    """Renames the journal if it is damaged.
 
-    It cannot where a line is not one of Optuna's, where the lines do not make a study, or where a trial has other
-    results than its record. A last line that a killed process did not finish is no damage.
+    It is damaged if a line is not an entry of Optuna's, if Optuna cannot replay it, or if a trial's results differ
+    from its record. An incomplete last line, as a killed process leaves it, is no damage.
+
+    Returns:
+        The damage in one sentence; None if there is none.
     """
     problem = _damage(folder)
     if problem is None:
@@ -44,22 +47,23 @@ def _damage(folder: StudyFolder) -> str | None:
         return None
     try:
         study = open_study(journal)
-    except Exception as error:  # Optuna looks up what an entry names, and asserts
+    except Exception as error:  # Optuna asserts, and looks up names without checks
         return f"{journal} is damaged: {type(error).__name__}: {error}"
     if study.trials and not study.trials[0].user_attrs.get("dense"):
         return f"{journal} is damaged: it does not begin with the dense model"
     for trial in finished(study):
         try:
             record = folder.load_trial(trial.number)
-        except ValueError:  # whoever needs it will say so
+        except ValueError:  # the record itself is damaged, which is reported when it is needed
             continue
-        said = (tuple(trial.values), *(trial.user_attrs.get(name) for name in ("density", "score", "feasible")))
-        if said != (record.values, record.density, record.score, record.feasible):
+        entry = (tuple(trial.values), *(trial.user_attrs.get(name) for name in ("density", "score", "feasible")))
+        if entry != (record.values, record.density, record.score, record.feasible):
             return f"{journal} is damaged: trial {trial.number} is another in its record"
     return None
 
 
 def _is_entry(line: bytes) -> bool:
+    """Whether a line of the journal is JSON in the form of Optuna's entries."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -68,17 +72,20 @@ def _is_entry(line: bytes) -> bool:
 
 
 def restore(study: optuna.Study, space: Space, bound: Bound, folder: StudyFolder) -> None:
-    """Enters the trials that have a record and that the study does not know; those between count as failed."""
+    """Adds the trials that have a record but are missing in the study.
+
+    Numbers without a usable record between them are added as failed trials, as Optuna numbers without gaps.
+    """
     for path in sorted(folder.path.glob("trials/*/trial.json")):
         number = _number(path)
-        known = len(study.get_trials(deepcopy=False))
-        if number is None or number < known:
+        n_trials = len(study.get_trials(deepcopy=False))
+        if number is None or number < n_trials:
             continue
         try:
             result = folder.load_trial(number)
-        except ValueError:  # the next one that is whole makes a gap of it
+        except ValueError:  # a damaged record: its number is added as failed before the next trial
             continue
-        for _ in range(known, number):
+        for _ in range(n_trials, number):
             study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"reason": LOST}))
         attributes, constraints = entry_of(result, bound)
         study.add_trial(

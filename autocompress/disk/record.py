@@ -1,4 +1,4 @@
-"""A study as it lies on disk: read leniently, from whatever a study has left there, and never changed."""
+"""Reads a study's folder leniently, in whatever state it is, without changing it."""
 
 import contextlib
 import os
@@ -19,16 +19,16 @@ State = Literal["finished", "interrupted", "running", "unfinished", "damaged"]
 
 @dataclass(frozen=True)
 class Record:
-    """What a study has left in its folder.
+    """The contents of a study's folder.
 
     Attributes:
-        folder: Where it lies.
-        asked: What ``study.json`` holds; empty when that is damaged.
-        found: What ``result.json`` holds; None before the study's end.
+        folder: The folder.
+        asked: The content of ``study.json``, the study's settings; empty if that is damaged.
+        found: The content of ``result.json``; None before the study's end.
         trials: The records of finished trials, by number.
-        failed: The trials that ended without a result: number and reason.
-        state: ``running`` while a process holds the study, ``unfinished`` when one ended before the result.
-        problems: What could not be read, one sentence each.
+        failed: Number and reason of each trial that ended without a result.
+        state: ``running`` while a process holds the study's lock, ``unfinished`` if it ended without a result.
+        problems: A sentence for each file that could not be read.
     """
 
     folder: Path
@@ -51,29 +51,29 @@ class Record:
 
     @property
     def unit(self) -> str:
-        """What drops are counted in."""
+        """The unit of 100 times a drop: points, or percent of the dense model's score."""
         return "%" if self.asked.get("drop") == "relative" else " pp"
 
     @property
     def begun(self) -> str:
-        """When it began, such as ``2026-11-20 15:38`` in UTC; empty where the study does not say."""
-        said = self.asked.get("provenance", {}).get("begun", "")
-        return str(said)[:16].replace("T", " ")
+        """The time at which the study was started, such as ``2026-11-20 15:38`` in UTC; empty if not recorded."""
+        timestamp = self.asked.get("provenance", {}).get("begun", "")
+        return str(timestamp)[:16].replace("T", " ")
 
     @property
     def answer(self) -> Mapping[str, Any] | None:
-        """The record of the trial that the study answers with."""
+        """The record of the trial that is the study's answer, if there is one."""
         number = self.found.get("answer") if self.found else None
         return next((trial for trial in self.trials if trial["number"] == number), None)
 
 
 def read_record(folder: Path, *, journal: bool = True, ours: bool = False) -> Record:
-    """What lies in a study's folder; what is damaged is left out and named.
+    """Reads a study's folder; damaged files are left out and named in `Record.problems`.
 
     Args:
         folder: A folder with a ``study.json``.
-        journal: Whether to look in Optuna's journal for the failed trials of a study without a result.
-        ours: Whether this process holds the study, which then counts as ended.
+        journal: Whether to read the failed trials of a study without a result from Optuna's journal.
+        ours: Whether this process holds the study's lock; the study then counts as ended.
     """
     problems: list[str] = []
     asked = _read(folder / "study.json", problems, {})
@@ -89,7 +89,7 @@ def read_record(folder: Path, *, journal: bool = True, ours: bool = False) -> Re
     trials.sort(key=lambda trial: int(trial["number"]))
     held = not ours and _is_held(folder)
     if found is not None and isinstance(found.get("failed"), list):
-        failed = tuple((one["number"], one["reason"]) for one in found["failed"] if _is_failure(one))
+        failed = tuple((entry["number"], entry["reason"]) for entry in found["failed"] if _is_failure(entry))
     else:
         failed = tuple(_failed_in_journal(folder / "journal.log", problems)) if journal and not held else ()
     state: State
@@ -118,32 +118,33 @@ _OF_RESULT: Types = {
 
 
 def _read(file: Path, problems: list[str], needed: Types) -> dict[str, Any] | None:
+    """Reads a JSON file that must have keys of some types; if it has not, adds a problem and returns None."""
     try:
         value = read_json(file)
     except (OSError, ValueError) as error:
         problems.append(str(error))
         return None
-    odd = [
+    unusable = [
         key
         for key, types in needed.items()
         if not isinstance(value, dict) or not isinstance(value.get(key), types)
     ]
-    if odd:
-        problems.append(f"{file} is damaged: it has no usable {odd[0]!r}")
+    if unusable:
+        problems.append(f"{file} is damaged: it has no usable {unusable[0]!r}")
         return None
     return value
 
 
-def _is_failure(one: Any) -> bool:
-    return isinstance(one, dict) and {"number", "reason"} <= one.keys()
+def _is_failure(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"number", "reason"} <= entry.keys()
 
 
 @contextlib.contextmanager
 def damage_named(name: str) -> Iterator[None]:
-    """Makes one line of what a study's files cause that hold other things than were written there.
+    """Turns errors within a ``with`` block, caused by unexpected content of a study's files, into one line.
 
     Raises:
-        ValueError: In place of what is raised where a value is absent or of another type.
+        ValueError: Instead of the KeyError, TypeError and the like that absent or wrong values cause.
     """
     try:
         yield
@@ -152,7 +153,7 @@ def damage_named(name: str) -> Iterator[None]:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process runs the study now, or a trial of it."""
+    """Whether a process is running the study, or a trial of it, now."""
     locks = [folder / LOCK, *folder.glob(f"trials/*/{LOCK}")]
     return any(_is_locked(file) for file in locks if file.exists())
 
@@ -168,21 +169,21 @@ def _is_locked(file: Path) -> bool:
 
 
 def _failed_in_journal(journal: Path, problems: list[str]) -> Iterable[tuple[int, str]]:
-    """Failed trials of a study that has no result yet, from Optuna's journal."""
+    """Number and reason of the failed trials of a study without a result, from Optuna's journal."""
     if not journal.is_file():
         return ()
-    from autocompress.disk.optuna_store import open_study  # with torch and Optuna, which take a second
+    from autocompress.disk.optuna_store import open_study  # imports torch and Optuna, which takes a second
     from autocompress.search import failures
 
     try:
         return failures(open_study(journal))
-    except Exception as error:  # Optuna raises whatever a damaged entry makes it
+    except Exception as error:  # a damaged entry may make Optuna raise anything
         problems.append(f"{journal} is damaged: {type(error).__name__}: {error}")
         return ()
 
 
 def study_folders(home: Path) -> list[Path]:
-    """The folders of all studies, by name."""
+    """The folders of all studies in ``home``, in the order of their names."""
     return sorted(file.parent for file in home.glob("*/study.json") if re.fullmatch(NAME, file.parent.name))
 
 
@@ -214,7 +215,7 @@ def answer_folder(directory: Path) -> Path:
     """The folder of a study's answer.
 
     Args:
-        directory: The study's folder, or ``best`` in it. Any other is given back.
+        directory: The study's folder or its subfolder ``best``; any other folder is returned unchanged.
 
     Raises:
         ValueError: If the study has no answer; the message says why, and what to do.

@@ -1,4 +1,4 @@
-"""The home on disk: one folder a study, written so that a kill at any moment leaves whole files."""
+"""The folders of studies, written so that a kill at any moment leaves complete files."""
 
 import contextlib
 import os
@@ -21,33 +21,33 @@ from autocompress.measurement import Measurement
 from autocompress.trial import Start, TrialResult
 from autocompress.verdict.constraint import Checked
 
-_LEFT_BEHIND = (LOCK, "holder.json", ".holder.json.tmp", ".study.json.tmp")  # by who was killed as it began
-RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")
+_LEFT_BEHIND = (LOCK, "holder.json", ".holder.json.tmp", ".study.json.tmp")  # by a study killed at its start
+RESERVED = ("cache", "mlflow-artifacts", "mlflow.db")  # no names for studies
 
 
 def prepare_out(out: Path) -> Path:
-    """The folder for all studies as an absolute path. Where it is not there the first study makes it.
+    """Checks that studies can be written to a folder, and returns its absolute path; does not create it.
 
     Raises:
-        ValueError: If it cannot be made or written to.
+        ValueError: If it cannot be created or written to.
     """
-    place, names = out.absolute(), []
+    parent, missing = out.absolute(), []
     try:
-        while not _is_there(place):
-            names.append(place.name)
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place):
+        while not _exists(parent):
+            missing.append(parent.name)
+            parent = parent.parent
+        with tempfile.TemporaryFile(dir=parent):
             pass
-        for name in names:  # whether folders can be called so
-            _is_there(place / name)
+        for name in missing:  # raises if the file system does not allow the name
+            _exists(parent / name)
         return out.resolve()
-    except (OSError, ValueError) as error:  # the latter: there is a null in it
+    except (OSError, ValueError) as error:  # ValueError: the path has a null character
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot write to {str(out)!r}: {reason}; choose another folder") from None
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is something of this path, or nothing yet; one that cannot be raises OSError."""
+def _exists(path: Path) -> bool:
+    """Whether a path exists; unlike `Path.exists`, raises OSError for one that cannot exist."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -56,14 +56,15 @@ def _is_there(path: Path) -> bool:
 
 
 class StudyFolder:
-    """A study's folder: what was asked, the journal, the trials, the best model, the result.
+    """A study's folder: its settings, its journal, its trials, its answer and its result.
 
-    Held by one process at a time; or shared by several, whose study is in a database: they take turns, and each
-    claims the trials that it runs. Locks are the system's, and so end with the process that has them.
+    One process at a time holds it; or several share it, whose Optuna study is in a database: these take turns, and
+    each claims the trials that it runs. The locks are the operating system's, which releases those of a process
+    that was killed.
 
     Args:
-        path: The folder; made if it is not there.
-        shared: Whether it is.
+        path: The folder; created if it does not exist.
+        shared: Whether several processes share it.
 
     Raises:
         ValueError: If another process holds it; the message says which.
@@ -83,8 +84,8 @@ class StudyFolder:
                 f"the study {path.name!r} is being run by {self._holder()}; wait for its end, or begin one of "
                 "another name"
             ) from None
-        began = datetime.now(UTC).isoformat(" ", "minutes")
-        write_json(self._holder_file, {"pid": os.getpid(), "host": socket.gethostname(), "since": began})
+        now = datetime.now(UTC).isoformat(" ", "minutes")
+        write_json(self._holder_file, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
 
     @property
     def _holder_file(self) -> Path:
@@ -93,19 +94,19 @@ class StudyFolder:
     def _holder(self) -> str:
         """The process that holds the study, in words."""
         try:
-            held = read_json(self._holder_file)
-            return f"process {held['pid']} on {held['host']}, since {held['since']}"
+            holder = read_json(self._holder_file)
+            return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):  # not written yet
             return "another process"
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """One of those who share the study at a time: to choose a trial, or to write what is not a trial's."""
+        """A lock among the processes that share the study, to choose a trial or to write anything but a trial."""
         with self._lock if self.shared else contextlib.nullcontext():
             yield
 
     def claim(self, number: int) -> bool:
-        """Whether a trial is now this process's to run, and was nobody's before."""
+        """Claims a trial for this process; False if this or another process has claimed it already."""
         if number in self._claims:
             return False
         lock = None
@@ -120,7 +121,7 @@ class StudyFolder:
         return True
 
     def give_back(self, *numbers: int) -> None:
-        """Ends the claims to some trials; without any, to all."""
+        """Releases the claims to the given trials; without arguments, all claims."""
         for number in numbers or tuple(self._claims):
             lock = self._claims.pop(number)
             if lock is not None:
@@ -128,27 +129,27 @@ class StudyFolder:
                 lock.release()
 
     def close(self) -> None:
-        """Lets other processes have the study."""
+        """Releases all locks, so that other processes can hold the study."""
         self.give_back()
         if self._lock.is_locked:
             self._holder_file.unlink(missing_ok=True)
         self._lock.release()
 
     def discard(self) -> None:
-        """Takes back what made the folder a study, and the folder itself if nothing else is in it."""
+        """Removes the files of a study that has not begun, and the folder itself if it is empty then."""
         self.close()
         for name in ("study.json", *_LEFT_BEHIND):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody else's files are in it
+        with contextlib.suppress(OSError):  # the folder has other files
             self.path.rmdir()
 
     @property
     def settings_file(self) -> Path:
-        """What was asked."""
+        """The file of the study's settings."""
         return self.path / "study.json"
 
     def update_settings(self, more: Mapping[str, Any]) -> None:
-        """Adds to what was asked."""
+        """Adds entries to the study's settings, or replaces them."""
         with self.turn():
             write_json(self.settings_file, {**read_json(self.settings_file), **more})
 
@@ -159,12 +160,12 @@ class StudyFolder:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a search has."""
+        """Whether the search has begun."""
         return self.journal_file.exists() or (self.path / "trials").exists()
 
     @property
     def result_file(self) -> Path:
-        """The result."""
+        """The file of the study's result."""
         return self.path / "result.json"
 
     @property
@@ -174,7 +175,7 @@ class StudyFolder:
 
     @property
     def ahead(self) -> Path:
-        """The folder of what this process makes for the study's end, and removes when it ends."""
+        """The temporary folder in which this process prepares the study's end."""
         return self.path / (f".ahead-{socket.gethostname()}-{os.getpid()}" if self.shared else ".ahead")
 
     def trial(self, number: int) -> Path:
@@ -182,11 +183,11 @@ class StudyFolder:
         return self.path / "trials" / f"{number:04d}"
 
     def save_trial(self, result: TrialResult) -> None:
-        """Writes a trial's weights and then its record: where there is a record the trial is whole."""
+        """Writes a trial's weights, then its record: a trial that has a record is complete."""
         folder = self.trial(result.number)
         folder.mkdir(parents=True, exist_ok=True)
-        for half in folder.glob(".*.tmp"):  # written by a process that was killed
-            half.unlink()
+        for temporary in folder.glob(".*.tmp"):  # left by a process that was killed
+            temporary.unlink()
         assert result.model is not None
         weights.save(result.model.state_dict(), folder / "model.safetensors")
         for density, start in result.starts.items():
@@ -211,18 +212,18 @@ class StudyFolder:
             raise ValueError(f"{file} is damaged: {error}") from None
 
     def start(self, density: float, among: Container[int]) -> Start | None:
-        """The sparsest model that a trial at ``density`` can start from; None if only the dense one can.
+        """The sparsest stored model that a trial at ``density`` can start from; None if there is none.
 
         Args:
-            density: Of the trial.
+            density: The trial's density.
             among: The numbers of the trials whose models it may start from.
         """
         files = [file for file in self.path.glob("trials/*/start-*") if (file.parent / "trial.json").is_file()]
-        denser = [(float(file.stem.removeprefix("start-")), file) for file in files]
-        denser = [(found, file) for found, file in denser if found >= density and int(file.parent.name) in among]
-        for found, file in sorted(denser):
-            with contextlib.suppress(OSError, ValueError):  # damaged: it is a head start, and the next one is, too
-                return Start(int(file.parent.name), found, weights.load(file))
+        starts = [(float(file.stem.removeprefix("start-")), file) for file in files]
+        for start_density, file in sorted(starts):
+            if start_density >= density and (number := int(file.parent.name)) in among:
+                with contextlib.suppress(OSError, ValueError):  # damaged: the next one is a head start, too
+                    return Start(number, start_density, weights.load(file))
         return None
 
     def load_weights(self, number: int) -> dict[str, Any]:
@@ -233,18 +234,18 @@ class StudyFolder:
 def _trial_result(record: dict[str, Any]) -> TrialResult:
     measurement = Measurement.from_json(record.pop("measurement"))
     curves = {name: tuple(values) for name, values in record.pop("curves").items()}
-    constraints = tuple(Checked(**one) for one in record.pop("constraints", ()))
+    constraints = tuple(Checked(**checked) for checked in record.pop("constraints", ()))
     values = tuple(record.pop("values"))
     return TrialResult(measurement=measurement, curves=curves, constraints=constraints, values=values, **record)
 
 
 def new_folder(home: Path, name: str | None, asked: Mapping[str, Any]) -> StudyFolder:
-    """The folder of a new study.
+    """Creates the folder of a new study, with its settings.
 
     Args:
         home: The folder of all studies.
         name: The study's name; None for one made of the task, the scheme and the time.
-        asked: What is asked of the study: JSON types only.
+        asked: The study's settings: JSON types only.
 
     Raises:
         ValueError: If the name cannot be used or is taken.
@@ -256,7 +257,7 @@ def new_folder(home: Path, name: str | None, asked: Mapping[str, Any]) -> StudyF
 
 
 def check_free(home: Path, name: str) -> Path:
-    """The folder of a new study of this name.
+    """The path of the folder of a new study of this name.
 
     Raises:
         ValueError: If the name cannot be used or is taken.
@@ -277,10 +278,10 @@ def _default_name(home: Path, asked: Mapping[str, Any]) -> str:
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be a study's.
+    """Checks the name of a study and returns it.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If a study cannot have this name.
     """
     if not re.fullmatch(NAME, name) or name in RESERVED:
         given = name if len(name) <= LONGEST else f"{name[:20]}..."
@@ -292,10 +293,15 @@ def check_name(name: str) -> str:
 
 
 def resume_folder(home: Path, name: str, identity: Mapping[str, Any]) -> StudyFolder:
-    """The folder of a study that goes on.
+    """Opens the folder of a study to resume it.
+
+    Args:
+        home: The folder of all studies.
+        name: The study's name.
+        identity: The settings that must be those of the study.
 
     Raises:
-        ValueError: If there is none of that name, or something else was asked of it.
+        ValueError: If there is no such study, or its settings differ.
     """
     asked = study_settings(home, name, identity.get("kind", "study"))
     for key, value in identity.items():
@@ -308,10 +314,15 @@ def resume_folder(home: Path, name: str, identity: Mapping[str, Any]) -> StudyFo
 
 
 def study_settings(home: Path, name: str, kind: str = "study") -> dict[str, Any]:
-    """What was asked of a study, or of a sweep, that exists.
+    """The stored settings of a study or a sweep.
+
+    Args:
+        home: The folder of all studies.
+        name: The study's name.
+        kind: ``"study"`` or ``"sweep"``.
 
     Raises:
-        ValueError: If there is none of that name; the message lists those there are. If it is of the other kind.
+        ValueError: If there is none of that name, or it is of the other kind.
     """
     file = home / name / "study.json"
     if not re.fullmatch(NAME, name) or not file.is_file():

@@ -1,1 +1,1 @@
-"""Where trials run: here, in processes of this machine, or on a cluster; and how they are stopped."""
+"""Executors of trials (this process, local workers, a cluster), the background process, and Ctrl-C."""

@@ -1,8 +1,7 @@
-"""A process beside the study's that logs it, and gets ready for its end while the trials run.
+"""The background process of a study, which logs to MLflow and prepares the study's end while its trials run.
 
-What a study needs beside its trials takes seconds to import and to use first: MLflow, exporters, ONNX Runtime,
-matplotlib. A thread would take these from the training, for one thread at a time runs Python; another process
-takes them from a core that trials leave idle.
+MLflow, exporters, ONNX Runtime and matplotlib take seconds to import and to use for the first time. In a thread
+these would hold up the training, because of Python's global interpreter lock; another process uses an idle core.
 """
 
 import functools
@@ -24,43 +23,43 @@ from autocompress.processes.workers import LocalWorkers, Remote
 P = ParamSpec("P")
 T = TypeVar("T")
 
-WORTH_S = 20.0  # of trials to come: what it takes to get ready
-NICENESS = 5  # of the process: it takes what trials leave, or a fifth of a core that they all want
+WORTH_S = 20.0  # seconds of trials still to come from which on starting the process saves time
+NICENESS = 5  # of the process: it uses what the trials leave idle, or about a fifth of a core if they leave none
 
 
 @dataclass(frozen=True)
 class Begun(Generic[T]):
-    """A call that `Aside.begin` has begun."""
+    """A call that was begun by `Aside.begin`."""
 
     _future: "Future[T] | None"
     _here: Callable[[], T]
     _failed: Callable[[], None]
 
     def outcome(self) -> T:
-        """What the function returns; whatever goes wrong in the other process, it runs in this one."""
+        """Waits for the function's result; if the other process fails in any way, calls the function here."""
         if self._future is not None:
             try:
                 return self._future.result()
-            except Exception:  # of the process, of what travels, or the function's own, which then comes again
+            except Exception:  # of the process, of pickling, or of the function, which then raises it again here
                 self._failed()
         return self._here()
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is to be waited for: it has been made, or will not be before it is needed."""
+        """Whether `outcome` need not wait for the process: the call is finished, or will be made here."""
         return self._future is None or self._future.done()
 
     def cancel(self) -> None:
-        """It need not run: where it does not do so yet, it will not."""
+        """Cancels the call unless it is running already."""
         if self._future is not None:
             self._future.cancel()
 
 
 class Aside:
-    """Runs calls in a process of its own once that is started, and in this one otherwise. For any thread.
+    """Runs calls in a background process once that is started, and in this process otherwise. Thread-safe.
 
     Args:
-        allowed: Whether there may be such a process.
+        allowed: Whether the process may be started.
     """
 
     def __init__(self, *, allowed: bool = True) -> None:
@@ -70,25 +69,25 @@ class Aside:
 
     @property
     def is_there(self) -> bool:
-        """Whether the process is started, and has not been given up."""
+        """Whether the process has been started and not been closed."""
         return self._process is not None
 
     def start(self) -> None:
-        """Starts the process, unless it was before or may not be."""
+        """Starts the process, unless it was started before or is not allowed."""
         with self._changing:
             if self._may_start:
                 self._may_start = False
-                # It has no GPU: what it is for runs on the CPU, and the memory is the trials'.
+                # Without GPUs: its work runs on the CPU, and it must not take memory from the trials.
                 workers = LocalWorkers(1, pack([]), threads=torch.get_num_threads(), gpus=[""])
                 self._process = Remote(workers, [])
 
     def begin(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Begun[T]:
-        """Has the process make a call, after earlier ones; without the process it is made when it is needed."""
+        """Begins a call in the process, after earlier ones; without the process, `Begun.outcome` makes it."""
         here = functools.partial(function, *args, **kwargs)
         return Begun(self._submit(function, args, kwargs), here, self.close)
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """What the function returns, see `Begun.outcome`."""
+        """The function's result, see `Begun.outcome`."""
         return self.begin(function, *args, **kwargs).outcome()
 
     def _submit(self, function: Callable[..., T], args: Any, kwargs: Any) -> "Future[T] | None":
@@ -100,7 +99,7 @@ class Aside:
             return None
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Ends the process, even in the middle of a call."""
         with self._changing:
             process, self._process, self._may_start = self._process, None, False
         if process is not None:
@@ -108,18 +107,19 @@ class Aside:
 
 
 def keep_loaded() -> None:
-    """Has the garbage collector leave alone what is in memory: libraries, whose million objects it would look at.
+    """Exempts all present objects from garbage collection.
 
-    One look takes half a second, and it comes in the middle of whatever is waited for.
+    With the million objects of the imported libraries a full collection takes half a second, and would come in the
+    middle of work that the study waits for.
     """
     gc.collect()
     gc.freeze()
 
 
 def _quietly(function: Callable[..., T], args: Any, kwargs: Any) -> T:
-    """The call without the talk of libraries: the terminal is the study's, and so are the cores."""
+    """Calls a function at low priority and without the output of libraries on the terminal."""
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
-    tqdm.set_lock(RLock())  # in place of one among processes, of which Python would say that it was left behind
+    tqdm.set_lock(RLock())  # its default is a lock between processes, which Python warns of as leaked at the end
     with quietly():
         return function(*args, **kwargs)

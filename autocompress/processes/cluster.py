@@ -12,7 +12,7 @@ from distributed import Client, KilledWorker, Worker, WorkerPlugin
 
 from autocompress.processes.parcel import run_packed, unpack_shared
 
-# Of a scheduler that is lost it logs a page of tracebacks, which is said here in a line.
+# If the scheduler is lost it logs a page of tracebacks; `ClusterWorkers.run` raises a one-line error.
 logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
 
 CONNECT_S = 10
@@ -20,13 +20,14 @@ WAIT_FOR_WORKERS_S = 30
 
 
 class ClusterWorkers:
-    """Workers of a Dask cluster; those that declare the resource GPU run a trial for each, the others one.
+    """Workers of a Dask cluster.
 
-    A worker that joins is given what all calls share, so that one that died can come back. A call whose worker
-    died is put back by Dask itself, as often as the scheduler's ``allowed-failures`` says.
+    If workers declare the resource GPU, each runs as many trials at a time as it has GPUs; otherwise each worker
+    runs one. Workers that join later receive the shared objects, too, so that a worker that died can be restarted.
+    Dask itself repeats a call whose worker died, as often as the scheduler's ``allowed-failures`` allows.
 
     Args:
-        address: Of the scheduler, such as ``tcp://scheduler:8786``.
+        address: The address of the scheduler, such as ``tcp://scheduler:8786``.
 
     Raises:
         ValueError: If there is no such cluster, it has no workers, or they have another version of autocompress.
@@ -42,23 +43,23 @@ class ClusterWorkers:
                 "scheduler, and on each machine: dask worker tcp://SCHEDULER:8786 --nthreads 1"
             ) from error
         try:
-            joined = self._joined()
+            workers = self._checked_workers()
         except BaseException:
             self._client.close()
             raise
-        gpus = sum(int(one["resources"].get("GPU", 0)) for one in joined)
-        self.size = gpus or len(joined)
-        self.hosts = len({one["host"] for one in joined})
+        gpus = sum(int(worker["resources"].get("GPU", 0)) for worker in workers)
+        self.size = gpus or len(workers)
+        self.hosts = len({worker["host"] for worker in workers})
         self.device = "cuda" if gpus else "cpu"
         self._executor = self._client.get_executor(pure=False, resources={"GPU": 1} if gpus else None)
         self._name = f"autocompress-{uuid.uuid4().hex}"
         self._opened = self._closed = False
 
-    def _joined(self) -> list[dict[str, Any]]:
-        """What each worker has declared, once they are known to understand what they will be sent."""
+    def _checked_workers(self) -> list[dict[str, Any]]:
+        """Dask's description of each worker; ValueError if there are none, or their versions differ from ours."""
         try:
             self._client.wait_for_workers(1, timeout=WAIT_FOR_WORKERS_S)
-            there = self._client.run(_versions)
+            worker_versions = self._client.run(_versions)
         except TimeoutError:
             raise ValueError(
                 f"the cluster at {self.address} has no workers; begin some with: dask worker {self.address} "
@@ -69,7 +70,7 @@ class ClusterWorkers:
                 f"the workers of {self.address} lack something ({error}); install autocompress {_versions()[1]} "
                 "there"
             ) from error
-        for worker, versions in there.items():
+        for worker, versions in worker_versions.items():
             if versions != _versions():
                 pairs = "Python {}, autocompress {}".format
                 raise ValueError(
@@ -79,7 +80,7 @@ class ClusterWorkers:
         return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
 
     def open(self, payload: bytes) -> None:
-        """Sends what all calls share to each worker, once."""
+        """Sends the pickle of the shared objects to each worker, once."""
         self._client.register_plugin(_Study(self._name, payload))
         self._opened = True
 
@@ -96,7 +97,7 @@ class ClusterWorkers:
         return outcome
 
     def close(self) -> None:
-        """Lets go of the cluster; what its workers still run is not waited for."""
+        """Disconnects from the cluster without waiting for running calls."""
         if self._closed:
             return
         self._closed = True
@@ -110,14 +111,14 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-# What runs in a worker.
+# The code below runs in a worker.
 
-_studies: dict[str, bytes | list[object]] = {}
-_one_at_a_time = threading.Lock()  # trials set torch's own random numbers
+_studies: dict[str, bytes | list[object]] = {}  # shared objects by study; pickled until they are first needed
+_one_at_a_time = threading.Lock()  # trials seed torch's global generator, which threads share
 
 
 class _Study(WorkerPlugin):  # type: ignore[misc]  # an extra: mypy does not look into it
-    """Keeps what all calls of a study share in each worker, from when it joins until the study ends."""
+    """Stores a study's shared objects in each worker, from when it joins until the study ends."""
 
     def __init__(self, name: str, payload: bytes) -> None:
         self.name, self.payload = name, payload
@@ -130,7 +131,7 @@ class _Study(WorkerPlugin):  # type: ignore[misc]  # an extra: mypy does not loo
 
 
 def _versions() -> tuple[str, str]:
-    """Of Python, whose functions travel as its bytecode, and of autocompress."""
+    """The versions of Python, on whose bytecode pickled functions depend, and of autocompress."""
     return ".".join(platform.python_version_tuple()[:2]), version("autocompress")
 
 

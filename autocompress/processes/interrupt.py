@@ -1,4 +1,4 @@
-"""Ctrl-C: once to finish what runs and stop, twice to stop now."""
+"""Ctrl-C: once to stop after the running trials, twice to stop at once."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,16 +8,16 @@ from types import FrameType
 
 @contextmanager
 def gentle_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """For a ``with`` block, the first Ctrl-C is only noted; the second one raises KeyboardInterrupt.
+    """Within a ``with`` block, the first Ctrl-C is only recorded; the second raises KeyboardInterrupt.
 
-    Outside the main thread, where Python lets nobody handle signals, and where Ctrl-C is ignored or handled by
-    another program's own handler, nothing changes.
+    It has no effect outside the main thread, where Python allows no signal handlers, or if Ctrl-C is ignored or
+    has a handler other than Python's default.
 
     Args:
-        say: Is told what happens now, in one sentence.
+        say: Called at the first Ctrl-C, with a sentence on what happens now.
 
     Yields:
-        Whether Ctrl-C was pressed.
+        A function that returns whether Ctrl-C was pressed.
     """
     asked = False
 

@@ -1,8 +1,8 @@
-"""What travels to other processes: calls and their results as bytes, what all calls share only once.
+"""Pickles calls and their results for other processes; objects that all calls share are sent only once.
 
-By cloudpickle, so that a model, a loss or an objective that was defined in a script, a notebook or ``file.py``
-need not be importable where it arrives. A pickle is a program: it is only ever read from processes that the study
-started, or of the cluster whose address it was given.
+It uses cloudpickle, so that a model, a loss or an objective defined in a script, a notebook or ``file.py`` need
+not be importable in the other process. A pickle can execute code: it is only read from processes that the study
+has started, or from the cluster whose address it was given.
 """
 
 import io
@@ -20,16 +20,16 @@ from autocompress.task import Task
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """Leaves out what is shared; takes functions themselves where others pickle the name of their file."""
+    """Pickles shared objects as their index, and objectives and metrics by value instead of by file."""
 
     def __init__(self, file: io.BytesIO, shared: Sequence[object]) -> None:
         super().__init__(file)
         if shared:
-            places = {id(one): place for place, one in enumerate(shared)}
-            self.persistent_id = lambda one: places.get(id(one))
+            indices = {id(value): index for index, value in enumerate(shared)}
+            self.persistent_id = lambda value: indices.get(id(value))
 
     def reducer_override(self, value: Any) -> Any:
-        """Objectives and metrics by what they are made of: a file of theirs may not be where they arrive."""
+        """Pickles objectives and metrics by their fields: the other process may not have their file."""
         if isinstance(value, Objective | Metric):
             return type(value), tuple(getattr(value, field.name) for field in fields(value))
         return super().reducer_override(value)
@@ -42,7 +42,7 @@ class _Unpickler(cloudpickle.pickle.Unpickler):  # type: ignore[misc]
 
 
 def pack(value: Any, shared: Sequence[object] = ()) -> bytes:
-    """The value as bytes; an object that is one of ``shared`` only as its place there."""
+    """Pickles a value; an object in it that is one of ``shared`` is pickled as its index there."""
     for module in modules_from_files():
         cloudpickle.register_pickle_by_value(module)
     file = io.BytesIO()
@@ -51,24 +51,27 @@ def pack(value: Any, shared: Sequence[object] = ()) -> bytes:
 
 
 def unpack(data: bytes, shared: Sequence[object] = ()) -> Any:
-    """The value that `pack` was given, with ``shared`` as they are here."""
+    """Unpickles a value of `pack`, with this process's ``shared`` objects."""
     return _Unpickler(io.BytesIO(data), shared).load()
 
 
 def pack_shared(parts: Mapping[str, object]) -> tuple[list[object], bytes]:
-    """What all calls of a study have in common: the objects as `pack` needs them, and as bytes for each worker.
+    """Pickles the objects that all calls of a study share.
 
     Args:
-        parts: By name; what is cheaper to send each time, such as a number, is left out.
+        parts: The objects by name; numbers and strings are left out, as they are cheap to send with each call.
+
+    Returns:
+        The shared objects, for `pack`, and their pickle, for each worker.
 
     Raises:
-        ValueError: If one cannot be sent to another process; the message says which and why.
+        ValueError: If one cannot be pickled; the message says which and why.
     """
     shared = [part for part in parts.values() if not isinstance(part, str | int | float | None)]
     try:
         return shared, pack(shared)
     except Exception as error:  # whatever a user's object raises that cannot be pickled
-        name, reason = _what_stays(parts) or ("the task", error)
+        name, reason = _first_unpicklable(parts) or ("the task", error)
         raise ValueError(
             f"{name} cannot be sent to another process ({type(reason).__name__}: {_first_line(reason)}); open "
             "files and connections where they are first used, or run without workers"
@@ -76,27 +79,27 @@ def pack_shared(parts: Mapping[str, object]) -> tuple[list[object], bytes]:
 
 
 def unpack_shared(payload: bytes) -> list[object]:
-    """The objects that `pack_shared` sent.
+    """Unpickles the objects of `pack_shared`.
 
     Raises:
-        ValueError: If they cannot be made again here.
+        ValueError: If they cannot be unpickled here.
     """
     try:
         shared: list[object] = unpack(payload)
-    except Exception as error:  # whatever the modules raise that it needs
-        said = f"{type(error).__name__}: {_first_line(error)}"
+    except Exception as error:  # whatever the imports of the pickle's modules raise
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         raise ValueError(
-            f"a worker cannot take the study over ({said}); what its model and data are made of must be installed "
-            "where the workers run, in the same versions"
+            f"a worker cannot take the study over ({reason}); what its model and data are made of must be "
+            "installed where the workers run, in the same versions"
         ) from error
     return shared
 
 
-def _what_stays(parts: Mapping[str, object]) -> tuple[str, Exception] | None:
-    """The first of the parts that cannot be packed, by name, and why."""
+def _first_unpicklable(parts: Mapping[str, object]) -> tuple[str, Exception] | None:
+    """The name of the first part, or attribute of a task, that cannot be pickled, and the error."""
     for name, part in parts.items():
-        within = {f"{name}.{key}": value for key, value in vars(part).items()} if isinstance(part, Task) else {}
-        if found := _what_stays(within):
+        attributes = vars(part) if isinstance(part, Task) else {}
+        if found := _first_unpicklable({f"{name}.{key}": value for key, value in attributes.items()}):
             return found
         try:
             pack(part)
@@ -106,7 +109,7 @@ def _what_stays(parts: Mapping[str, object]) -> tuple[str, Exception] | None:
 
 
 def run_packed(call: bytes, shared: Sequence[object]) -> bytes:
-    """Runs a packed ``(function, args, kwargs)``; returns what came of it for `opened`. Does not raise."""
+    """Runs a packed ``(function, args, kwargs)``; returns its packed result or exception, for `opened`."""
     try:
         function, args, kwargs = unpack(call, shared)
         return pack((True, function(*args, **kwargs)))
@@ -119,10 +122,10 @@ def run_packed(call: bytes, shared: Sequence[object]) -> bytes:
 
 
 def opened(outcome: bytes) -> Any:
-    """What the call in `run_packed` returned.
+    """The result of a call that `run_packed` has run.
 
     Raises:
-        Exception: What the call raised.
+        Exception: The exception that the call raised.
     """
     succeeded, value = unpack(outcome)
     if not succeeded:

@@ -1,4 +1,4 @@
-"""Where trials run: in this process, or in processes that a study's calls are sent to."""
+"""Executors that run trials in this process, or in worker processes of this machine."""
 
 import os
 import re
@@ -19,9 +19,9 @@ from autocompress.processes.parcel import opened, pack, run_packed, unpack_share
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ATTEMPTS = 2  # a call whose process died is put back once
-# In bytes, of growth since its first call: loky would take a worker that has grown by 300 MB for a leak, and start
-# another. A trial of a larger model, or an import, is none.
+ATTEMPTS = 2  # a call whose process died is repeated once
+# By default loky takes a worker that has grown by 300 MB since its first call for leaking, and replaces it; a
+# trial of a large model, or an import, may need more. In bytes.
 NO_LEAKS = {"LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
 
 
@@ -29,7 +29,7 @@ class InProcess(Executor):
     """An executor that runs each call at once, in this process."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        """Runs the call; Ctrl-C is not caught."""
+        """Runs the call at once; KeyboardInterrupt is raised here and not stored in the future."""
         future: Future[T] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -43,25 +43,25 @@ class Workers(Protocol):
 
     @property
     def size(self) -> int:
-        """How many calls run at a time."""
+        """The number of calls that run at a time."""
 
     def run(self, call: bytes) -> bytes:
-        """What `autocompress.processes.parcel.run_packed` makes of a call in one of the processes; for any thread.
+        """Runs `autocompress.processes.parcel.run_packed` on a call in an idle process. Thread-safe.
 
         Raises:
-            BrokenExecutor: If the call ended its process, again when it was put back.
+            BrokenExecutor: If the process died, and again when the call was repeated.
         """
 
     def close(self) -> None:
-        """Ends the processes, whatever they do."""
+        """Ends the processes, even in the middle of calls."""
 
 
 class Remote(Executor):
-    """An executor that has its calls run by workers.
+    """An executor that sends its calls to workers.
 
     Args:
-        workers: Run them.
-        shared: What the workers have already, see `autocompress.processes.parcel.pack_shared`.
+        workers: The workers.
+        shared: The objects that the workers have already, see `autocompress.processes.parcel.pack_shared`.
     """
 
     def __init__(self, workers: Workers, shared: Sequence[object]) -> None:
@@ -74,22 +74,22 @@ class Remote(Executor):
         return self._threads.submit(lambda: opened(self._workers.run(call)))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends the workers; calls that still run are cut short."""
+        """Ends the workers, and with them the calls that still run."""
         self._workers.close()
         self._threads.shutdown(wait, cancel_futures=True)
 
 
 class LocalWorkers:
-    """Processes on this machine, each with a GPU of its own where there are GPUs.
+    """Worker processes on this machine, each with its own GPU if there are GPUs.
 
-    They are new processes, not forks, which CUDA would not survive, and they do not run the caller's script again.
-    Each is a pool of its own, so that one that dies takes no other's trial with it.
+    They are started by loky, neither as forks, which break CUDA, nor by running the caller's script again. Each is
+    a pool of its own, so that the death of one does not break the calls of others.
 
     Args:
-        size: How many.
-        payload: What all calls share, sent to each worker once.
-        threads: CPU threads of each.
-        gpus: As CUDA_VISIBLE_DEVICES names them; several workers share one where there are fewer.
+        size: Number of processes.
+        payload: The pickle of the shared objects, sent to each process once.
+        threads: CPU threads of each process.
+        gpus: GPUs as CUDA_VISIBLE_DEVICES names them; if there are fewer than processes, they are shared.
     """
 
     def __init__(self, size: int, payload: bytes, *, threads: int, gpus: Sequence[str] = ()) -> None:
@@ -122,7 +122,7 @@ class LocalWorkers:
 
 
 class _LocalWorker:
-    """One process, made when it is first needed and again when it has died."""
+    """One process, started at the first call, and again after it has died."""
 
     def __init__(self, payload: bytes, threads: int, environment: dict[str, str]) -> None:
         self._setup, self._environment = (payload, threads), environment
@@ -134,7 +134,7 @@ class _LocalWorker:
         """Runs a packed call.
 
         Raises:
-            BrokenExecutor: If the process ended meanwhile.
+            BrokenExecutor: If the process died, or was closed.
         """
         try:
             outcome: bytes = self._running().submit(_run_here, call).result()
@@ -174,23 +174,23 @@ def _how_it_died(error: BrokenExecutor) -> str:
     return f"its process was ended{by}{memory}, {ATTEMPTS} times"
 
 
-# What runs in a worker.
+# The code below runs in a worker.
 
 _payload = b""
 _shared: list[object] | None = None
 
 
 def _begin(payload: bytes, threads: int, parent: int) -> None:
-    """Sets a new worker up."""
+    """Initializes a new worker."""
     global _payload
     _payload = payload
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; whoever coordinates decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent handles it
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose coordinator was killed ends: nobody would take its result."""
+    """Ends this process when its parent has died, which nothing else would."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -198,6 +198,6 @@ def _end_with(parent: int) -> None:
 
 def _run_here(call: bytes) -> bytes:
     global _payload, _shared
-    if _shared is None:  # here and not in `_begin`, so that what goes wrong is reported as the call's outcome
+    if _shared is None:  # not in `_begin`, where an error would break the pool instead of failing the call
         _shared, _payload = unpack_shared(_payload), b""
     return run_packed(call, _shared)

@@ -1,4 +1,4 @@
-"""Where a study's trials run: in this process, in processes of this machine, or on a cluster."""
+"""Chooses where a study's trials run: in this process, in worker processes, or on a cluster."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,16 +16,16 @@ if TYPE_CHECKING:  # an extra
 
 
 class Workplace:
-    """Where the trials of a study run.
+    """The place where the trials of a study run.
 
     Args:
-        settings: What is asked: the workers, the cluster, the device.
+        settings: The study's settings, with its workers, cluster and device.
         task: The task, its model on the study's device.
 
     Attributes:
-        task: The task as the trials get it.
-        device: On which they run.
-        size: How many at a time.
+        task: The task for the trials, its model on the CPU if they run in other processes.
+        device: The device on which trials run.
+        size: Number of trials that run at a time.
 
     Raises:
         ValueError: If the cluster cannot be used.
@@ -38,11 +38,11 @@ class Workplace:
         self.size = self._cluster.size if self._cluster else settings.workers
         self._hosts = self._cluster.hosts if self._cluster else 1
         self._is_here = self._cluster is None and settings.workers == 1
-        self.task = task if self._is_here else task.on("cpu")  # each worker has a device of its own
+        self.task = task if self._is_here else task.on("cpu")  # each worker has its own device
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of the times that trials measure: one sentence or none."""
+        """A note on the accuracy of latencies, if several trials share a machine's CPU."""
         if self.size <= self._hosts or (self._settings.profile_device or self.device) != "cpu":
             return ()
         where = "one machine" if self._hosts == 1 else f"{self._hosts} machines"
@@ -52,10 +52,11 @@ class Workplace:
         )
 
     def open(self, example: Mapping[str, object]) -> InProcess | Remote:
-        """Where to submit trials.
+        """The executor of the trials.
 
         Args:
-            example: The parts of one trial, by name: what all have in common is sent to each worker once.
+            example: The fields of any trial's spec, by name; the objects that trials share are sent to each worker
+                once.
         """
         if self._is_here:
             return InProcess()
@@ -71,13 +72,13 @@ class Workplace:
         return LocalWorkers(self.size, payload, threads=threads, gpus=gpus)
 
     def close(self) -> None:
-        """Lets the cluster go."""
+        """Disconnects from the cluster, if there is one."""
         if self._cluster is not None:
             self._cluster.close()
 
 
 def connect(address: str) -> "ClusterWorkers":
-    """The workers of the cluster at that address.
+    """Connects to the Dask cluster at an address.
 
     Raises:
         ValueError: If it cannot be used, or Dask is not installed.

@@ -1,1 +1,1 @@
-"""The parts of `autocompress.study`: what is asked, what is found, how it begins and ends."""
+"""The parts of `autocompress.study`: its settings, its records of trials, its conclusion and its result."""

@@ -1,4 +1,4 @@
-"""What the end of a study needs, made while its trials run, in the process beside it."""
+"""Prepares the end of a study in its background process while trials run: exports, a rehearsal of the report."""
 
 import functools
 import shutil
@@ -19,13 +19,13 @@ from autocompress.task import Task
 
 
 class Ahead:
-    """Has the process beside a study prepare its end; what it has not prepared is made when it is asked for.
+    """Prepares the end of a study in its background process; files not prepared are made when requested.
 
     Args:
-        aside: The process.
+        aside: The background process.
         task: The task.
-        folder: Where the study lives.
-        formats: What to export besides, see `autocompress.export.check_formats`.
+        folder: The study's folder.
+        formats: Formats to export in addition, see `autocompress.export.check_formats`.
     """
 
     def __init__(self, aside: Aside, task: Task, folder: StudyFolder, formats: tuple[str, ...] = ()) -> None:
@@ -37,53 +37,54 @@ class Ahead:
         self._staged: dict[int, Begun[Staged]] = {}  # by the number of the trial
 
     def prepare(self, candidates: Sequence[int], answer_of: Callable[[int], Answer | None]) -> None:
-        """Has the process make what it can of the end while a trial runs.
+        """Starts background work for the end of the study while a trial runs.
 
-        Once the dense model's files, which makes the next export quick; then the files of the likeliest answer;
-        once a report that nobody reads, which makes the next one quick, and that without an answer if there is
-        none by then; and when nothing else is under way, the files of other answers.
+        In this order: once, the export of the dense model, which also warms up the exporters; the export of the
+        likeliest answer; once, a report that is thrown away, to warm up its libraries (if there is no candidate,
+        only when the process is idle); and, when the process is idle, the exports of the other candidates.
 
         Args:
-            candidates: Trials that may be the answer, by their numbers, the likeliest first.
-            answer_of: What such a trial is made of, where its weights are whole.
+            candidates: Numbers of the trials that may be the answer, the likeliest first.
+            answer_of: Loads a trial with its weights; None if they are damaged.
         """
         self.keep(candidates)
         if self._exported is None:
             model = self.task.on("cpu").model
             self._exported = self.aside.begin(export_dense, model, self._example, self._dense)
         for nth, number in enumerate(candidates):
-            if not self.has(number) and (nth == 0 or self._is_idle) and (found := answer_of(number)):
-                self.stage(found)
-                self.aside.begin(have_checker, self._dense, self._example)  # for what is staged next
+            if not self.has(number) and (nth == 0 or self._is_idle) and (answer := answer_of(number)):
+                self.stage(answer)
+                self.aside.begin(have_checker, self._dense, self._example)  # for the export after this one
         if self._rehearsed is None and (candidates or self._is_idle):
             self._rehearsed = self.aside.begin(write_report, self._study, ours=True, into=self._dense)
-            self.aside.begin(keep_loaded)  # all that the end needs is now imported
+            self.aside.begin(keep_loaded)  # by now the process has imported all libraries that it will need
 
     @functools.cached_property
     def _example(self) -> Tensor:
-        """A batch of one sample, which is read from the data once."""
+        """A batch of one sample."""
         return self.task.example_input.cpu()
 
     @property
     def _is_idle(self) -> bool:
+        """Whether all work that was begun is done."""
         begun = (*self._staged.values(), self._exported, self._rehearsed)
-        return all(one.is_done for one in begun if one is not None)
+        return all(call.is_done for call in begun if call is not None)
 
     def has(self, number: int) -> bool:
-        """Whether the files of this trial's model are made, or to be made."""
+        """Whether the export of this trial's model has begun or is done."""
         return number in self._staged
 
     def keep(self, numbers: Collection[int]) -> None:
-        """Gives up the files of all trials but these."""
+        """Cancels the exports of all trials but these, and removes their files."""
         for number in self._staged.keys() - numbers:
             begun = self._staged[number]
             begun.cancel()
-            if begun.is_done:  # one that runs goes on: without its folder it would wait for answers in vain
+            if begun.is_done:  # a running export keeps its folder, in which it waits for the checking process
                 del self._staged[number]
                 shutil.rmtree(self._files_of(number), ignore_errors=True)
 
     def stage(self, answer: Answer) -> None:
-        """Has the files of what may be the answer written and checked, unless that has begun."""
+        """Begins to write and check the files of a possible answer, unless that has begun already."""
         if self.has(answer.trial.number):
             return
         task, trial = self.task.on("cpu"), answer.trial
@@ -112,17 +113,17 @@ class Ahead:
         return self._folder / f"trial-{number}"
 
     def staged(self, answer: Answer) -> Staged:
-        """What came of `stage`, which is begun now where it was not for this answer."""
+        """Waits for the export of this answer, which begins now if it has not yet, and returns its files."""
         self.stage(answer)
         return self._staged[answer.trial.number].outcome()
 
     @property
     def dense_onnx(self) -> Path | None:
-        """The dense model as it is deployed, if it was written."""
+        """The dense model's ONNX file, if it has been exported."""
         file = self._dense / FILES["onnx"]
         return file if self._exported is not None and file.exists() else None
 
     def close(self) -> None:
-        """Ends the process, and removes what it made."""
+        """Ends the process and removes its files."""
         self.aside.close()
         shutil.rmtree(self._folder, ignore_errors=True)

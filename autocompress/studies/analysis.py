@@ -1,4 +1,4 @@
-"""What the schemes find in the dense model, and the space of configurations that this opens to the search."""
+"""Runs the schemes' analyses of the dense model, which determine the search space."""
 
 import warnings
 
@@ -9,11 +9,11 @@ from autocompress.searching.space import Space
 from autocompress.studies.settings import Settings
 from autocompress.task import Task, device_of
 
-LOWEST_DENSITY = 0.002  # of the search, where the scheme itself could go lower
+LOWEST_DENSITY = 0.002  # of a search, even if the scheme can go lower
 
 
 def analyze(scheme: Scheme, task: Task) -> tuple[Facts, tuple[str, ...]]:
-    """The scheme's facts of the dense model, and what it warned of: layers that it cannot compress."""
+    """Analyzes the dense model with a scheme; returns the facts and the warnings, as of layers it leaves out."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         facts = scheme.analyze(task.model, task.example_input.to(device_of(task.model)))
@@ -21,10 +21,10 @@ def analyze(scheme: Scheme, task: Task) -> tuple[Facts, tuple[str, ...]]:
 
 
 class Analyses:
-    """What each scheme found out about the task's model, found out once.
+    """The schemes' facts of the task's dense model, each computed once.
 
     Args:
-        task: Whose model it is.
+        task: The task.
     """
 
     def __init__(self, task: Task) -> None:
@@ -32,22 +32,25 @@ class Analyses:
         self._facts: dict[str, Facts] = {}
 
     def facts(self, scheme: Scheme) -> Facts:
-        """What the scheme found out about the model."""
+        """The scheme's facts of the model."""
         spec = describe(scheme)
         if spec not in self._facts:
             self._facts[spec] = analyze(scheme, self._task)[0]
         return self._facts[spec]
 
     def open_space(self, settings: Settings) -> tuple[Space, tuple[str, ...]]:
-        """What the search may choose from on this model, and what the schemes cannot compress in it.
+        """Analyzes the model with all schemes.
+
+        Returns:
+            The search space, and notes on schemes and layers that are left out.
 
         Raises:
-            ValueError: If a scheme that was asked for by name, or each of ``auto``, finds nothing to compress.
+            ValueError: If a scheme given by name, or each of ``auto``, finds nothing to compress.
         """
-        schemes, lows, notes = [], [], dict[str, None]()
+        schemes, lows, notes = [], [], dict[str, None]()  # a dict as an ordered set
         for scheme in settings.schemes:
             try:
-                facts, said = analyze(scheme, self._task)
+                facts, warned = analyze(scheme, self._task)
             except ValueError as error:
                 if not settings.is_auto:
                     raise
@@ -56,7 +59,7 @@ class Analyses:
             schemes.append(scheme)
             self._facts[describe(scheme)] = facts
             lows.append(max(scheme.lowest_density(facts), LOWEST_DENSITY) if scheme.takes_density else 1.0)
-            notes |= dict.fromkeys(said)
+            notes |= dict.fromkeys(warned)
         dimensions = on_model(settings.dimensions, self._task.model)
         if not schemes:
             raise ValueError(f"no scheme of {AUTO} finds anything in this model that it can compress")

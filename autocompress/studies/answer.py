@@ -1,4 +1,4 @@
-"""The answer of a study as a module again."""
+"""Loads the compressed model of a study as a module."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from autocompress.formats import bundle
 
 @takes(directory=path, model=instance("a torch.nn.Module", nn.Module), example_input=instance("a tensor", Tensor))
 def load(directory: str | Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:
-    """The compressed module again, as it was trained: to fine-tune it, or to measure it.
+    """Loads the compressed model of a study as a module, as it was trained: to fine-tune or to measure it.
 
     Args:
-        directory: A study's folder, ``best/`` in it, or a copy of that from elsewhere.
+        directory: A study's folder, its subfolder ``best/``, or a copy of that.
         model: Any instance of the dense architecture; its weights do not matter and it is not changed. Not
-            needed for tasks that autocompress brings.
+            needed for tasks that autocompress itself has made.
         example_input: A batch of one sample; zeros of the stored shape by default.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The end of a study: the answer is judged on test, measured beside the dense model, and exported."""
+"""The end of a study: judges the answer on test, exports it, and measures it beside the dense model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,15 +28,15 @@ from autocompress.verdict.per_class import per_class
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the test data say of one model.
+    """The judgement of one model on the test data.
 
     Attributes:
         rebuilt: The model as it was trained.
         model: The model as it is deployed.
-        dense_test: How the dense model does on test.
-        test: How this one does.
-        certificate: Of its drop.
-        constraints: What came of each constraint.
+        dense_test: The dense model's evaluation on test.
+        test: The model's evaluation on test.
+        certificate: The verdict on its drop.
+        constraints: The verdict on each constraint.
     """
 
     rebuilt: nn.Module
@@ -53,11 +53,11 @@ class Judgement:
 
     @property
     def sentence(self) -> str:
-        """The same in words."""
+        """The verdict on the drop and on all the constraints, in words."""
         return conclude(self.certificate, self.constraints)[1]
 
     def withheld(self) -> "Judgement":
-        """The same where nothing may be certified any more, because a model that came before was not."""
+        """This judgement without a certificate, because a model before it in the sequence was not certified."""
         if self.outcome != "certified":
             return self
         return replace(self, certificate=replace(self.certificate, outcome="not certifiable"))
@@ -65,18 +65,18 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """Ends studies.
+    """Concludes a study.
 
     Attributes:
-        settings: What was asked.
+        settings: The study's settings.
         task: The task, its model on the study's device.
-        dense: How the dense model does on val.
-        dense_cost: What it costs.
-        folder: Where the study lives.
-        watcher: Is told how it goes.
-        ahead: Has made what it could of what the end needs.
-        settle: Waits for what else the study does: nothing may run beside what is timed.
-        timing: Whether what is asked needs more measured than can be counted.
+        dense: The dense model's evaluation on val.
+        dense_cost: The dense model's measurement.
+        folder: The study's folder.
+        watcher: Receives the study's progress.
+        ahead: The exports that were prepared during the search.
+        settle: Waits for the study's background work, so that nothing runs beside the final timing.
+        timing: Whether an objective or a limit needs times, memory or energy.
     """
 
     settings: Settings
@@ -90,30 +90,33 @@ class Conclusion:
     timing: bool = False
 
     def of(self, shortlist: Sequence[Answer]) -> dict[str, Any]:
-        """What `autocompress.studies.result.Result` says of the answer, by the names of its fields.
+        """Judges, exports and measures the answer.
 
         Args:
-            shortlist: As for `judge`.
+            shortlist: See `judge`.
+
+        Returns:
+            The fields of `autocompress.studies.result.Result` that depend on the answer, by name.
         """
         task, settings = self.task, self.settings
         self._begin_export(shortlist)
-        answer, found, told = self.judge(shortlist)
+        answer, judgement, fields = self.judge(shortlist)
         self.ahead.keep([answer.trial.number])
         best = answer.trial
         scores = {
-            "dense": {"val": self.dense.score, "test": found.dense_test.score},
-            "compressed": {"val": best.score, "test": found.test.score},
+            "dense": {"val": self.dense.score, "test": judgement.dense_test.score},
+            "compressed": {"val": best.score, "test": judgement.test.score},
         }
-        layers = compare_layers(task.model, found.rebuilt)
-        model = found.model.cpu()
+        layers = compare_layers(task.model, judgement.rebuilt)
+        model = judgement.model.cpu()
         self.watcher.doing("exporting the answer")
-        results = {"metric": task.metric.name, "scores": scores, "verdict": told["sentence"]}
+        results = {"metric": task.metric.name, "scores": scores, "verdict": fields["sentence"]}
         exported = self._export(answer, results)
-        onnx = next((one.path for one in exported.artifacts if one.format == "onnx"), None)
+        onnx = next((file.path for file in exported.artifacts if file.format == "onnx"), None)
         self.settle()
         self.watcher.doing("measuring the answer beside the dense model")
         costs = compare(
-            [task.model, found.rebuilt],
+            [task.model, judgement.rebuilt],
             task.example_input,
             settings.measured_on,
             dense_params=self.dense_cost.params,
@@ -122,30 +125,30 @@ class Conclusion:
             onnx_files=[self.ahead.dense_onnx, onnx],
         )
         return {
-            **told,
-            "verdict": found.outcome,
-            "certificate": found.certificate,
+            **fields,
+            "verdict": judgement.outcome,
+            "certificate": judgement.certificate,
             "model": model,
             "density": best.density,
             "drop_val": best.drop,
             "measurements": dict(zip(("dense", "compressed"), costs, strict=True)),
             "scores": scores,
             "exported": exported,
-            "per_class": per_class(found.dense_test, found.test, task.classes),
-            "constraints": tuple(zip(best.constraints, found.constraints, strict=True)),
+            "per_class": per_class(judgement.dense_test, judgement.test, task.classes),
+            "constraints": tuple(zip(best.constraints, judgement.constraints, strict=True)),
             "answer": best.number,
             "layers": layers,
         }
 
     def judge(self, shortlist: Sequence[Answer]) -> tuple[Answer, Judgement, dict[str, Any]]:
-        """Judges the shortlist on test in its order, up to the first that is not certified.
+        """Judges the shortlist on test in its order, up to the first trial that is not certified.
 
         Args:
-            shortlist: Densest first, the search's answer last; fixed before the test data are looked at.
+            shortlist: The trials, densest first, the search's answer last; fixed before the test data are used.
 
         Returns:
-            The answer, which is the last one that is certified, or else the search's own, of which then nothing is
-            certified; what test says of it; the fields ``sentence`` and ``shortlist`` of the result.
+            The answer: the last trial that is certified, or, if none is, the search's answer, not certified; its
+            judgement; and the fields ``sentence`` and ``shortlist`` of the result.
         """
         self.watcher.doing("judging the answer on test")
         with span(0, 0.5):
@@ -153,24 +156,24 @@ class Conclusion:
         judged: dict[int, Judgement] = {}
 
         def outcome_of(answer: Answer) -> Outcome:
-            begun, share = 0.5 + len(judged) / len(shortlist) / 2, 0.5 / len(shortlist)
-            with span(begun, begun + share):
-                found = judged[answer.trial.number] = self._judge(answer, dense)
-            return found.outcome
+            start, share = 0.5 + len(judged) / len(shortlist) / 2, 0.5 / len(shortlist)
+            with span(start, start + share):
+                judgement = judged[answer.trial.number] = self._judge(answer, dense)
+            return judgement.outcome
 
         certified = certified_in_order(map(outcome_of, shortlist))
         answer = shortlist[certified - 1] if certified else shortlist[-1]
         if answer.trial.number not in judged:
             outcome_of(answer)
-        found = judged[answer.trial.number] if certified else judged[answer.trial.number].withheld()
-        trials = [one.trial for one in shortlist]
-        tested = tuple(_tested(one, judged.get(one.number)) for one in trials)
-        sentence = " ".join([found.sentence, *_of_order(trials, certified)])
-        return answer, found, {"sentence": sentence, "shortlist": tested}
+        judgement = judged[answer.trial.number] if certified else judged[answer.trial.number].withheld()
+        trials = [candidate.trial for candidate in shortlist]
+        tested = tuple(_tested(trial, judged.get(trial.number)) for trial in trials)
+        sentence = " ".join([judgement.sentence, *_about_shortlist(trials, certified)])
+        return answer, judgement, {"sentence": sentence, "shortlist": tested}
 
-    def _judge(self, one: Answer, dense: Evaluation) -> Judgement:
-        task, bound, trial = self.task, self.settings.bound, one.trial
-        rebuilt = one.rebuilt(task.model)
+    def _judge(self, candidate: Answer, dense: Evaluation) -> Judgement:
+        task, bound, trial = self.task, self.settings.bound, candidate.trial
+        rebuilt = candidate.rebuilt(task.model)
         model = deployed(rebuilt, task.example_input)
         test = task.evaluate(model, task.test)
         certificate = certify(
@@ -178,14 +181,14 @@ class Conclusion:
         )
         cost, dense_cost = self._costs(rebuilt, trial)
         constraints = tuple(
-            one.judge(test) if isinstance(one, Constraint) else one.judge(cost, dense_cost)
-            for one in self.settings.constraints
+            constraint.judge(test) if isinstance(constraint, Constraint) else constraint.judge(cost, dense_cost)
+            for constraint in self.settings.constraints
         )
         return Judgement(rebuilt, model, dense, test, certificate, constraints)
 
     def _costs(self, rebuilt: nn.Module, trial: TrialResult) -> tuple[Measurement, Measurement]:
-        """What a model and, beside it, the dense one cost: measured anew where that is not the same each time."""
-        if not (self.timing and any(isinstance(one, Limit) for one in self.settings.constraints)):
+        """The measurements of a model and the dense one, taken anew if there are limits on times or the like."""
+        if not (self.timing and any(isinstance(limit, Limit) for limit in self.settings.constraints)):
             return trial.measurement, self.dense_cost
         cost, dense = compare(
             [rebuilt, self.task.model],
@@ -198,7 +201,11 @@ class Conclusion:
         return cost, dense
 
     def of_none(self, sentence: str) -> dict[str, Any]:
-        """The same where no trial met the bound."""
+        """The fields of the result, see `of`, if no trial met the bound.
+
+        Args:
+            sentence: The verdict in words.
+        """
         return {
             "verdict": "not met",
             "sentence": sentence,
@@ -212,8 +219,8 @@ class Conclusion:
         }
 
     def _begin_export(self, shortlist: Sequence[Answer]) -> None:
-        """Has the answer exported while it is judged, if that has not begun and it is known which it will be."""
-        self.ahead.keep([one.trial.number for one in shortlist])
+        """Begins to export the answer while it is judged, if there is only one candidate."""
+        self.ahead.keep([candidate.trial.number for candidate in shortlist])
         if len(shortlist) == 1 and not self.timing:
             self.ahead.stage(shortlist[0])
 
@@ -221,21 +228,26 @@ class Conclusion:
         exported = publish(self.ahead.staged(answer), self.folder.best, results)
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
-        for one in exported.artifacts:
-            if one.not_fresh:
-                self.watcher.warned(f"{one.path.name} was not checked in a fresh process: {one.not_fresh}")
+        for file in exported.artifacts:
+            if file.not_fresh:
+                self.watcher.warned(f"{file.path.name} was not checked in a fresh process: {file.not_fresh}")
         return exported
 
 
-def _tested(trial: TrialResult, judged: Judgement | None) -> Tested:
-    if judged is None:
+def _tested(trial: TrialResult, judgement: Judgement | None) -> Tested:
+    if judgement is None:
         return Tested(trial.number, trial.density, trial.drop)
-    drop, upper = judged.certificate.drop, judged.certificate.upper
-    return Tested(trial.number, trial.density, trial.drop, judged.outcome, drop, upper)
+    drop, upper = judgement.certificate.drop, judgement.certificate.upper
+    return Tested(trial.number, trial.density, trial.drop, judgement.outcome, drop, upper)
 
 
-def _of_order(shortlist: Sequence[TrialResult], certified: int) -> Iterator[str]:
-    """What came of the shortlist beside the answer, in words; nothing where there was just the one."""
+def _about_shortlist(shortlist: Sequence[TrialResult], certified: int) -> Iterator[str]:
+    """A sentence on the verdicts of the trials beside the answer; nothing if there was only one trial.
+
+    Args:
+        shortlist: The trials in the order in which they were judged.
+        certified: How many of them, from the first, are certified.
+    """
     if len(shortlist) == 1:
         return
     if certified == len(shortlist):

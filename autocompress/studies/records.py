@@ -1,4 +1,4 @@
-"""What a study knows of its finished trials: what each came to, which cannot answer, and which one does."""
+"""The records of a study's finished trials, and which of them is the answer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from autocompress.trial import Bound, TrialResult
 
 @dataclass(frozen=True)
 class Answer:
-    """A trial that a study may answer with, and what its model is made of.
+    """A trial that may be the study's answer, with all that its model is rebuilt from.
 
     Attributes:
-        trial: The trial.
-        scheme: How it was compressed.
-        facts: What the scheme found out about the dense model.
-        state: Its weights.
+        trial: The trial's result.
+        scheme: Its scheme.
+        facts: The scheme's facts of the dense model.
+        state: The weights of its realized model.
     """
 
     trial: TrialResult
@@ -38,15 +38,15 @@ class Answer:
 
 
 class Records:
-    """The finished trials of a study, in the order in which they became known here.
+    """The finished trials of a study, in the order in which this process received them.
 
     Args:
-        study: Knows which trials have finished.
-        space: What each could choose from.
-        bound: What may be lost.
-        folder: Has their records and weights.
-        analyses: What the schemes found out about the dense model.
-        warned: Is told of a trial whose record or weights are damaged.
+        study: The Optuna study.
+        space: The search space.
+        bound: The largest allowed drop.
+        folder: The study's folder, with the trials' records and weights.
+        analyses: The schemes' facts of the dense model.
+        warned: Called with a message for each trial whose record or weights are damaged.
     """
 
     def __init__(
@@ -70,52 +70,54 @@ class Records:
         return len(self._known)
 
     def add(self, record: TrialResult) -> None:
-        """Enters a trial that has just finished."""
+        """Adds a trial that has just finished."""
         self._known.append(record)
 
     def load(self) -> list[TrialResult]:
-        """Enters what has finished without being added: in an earlier run, or run by others; these records."""
+        """Loads and returns the finished trials that are not here yet, of an earlier run or other processes."""
         known = {record.number for record in self._known} | self._lost
-        found = []
+        loaded = []
         for trial in finished(self._study):
             if trial.number in known:
                 continue
             try:
-                found.append(self._folder.load_trial(trial.number))
+                loaded.append(self._folder.load_trial(trial.number))
             except ValueError as error:
                 self._lose(trial.number, error)
-        self._known += found
-        return found
+        self._known += loaded
+        return loaded
 
     def best(self) -> TrialResult | None:
-        """What the answer would be now."""
-        chosen = answer(self._study, self._space, self._bound, self._lost)
-        return next((one for one in self._known if chosen and one.number == chosen.number), None)
+        """The study's answer so far."""
+        trial = answer(self._study, self._space, self._bound, self._lost)
+        return next((record for record in self._known if trial and record.number == trial.number), None)
 
     def candidates(self) -> list[int]:
-        """Trials that may be the answer in the end, see `autocompress.searching.selection.candidates`."""
+        """Numbers of the possible final answers, see `autocompress.searching.selection.candidates`."""
         return candidates(self._study, self._space, self._bound, self._lost)
 
     def belief(self, best: TrialResult | None) -> Posterior | None:
-        """What is known of the threshold, of several arms that of this answer's."""
+        """The posterior of the threshold; with several arms, that of the arm of ``best``."""
         arm = self._space.arm_of(best.params) if best else None
         return posterior(self._study, self._space, self._bound, arm)
 
     def alike(self, chosen: Configuration) -> set[int]:
-        """The trials that differ from a configuration in density alone: it can start from what they left."""
-        return {one.number for one in self._known if one.params == chosen.params and self._space.is_finite}
+        """Numbers of the trials that differ from a configuration in density only: it can start from them."""
+        return {
+            record.number for record in self._known if record.params == chosen.params and self._space.is_finite
+        }
 
     def shortlist(self) -> list[Answer]:
-        """What is judged on test, densest first, the search's answer last: only trials whose weights are whole."""
-        while (chosen := answer(self._study, self._space, self._bound, self._lost)) is not None:
-            listed = [self.whole(one.number) for one in shortlist(self._study, self._space, chosen, self._lost)]
-            whole = [one for one in listed if one is not None]
-            if len(whole) == len(listed):
+        """The trials to judge on test, densest first, the search's answer last; all with undamaged weights."""
+        while (best := answer(self._study, self._space, self._bound, self._lost)) is not None:
+            listed = [self.whole(trial.number) for trial in shortlist(self._study, self._space, best, self._lost)]
+            whole = [candidate for candidate in listed if candidate is not None]
+            if len(whole) == len(listed):  # otherwise a trial was lost just now, and the answer may be another
                 return whole
         return []
 
     def whole(self, number: int) -> Answer | None:
-        """A trial with its weights; None, and it cannot answer any more, where they are damaged."""
+        """A trial with its weights; if they are damaged None, and the trial cannot be the answer any more."""
         try:
             state = self._folder.load_weights(number)
         except (OSError, ValueError) as error:
@@ -126,5 +128,6 @@ class Records:
         return Answer(trial, scheme, self._analyses.facts(scheme), state)
 
     def _lose(self, number: int, error: Exception) -> None:
+        """Excludes a damaged trial from the answers, with a warning."""
         self._lost.add(number)
         self._warned(f"trial {number} cannot be the answer: {error}")

@@ -1,4 +1,4 @@
-"""What a study found."""
+"""The result of a study."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,20 @@ from autocompress.verdict.per_class import PerClass
 if TYPE_CHECKING:
     import pandas as pd
 
-GRID = 64  # points at which the believed drop is written down
+GRID = 64  # densities at which the posterior of the drop is stored
 
 
 @dataclass(frozen=True)
 class Tested:
-    """One of the shortlist that is judged on test, densest first.
+    """A trial of the shortlist, which is judged on test, densest first, up to the first that is not certified.
 
     Attributes:
         number: The trial's number.
         density: Its density.
-        drop_val: What it loses on val, a fraction.
-        outcome: The verdict on it alone; None where a denser one had failed before its turn.
-        drop: What it loses on test, a fraction.
-        upper: What that is at most, with the study's confidence.
+        drop_val: Its drop on val, a fraction.
+        outcome: The verdict on it alone; None if it was not judged.
+        drop: Its drop on test, a fraction; None if it was not judged.
+        upper: The upper bound on that drop, with the study's confidence.
     """
 
     number: int
@@ -49,36 +49,36 @@ class Tested:
 
 @dataclass(frozen=True)
 class Result:
-    """What a study found.
+    """The result of a study.
 
     Attributes:
         name: The study's name.
         verdict: ``"certified"``, ``"not certifiable"`` or ``"not met"``, see `autocompress.certify`.
-        sentence: The verdict in one sentence.
-        certificate: The numbers behind it, on test; None when no trial was feasible on val.
-        model: The compressed model as it is deployed, BatchNorm folded, in eval mode on the CPU; the dense one
-            when nothing met the bound. `autocompress.load` gives it as it was trained.
-        density: Its density.
-        drop_val: What it loses on val, as a fraction.
-        measurements: ``"dense"`` and ``"compressed"`` side by side.
+        sentence: The verdict in words.
+        certificate: The verdict on the drop on test, with its bounds; None if no trial was feasible on val.
+        model: The compressed model as it is deployed, BatchNorm folded, in eval mode on the CPU; the dense model
+            if no trial met the bound. `autocompress.load` gives it as it was trained.
+        density: The model's density.
+        drop_val: The model's drop on val, a fraction.
+        measurements: The measurements of ``"dense"`` and, if a trial met the bound, ``"compressed"``.
         scores: The metric by model and split, such as ``scores["dense"]["val"]``.
-        records: All trials, in the order in which they finished.
-        threshold: The 80% interval of the lowest feasible density, where the scheme has one.
-        stopped: Why the search ended, in words.
-        seconds: Wall time of the study; of one that was resumed, since then.
-        exported: The files of the answer and what could not be exported.
-        folder: Where everything lies.
-        per_class: Recall, precision and confusion on test, before and after; None without an answer.
-        constraints: What came of each constraint on val and on test.
-        answer: The number of the trial that the search answers with; None when no trial was feasible.
-        belief: What the search believes of the drop, where the scheme has a density.
-        layers: What compression left of each layer.
-        failures: The trials that ended without a result: number and reason.
-        shortlist: What was judged on test, in that order: up to two denser trials, and the search's answer.
-        objectives: What was optimized, where there were several.
-        resumed_with: How many of the trials were there when the study was resumed.
-        front: With several objectives the trials that were feasible on val and that no other such beats in one
-            without being beaten in another, by the first objective.
+        records: All finished trials, in the order in which they finished.
+        threshold: The 80% interval of the lowest feasible density; None if the scheme takes no density.
+        stopped: The reason why the search ended, in words.
+        seconds: Wall time of the study, in seconds; for a resumed one since it was resumed.
+        exported: The files of the answer, and the formats that could not be exported.
+        folder: The study's folder.
+        per_class: Recall, precision and confusion on test, dense and compressed; None without an answer.
+        constraints: For each constraint, its check on val and its verdict on test.
+        answer: The number of the trial that is the study's answer; None if no trial was feasible.
+        belief: The posterior of the drop; None if the scheme takes no density.
+        layers: The size of each layer before and after compression.
+        failures: Number and reason of each trial that ended without a result.
+        shortlist: The trials judged on test, in that order: up to two denser ones, and the search's answer.
+        objectives: The objectives, if there are several; else empty.
+        resumed_with: Number of trials that had finished before the study was resumed.
+        front: With several objectives, the numbers of the Pareto-optimal trials among those feasible on val,
+            ordered by the first objective.
     """
 
     name: str
@@ -108,13 +108,13 @@ class Result:
     front: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
-        """In a line: the trials and the belief hold thousands of numbers."""
-        found = f"{self.verdict}, density {self.density:.4g}, {len(self.records)} trials"
-        return f"<Result {self.name!r}: {found}, in {self.folder}>"
+        """One line, because the trials and the posterior hold thousands of numbers."""
+        summary = f"{self.verdict}, density {self.density:.4g}, {len(self.records)} trials"
+        return f"<Result {self.name!r}: {summary}, in {self.folder}>"
 
     @property
     def met(self) -> bool:
-        """Whether a compressed model meets the bound, as far as the data can tell."""
+        """Whether a compressed model meets the bound, certified or not."""
         return self.verdict != "not met"
 
     @property
@@ -124,7 +124,7 @@ class Result:
 
     @property
     def trials(self) -> "pd.DataFrame":
-        """One row a trial."""
+        """A table with one row per trial."""
         import pandas as pd
 
         return pd.DataFrame([trial_row(record) for record in self.records])
@@ -156,10 +156,13 @@ class Result:
             "measurements": {who: asdict(m) for who, m in pairs.items()},
             "certificate": asdict(self.certificate) if self.certificate else None,
             "objectives": [
-                {"name": one.name, "direction": one.direction, "unit": one.unit} for one in self.objectives
+                {"name": objective.name, "direction": objective.direction, "unit": objective.unit}
+                for objective in self.objectives
             ],
-            "front": [self._of_front(record) for n in self.front for record in self.records if record.number == n],
-            "shortlist": [asdict(one) for one in self.shortlist],
+            "front": [
+                self._front_row(record) for n in self.front for record in self.records if record.number == n
+            ],
+            "shortlist": [asdict(tested) for tested in self.shortlist],
             "threshold": self.threshold,
             "posterior": self._posterior(),
             "stopped": self.stopped,
@@ -176,8 +179,8 @@ class Result:
         }
         return {key: _finite(value) for key, value in result.items()}
 
-    def _of_front(self, record: TrialResult) -> dict[str, Any]:
-        names = [one.name for one in self.objectives]
+    def _front_row(self, record: TrialResult) -> dict[str, Any]:
+        names = [objective.name for objective in self.objectives]
         return {
             "number": record.number,
             **{name: getattr(record, name) for name in ("density", "score")},
@@ -186,31 +189,31 @@ class Result:
         }
 
     def _posterior(self) -> dict[str, Any] | None:
-        """The believed drop on a grid of densities, in points, and the probability that the answer is feasible."""
+        """The posterior of the drop on a grid of densities, in points, and that the answer is feasible."""
         if self.belief is None:
             return None
         densities = np.geomspace(self.belief.low, 1.0, GRID)
         curves = zip(("drop_pp", "low_pp", "high_pp"), self.belief.curve(densities, mass=0.8), strict=True)
-        chosen = next((record.density_asked for record in self.records if record.number == self.answer), None)
+        density = next((record.density_asked for record in self.records if record.number == self.answer), None)
         return {
             "mass": 0.8,
             "density": densities.tolist(),
             **{name: (100 * drop).tolist() for name, drop in curves},
-            "p_feasible": self.belief.p_feasible(chosen) if chosen is not None else None,
+            "p_feasible": self.belief.p_feasible(density) if density is not None else None,
         }
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for the numbers that JSON has no word for: a bound may be infinite."""
+    """The value with None for infinities and NaN, wherever in it: JSON has no words for them."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def trial_row(result: TrialResult) -> dict[str, Any]:
-    """A trial as one flat row."""
+    """A trial as a flat row of a table, by column."""
     m = result.measurement
     return {
         "number": result.number,
@@ -221,7 +224,7 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
         "drop_pp": 100 * result.drop,
         "feasible": result.feasible,
         "rejected": result.rejected,
-        **{one.text: one.value for one in result.constraints},
+        **{checked.text: checked.value for checked in result.constraints},
         "value": result.value,
         **{f"value_{i}": value for i, value in enumerate(result.values[1:], start=2)},
         "params": m.params,

@@ -1,4 +1,4 @@
-"""What is asked of a study."""
+"""The settings of a study."""
 
 import math
 from dataclasses import dataclass, field
@@ -21,30 +21,31 @@ DEFAULT_TRIALS = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of a study.
+    """The settings of a study.
 
     Attributes:
-        schemes: How to compress; several when the search chooses among them.
-        bound: What may be lost.
-        objectives: What to optimize within the bound; of several the search seeks a front, see
-            `autocompress.searching.selection`.
-        sampler: What to try next, see `autocompress.searching.samplers.SAMPLERS`.
-        recovery: How a trial compresses and trains, and its budget.
+        schemes: The schemes; the search chooses among several.
+        bound: The largest allowed drop.
+        objectives: The numbers to optimize within the bound; with several, the search seeks their Pareto front,
+            see `autocompress.searching.selection`.
+        sampler: The sampler's name, see `autocompress.searching.samplers.SAMPLERS`.
+        recovery: The recovery of each trial, with its budget.
         seed: Seeds the search and the trials.
-        trials: How many trials, at most.
+        trials: The largest number of trials.
         timeout_s: Seconds after which no further trial begins; None for no limit.
-        epochs_total: Passes over the training data by all trials together after which no further one begins.
-        device: Where trials run, as torch names it.
-        constraints: What else the compressed model must reach, and what it may cost.
-        tolerance: The search ends when the lowest feasible density is known to within this share.
-        confidence: Of the bounds that the verdict states.
-        workers: Trials at a time on this machine.
+        epochs_total: Passes over the training data, by all trials together, after which no further trial begins;
+            None for no limit.
+        device: The device on which trials run, as torch names it.
+        constraints: Further conditions on scores and costs of the compressed model.
+        tolerance: The search ends when the lowest feasible density is known to this relative precision.
+        confidence: Confidence of the verdict's bounds.
+        workers: Number of trials that run at a time on this machine.
         cluster: The address of a Dask scheduler whose workers run the trials; None for none.
-        formats: In which formats the answer is written besides the usual ones.
+        formats: Formats of `autocompress.export.ON_REQUEST` to export in addition to the usual ones.
         cheap_trials: Whether trials start from denser ones, with fewer steps, and may be given up.
-        runtime: What runs the model where objectives measure latency, see `autocompress.gauges.runtimes.RUNTIMES`.
-        profile_device: Where measurements are taken, if not on ``device``.
-        dimensions: What is varied beside the density and the scheme.
+        runtime: The runtime in which objectives measure latency, see `autocompress.gauges.runtimes.RUNTIMES`.
+        profile_device: The device of measurements; None for ``device``.
+        dimensions: Parameters that the search varies besides the density and the scheme.
         is_auto: Whether the schemes are those of ``auto``: one that cannot compress the model is left out.
     """
 
@@ -72,13 +73,13 @@ class Settings:
 
     @property
     def scheme(self) -> str:
-        """The scheme, or the schemes that are searched, in words."""
+        """The spec of the scheme or schemes, see `autocompress.scheme.parse_schemes`."""
         return AUTO if self.is_auto else ", ".join(map(describe, self.schemes))
 
     @property
     def search(self) -> str:
-        """What is varied beside the density and the scheme, as it may be written; empty where nothing is."""
-        return "; ".join(one.text for one in self.dimensions)
+        """The spec of the dimensions, as users write it; empty if there are none."""
+        return "; ".join(dimension.text for dimension in self.dimensions)
 
     @property
     def measured_on(self) -> str:
@@ -87,13 +88,13 @@ class Settings:
 
     @property
     def unit(self) -> str:
-        """What a drop times 100 is counted in: points, or percent of the dense model's score."""
+        """The unit of 100 times a drop: points, or percent of the dense model's score."""
         return "%" if self.bound.relative else " pp"
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}; it must be at least 0")
-        names = [one.name for one in self.objectives]
+        names = [objective.name for objective in self.objectives]
         if len(set(names)) < len(names):
             raise ValueError(f"the objectives {', '.join(names)} name one twice; give each once")
         if self.trials < 1:
@@ -123,7 +124,7 @@ class Settings:
             )
 
     def identity(self, task: Task) -> dict[str, Any]:
-        """What makes it the same study when it is resumed: JSON types only."""
+        """The settings that must be the same when the study is resumed: JSON types only."""
         names = self._objective_names
         return {
             "task": task.name,
@@ -144,7 +145,7 @@ class Settings:
         }
 
     def files(self, task: Task) -> dict[str, str]:
-        """The files that what is asked names: by the path that is written in `identity`, the whole one."""
+        """The absolute paths of the files that the settings name, by the paths that are written in `identity`."""
         constraints = (constraint.text for constraint in self.constraints)
         return files_in(self.scheme, *task.specs, *constraints, *self._objective_names)
 
@@ -153,7 +154,7 @@ class Settings:
         return list(map(name_of, self.objectives))
 
     def budget(self) -> dict[str, Any]:
-        """What may change when the study is resumed: JSON types only."""
+        """The settings that may change when the study is resumed: JSON types only."""
         return {
             "trials": self.trials,
             "timeout": self.timeout_s,

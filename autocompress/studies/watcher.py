@@ -1,4 +1,4 @@
-"""What a study reports as it goes, and to whom."""
+"""Watchers, which receive and show the progress of a study."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,18 @@ from autocompress.trial import TrialResult
 
 @dataclass(frozen=True)
 class Beginning:
-    """What is known before the first trial, for whoever watches.
+    """What is known of a study before its first trial.
 
     Attributes:
         name: The study's name.
-        task: What is compressed.
-        settings: What is asked.
-        folder: Where the study lives.
-        dense: What the dense model costs; no time is taken unless the objective needs it.
-        dense_score: Its score on val.
+        task: The task.
+        settings: The study's settings.
+        folder: The study's folder.
+        dense: The dense model's measurement; it is timed only if an objective or a limit needs it.
+        dense_score: The dense model's score on val.
         low: The lowest density that the search may propose.
-        notes: What the scheme had to leave out, and what the test data can certify.
-        workers: How many trials run at a time.
+        notes: Remarks for the user, such as layers that cannot be compressed, or what the test data can certify.
+        workers: Number of trials that run at a time.
     """
 
     name: str
@@ -40,22 +40,22 @@ class Beginning:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Is told how a study goes, to show it."""
+    """Receives the progress of a study, to show it."""
 
     def doing(self, what: str) -> None:
-        """What takes time now, in words."""
+        """Called before each step that takes time, with its description."""
 
     def began(self, beginning: Beginning) -> None:
-        """The dense model is known; trials begin."""
+        """Called when the dense model has been measured, before the first trial."""
 
     def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
-        """A trial has finished; ``best`` is what the answer would be now."""
+        """Called after a trial has finished; ``best`` is the study's answer so far, ``belief`` its posterior."""
 
     def failed(self, number: int, reason: str) -> None:
-        """A trial ended without a result."""
+        """Called after a trial has ended without a result."""
 
     def warned(self, message: str) -> None:
-        """Something was left out or went wrong without ending the study."""
+        """Called when something was left out or went wrong without ending the study."""
 
 
 class Silent:
