@@ -146,8 +146,9 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     if drops["test"] is not None:
         how = "lost" if drops["test"] >= 0 else "gained"
         tiles.append((f"{abs(drops['test']):.2f}{record.unit}", f"{how} on test"))
-    if drops["upper"] is not None:
-        tiles.append((f"≤ {at_most(drops['upper'], record.unit)}", "lost, with 95% confidence"))
+    if drops["upper"] is not None and (certificate := found.get("certificate")):
+        confidence = 100 * certificate["confidence"]
+        tiles.append((f"≤ {at_most(drops['upper'], record.unit)}", f"lost, with {confidence:g}% confidence"))
     return tiles
 
 

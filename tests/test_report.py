@@ -153,6 +153,15 @@ def test_the_words_say_what_was_lost_where_how_sure_and_what_it_buys(page):
     assert "On a processor, 2 cores, a forward pass in PyTorch on 1 thread takes" in text
 
 
+def test_the_confidence_is_the_one_that_was_asked_for(recorded, tmp_path):
+    trials = recorded.three_trials()
+    result = recorded.found(trials)
+    result["certificate"]["confidence"] = 0.9
+    text = read(recorded.write_study(tmp_path, trials=trials, result=result))[0].text
+    assert "With 90% confidence the true loss is at most" in text
+    assert "lost, with 90% confidence" in text and "95% confidence" not in text.replace("their 95%", "")
+
+
 def test_what_is_needed_to_get_it_again_is_there(page):
     text = page[0].text
     assert "autocompress tune --scheme StructPrune --max-drop 1%" in text
