@@ -1,1 +1,1 @@
-"""The files that ship, and the check that each computes what the model computes."""
+"""Writing the files that ship, and checking that each computes what the model computes."""

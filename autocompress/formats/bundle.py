@@ -1,6 +1,6 @@
-"""The compressed module on disk: ``model.safetensors``, and ``plan.json`` that says how to rebuild it.
+"""The compressed module on disk: ``model.safetensors``, and ``plan.json`` with all that is needed to rebuild it.
 
-For whoever wants the module itself, to fine-tune it or to measure it again. Nothing is pickled.
+It is for users who want the module itself, to fine-tune it or to measure it again. Nothing is pickled.
 """
 
 import copy
@@ -23,7 +23,7 @@ from autocompress.scheme import Facts, Scheme, Theta, Weights, parse_scheme, reg
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 PLAN_FORMAT = 1
-MOST_INPUTS = 10**8  # numbers in a sample
+MOST_INPUTS = 10**8  # the most numbers in a sample: a damaged plan must not fill the memory
 _NEEDED: dict[str, tuple[type, ...]] = {
     "scheme": (str,),
     "density": (float, int),
@@ -35,18 +35,19 @@ _NEEDED: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from; written beside it, and needed to rebuild it.
+    """The origin of a compressed model; written beside it, and needed to rebuild it.
 
     Attributes:
-        scheme: What `autocompress.scheme.parse_scheme` reads, e.g. ``"StructPrune+Quantize16"``.
+        scheme: The scheme as `autocompress.scheme.parse_scheme` reads it, e.g. ``"StructPrune+Quantize16"``.
         plan: `Theta.plan` of the model: JSON types only.
         density: Parameters kept over parameters of the dense model.
         task: The task's name.
-        architecture: How the dense architecture can be made again, where that is known.
+        architecture: The arguments of `autocompress.models.build` that make the dense architecture; None where
+            they are not known.
         classes: Names of the logits, in order.
-        preprocessing: What was done to a sample before the model saw it, in words.
-        input: The same for programs: JSON types only.
-        kinds: The classes that the scheme is made of: those of a script or a file are known to no other process.
+        preprocessing: The preprocessing of the model's inputs, in words.
+        input: The preprocessing for programs: JSON types only.
+        kinds: The classes of the scheme's parts: other processes do not know those from a script or a file.
     """
 
     scheme: str
@@ -67,16 +68,16 @@ def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenan
         model: The realized model.
         sample: A batch of one sample, for its shape and type.
         directory: An existing directory.
-        provenance: Where the model comes from.
+        provenance: The origin of the model.
 
     Raises:
-        ValueError: If the file does not give back each weight, or ``provenance`` is not JSON.
+        ValueError: If the weights read back differ from the model's, or ``provenance`` is not JSON.
     """
     path = directory / WEIGHTS
     state = model.state_dict()
     weights.save(state, path)
-    found = weights.load(path)
-    if found.keys() != state.keys() or not all(_same(found[name], state[name]) for name in state):
+    stored = weights.load(path)
+    if stored.keys() != state.keys() or not all(_same(stored[name], state[name]) for name in state):
         raise ValueError(f"{path.name} does not give back the weights that were saved")
     plan = {
         "format": PLAN_FORMAT,
@@ -97,14 +98,14 @@ def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenan
 
 
 def add_results(directory: Path, results: Mapping[str, Any]) -> None:
-    """Adds to ``plan.json`` what was found out about the model since `save`, such as its metric on val and test.
+    """Adds results that are known after `save` to ``plan.json``, such as the metric on val and test.
 
     Args:
-        directory: Where `save` wrote.
-        results: JSON types only.
+        directory: The directory that `save` wrote to.
+        results: The results: JSON types only.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they are not JSON types.
     """
     plan = json.loads((directory / PLAN).read_text(encoding="utf-8"))
     _write_plan(plan | {"results": dict(results)}, directory / PLAN)
@@ -112,22 +113,22 @@ def add_results(directory: Path, results: Mapping[str, Any]) -> None:
 
 def _write_plan(plan: Mapping[str, Any], path: Path) -> None:
     try:
-        # One key a line: a plan lists thousands of channels, and the rest should stay readable.
+        # One line per key: a plan lists thousands of channels, and the rest should stay readable.
         lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in plan.items()]
-    except (TypeError, ValueError) as error:  # the latter: it is no finite number
+    except (TypeError, ValueError) as error:  # ValueError: a number that is not finite
         raise ValueError(f"the plan and the results must be JSON: {error}") from None
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def load(directory: Path, model: nn.Module | None = None, example_input: Tensor | None = None) -> nn.Module:
-    """The compressed module from where `save`, or `autocompress.export.export`, wrote.
+    """Loads the compressed module from a directory that `save` or `autocompress.export.export` wrote.
 
-    Otherwise as `autocompress.load`, which knows studies as well.
+    See `autocompress.load`, which also takes the folder of a study, for arguments and errors.
     """
     plan = read_plan(directory)
     if model is None:
         model = _known_architecture(plan["architecture"], directory)
-    scheme = parse_scheme(plan["scheme"], run_files=False)  # it may come from elsewhere
+    scheme = parse_scheme(plan["scheme"], run_files=False)  # the directory may not be trustworthy
     if example_input is None:
         example_input = _zeros(plan["input"], directory / PLAN)
     dense = copy.deepcopy(model).cpu().eval()
@@ -135,7 +136,7 @@ def load(directory: Path, model: nn.Module | None = None, example_input: Tensor 
     try:
         facts = scheme.analyze(dense, example_input)
         return rebuild(scheme, dense, facts, plan["plan"], plan["density"], state)
-    except Exception as error:  # what does not fit may fail anywhere on the way, in a third party's scheme too
+    except Exception as error:  # an architecture that does not fit may fail anywhere, also in others' schemes
         named = f" ({plan['architecture']})" if plan["architecture"] else ""
         raise ValueError(
             f"model= must have the architecture that {directory} was compressed from{named}: {reason(error)}"
@@ -145,15 +146,15 @@ def load(directory: Path, model: nn.Module | None = None, example_input: Tensor 
 def rebuild(
     scheme: Scheme, dense: nn.Module, facts: Facts, plan: Mapping[str, Any], density: float, state: Weights
 ) -> nn.Module:
-    """A realized model from what was saved of it, in eval mode on the device of ``dense``.
+    """Rebuilds a realized model, in eval mode on the device of ``dense``.
 
     Args:
-        scheme: How it was compressed.
-        dense: The dense architecture with any weights; not changed.
-        facts: What the scheme found out about it.
-        plan: `Theta.plan` of the model.
-        density: Its density.
-        state: Its state dict.
+        scheme: The scheme that it was compressed with.
+        dense: A model of the dense architecture with any weights; not changed.
+        facts: What the scheme found out about that architecture.
+        plan: `Theta.plan` of the realized model.
+        density: The realized model's density.
+        state: The realized model's state dict.
     """
     kept = round(density * sum(p.numel() for p in dense.parameters()))
     realized = scheme.realize(dense, Theta(values={}, support={}, kept=kept, plan=plan), facts)
@@ -162,34 +163,34 @@ def rebuild(
 
 
 def checking_call(directory: Path, provenance: Provenance, dense: nn.Module) -> bytes:
-    """`answers_of` what was saved, for a fresh process: the function and all but its last argument, pickled.
+    """A call of `answers_of` for a fresh process: the function and all but its last argument, pickled.
 
     Raises:
-        Exception: Whatever an object of the user's raises that cannot be pickled.
+        Exception: Any error of an object of the user's that cannot be pickled.
     """
-    # What can be made by its name must be: whoever loads it later has no other.
+    # An architecture that can be made from its description is, as it will be when users load the model.
     model = dense if provenance.architecture is None else None
     return pack((answers_of, (directory, model, provenance.kinds)))
 
 
 def answers_of(directory: Path, model: nn.Module | None, kinds: Sequence[type[Scheme]], inputs: Arrays) -> Arrays:
-    """What the module of `load` gives for the inputs, an array for each.
+    """Loads a module and runs it on the inputs; returns its logits, an array for each batch.
 
     Args:
-        directory: As for `load`.
-        model: As for `load`.
+        directory: See `load`.
+        model: See `load`.
         kinds: See `Provenance`.
         inputs: Batches.
 
     Raises:
-        ValueError: As `load`.
+        ValueError: See `load`.
     """
     for kind in kinds:
         register_scheme(kind)
     try:
         loaded = load(directory, model)
     except ValueError as error:
-        raise ValueError(str(error)) from None  # what it says is more to the point than what caused it
+        raise ValueError(str(error)) from None  # its message is clearer than that of its cause
     with torch.inference_mode():
         return [loaded(torch.from_numpy(x)).float().numpy() for x in inputs]
 
@@ -205,7 +206,7 @@ def _known_architecture(description: str | Mapping[str, Any] | None, directory: 
 
 
 def _zeros(described: Mapping[str, Any], where: Path) -> Tensor:
-    """An input as the plan describes it."""
+    """A batch of zeros of the shape and type that the plan describes."""
     shape, dtype = described.get("shape"), getattr(torch, str(described.get("dtype")), None)
     sizes = shape if isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) else []
     if not 0 < math.prod(sizes) <= MOST_INPUTS or not sizes or not isinstance(dtype, torch.dtype):
@@ -216,7 +217,11 @@ def _zeros(described: Mapping[str, Any], where: Path) -> Tensor:
 
 
 def read_plan(directory: Path) -> dict[str, Any]:
-    """What ``plan.json`` says, once it is known to belong to the weights beside it."""
+    """Reads ``plan.json``, and checks it and that it belongs to the weights beside it.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or the two do not belong together.
+    """
     path, stored = directory / PLAN, directory / WEIGHTS
     for file in (path, stored):
         if not file.is_file():
@@ -225,9 +230,9 @@ def read_plan(directory: Path) -> dict[str, Any]:
         plan = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); export the model again") from None
-    if not isinstance(plan, dict) or plan.get("format") != PLAN_FORMAT:
-        found = plan.get("format") if isinstance(plan, dict) else None
-        raise ValueError(f"{path} has format {found}; this version of autocompress reads {PLAN_FORMAT}")
+    written = plan.get("format") if isinstance(plan, dict) else None
+    if not isinstance(plan, dict) or written != PLAN_FORMAT:
+        raise ValueError(f"{path} has format {written}; this version of autocompress reads {PLAN_FORMAT}")
     if _sha256(stored) != plan.get("sha256"):
         raise ValueError(f"{stored} is not the file that {PLAN} describes (sha256); export the model again")
     for key, types in _NEEDED.items():
@@ -241,12 +246,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _same(found: Tensor, tensor: Tensor) -> bool:
-    """Whether two tensors hold the same values; NaN is the same as NaN, and -0.0 as 0.0."""
+def _same(stored: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN equals NaN, and -0.0 equals 0.0."""
     tensor = tensor.detach().cpu()
-    if found.dtype != tensor.dtype or found.shape != tensor.shape:
+    if stored.dtype != tensor.dtype or stored.shape != tensor.shape:
         return False
-    return bool(((found == tensor) | ((found != found) & (tensor != tensor))).all())
+    return bool(((stored == tensor) | ((stored != stored) & (tensor != tensor))).all())
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The ``README.md`` of what is exported: how to run each file that is offered, and why another is not."""
+"""The ``README.md`` of an export: how to run each file, and why a file that was asked for is missing."""
 
 from collections.abc import Collection, Mapping
 
@@ -73,16 +73,16 @@ def instructions(
     integers: bool,
     not_fresh: Mapping[str, str],
 ) -> str:
-    """The text.
+    """The text of the ``README.md``.
 
     Args:
-        formats: What was to be written.
+        formats: The formats that were asked for.
         sample: A batch of one sample, for its shape and type.
-        classes: How many logits there are.
-        provenance: Where the model comes from.
-        refused: For each of the formats that is not offered, the reason in one line.
+        classes: The number of logits.
+        provenance: The origin of the model.
+        refused: For each format that is not offered, the reason in one line.
         integers: Whether the model computes in 8-bit integers.
-        not_fresh: For each that was not checked in a fresh process, the reason in one line.
+        not_fresh: For each format that was not checked in a fresh process, the reason in one line.
     """
     shape, dtype = tuple(sample.shape), dtype_name(sample.dtype)
     load = LOAD_OWN if provenance.architecture is None else LOAD_NAMED

@@ -1,4 +1,4 @@
-"""The ONNX file: one file, weights in as many bits as the model has; float32 arithmetic, or 8-bit integers."""
+"""Writing an ONNX file: weights in as many bits as the model stores, arithmetic in float32 or 8-bit integers."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ HALVES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
 
 def weight_dtype(model: nn.Module) -> torch.dtype:
-    """The type of fewer than 32 bits in which a model stores parameters, or float32."""
+    """The type of fewer than 32 bits in which a model stores parameters; float32 if there is none."""
     return next((p.dtype for p in model.parameters() if p.dtype in (*HALVES, torch.int8)), torch.float32)
 
 
@@ -25,11 +25,11 @@ def capture(model: nn.Module, batch: Tensor) -> ExportedProgram:
     """A model's graph of operators, for batches of any size.
 
     Args:
-        model: In eval mode.
+        model: The model in eval mode.
         batch: An input of at least two samples, so that the batch size is not taken for a constant.
 
     Raises:
-        Exception: Whatever `torch.export` raises for a model that it does not take.
+        Exception: Any error of `torch.export`, for a model that it does not support.
     """
     return torch.export.export(model, (batch,), dynamic_shapes=_any_batch())
 
@@ -41,20 +41,20 @@ def _any_batch() -> tuple[dict[int, Any], ...]:
 def write_onnx(model: nn.Module, batch: Tensor, path: Path, program: ExportedProgram | None = None) -> None:
     """Writes a model as ONNX: input ``input``, output ``logits``, any batch size.
 
-    ONNX Runtime's CPU provider has no 16-bit convolution. So a 16-bit model is written as its float32 copy,
-    and each weight that is exactly a 16-bit number is stored as one, followed by a Cast to float32. The file
+    ONNX Runtime's CPU provider has no 16-bit convolution. So a 16-bit model is written as its float32 copy, and
+    each weight that a 16-bit number represents exactly is stored as one, followed by a Cast to float32. The file
     is half as large, and ONNX Runtime does the casts once, when it loads the file.
 
-    A model that simulates integers is written with them, see `autocompress.formats.onnx_integers`.
+    A model that simulates 8-bit integers is written with integers, see `autocompress.formats.onnx_integers`.
 
     Args:
-        model: In eval mode on the CPU; it is not changed. Its float32 copy must compute in float32.
+        model: The model in eval mode on the CPU; it is not changed. Its float32 copy must compute in float32.
         batch: An input of at least two samples, so that the batch size is not taken for a constant.
         path: The file to write.
-        program: What `capture` gives for the model, where that is known; it takes a fifth of the time.
+        program: The result of `capture` for the model, if it is there already: that saves a fifth of the time.
 
     Raises:
-        Exception: Whatever the exporter raises for a model that it cannot convert.
+        Exception: Any error of the exporter, for a model that it cannot convert.
     """
     import onnx
     import onnxscript.optimizer
@@ -75,14 +75,14 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path, program: ExportedPro
     assert converted is not None
     if dtype == torch.int8:
         proto = converted.model_proto
-        dequantize_weights(proto.graph)  # before constants are folded, which would make floats of the weights
+        dequantize_weights(proto.graph)  # before constant folding, which would turn the weights into floats
         proto = onnxscript.optimizer.optimize(proto)
     elif dtype == torch.float32:
         converted.optimize()
         proto = converted.model_proto
     else:
-        # Simplified, but without fusing BatchNorm into the convolutions: the fused weights are no longer
-        # 16-bit numbers. ONNX Runtime fuses them when it loads the file.
+        # Simplified without fusing BatchNorm into the convolutions, whose weights would no longer be 16-bit
+        # numbers. ONNX Runtime fuses them when it loads the file.
         onnxscript.optimizer.fold_constants(converted.model)
         onnxscript.optimizer.remove_unused_nodes(converted.model)
         proto = converted.model_proto
@@ -97,14 +97,13 @@ def write_onnx(model: nn.Module, batch: Tensor, path: Path, program: ExportedPro
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Keeps the exporters' talk about their own insides off the terminal; errors come through.
+    """Silences exporters for a ``with`` block; errors are still raised.
 
-    They print graphs, log hints, and warn of deprecations between their own parts, which is for their
-    maintainers to act on.
+    They print graphs, log hints, and warn of deprecations in their own code, which no user can act on.
     """
     logged = logging.root.manager.disable
-    said = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    dropped = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(dropped), contextlib.redirect_stderr(dropped):
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
         logging.disable(logging.WARNING)
@@ -115,7 +114,7 @@ def quietly() -> Iterator[None]:
 
 
 def _strip(proto: Any) -> None:
-    """Removes what runtimes do not need: intermediate shapes, and metadata that quotes the user's source."""
+    """Removes intermediate shapes, and metadata that quotes the user's source: runtimes need neither."""
     graph = proto.graph
     del graph.value_info[:]
     for item in (proto, graph, *graph.input, *graph.output, *graph.initializer, *graph.node):
@@ -124,7 +123,7 @@ def _strip(proto: Any) -> None:
 
 
 def _store_in_16_bits(graph: Any, dtype: torch.dtype) -> None:
-    """Stores each float32 initializer that ``dtype`` holds exactly in ``dtype``, and casts it back."""
+    """Stores each float32 initializer that ``dtype`` represents exactly in ``dtype``, followed by a Cast."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []

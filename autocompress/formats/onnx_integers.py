@@ -1,8 +1,8 @@
-"""Integers in an ONNX graph: a network that simulates them becomes one that runtimes compute with them.
+"""Replacing simulated integers in an ONNX graph by QuantizeLinear and DequantizeLinear.
 
-A traced network writes integers as float arithmetic: a weight as an int8 tensor that is cast and multiplied by
-its scales, an activation in steps as scale * clamp(round(x / scale), low, high). Both have an operator of their
-own in ONNX, and around QuantizeLinear and DequantizeLinear ONNX Runtime puts its integer kernels.
+A traced network simulates integers in float arithmetic: a weight is an int8 tensor that is cast and multiplied by
+its scales, a quantized activation is scale * clamp(round(x / scale), low, high). ONNX has operators for both, and
+between these operators ONNX Runtime uses its integer kernels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ LAYERS = ("Conv", "Gemm")  # they take a bias as their third input
 
 
 def dequantize_weights(graph: GraphProto) -> None:
-    """Lets DequantizeLinear make the weights from their integers and scales; transposed ones are stored so."""
+    """Computes weights from integers and scales by DequantizeLinear; transposed ones are stored transposed."""
     editor = Editor(graph)
     for node in graph.node:
         if node.op_type != "Mul":
@@ -35,21 +35,21 @@ def dequantize_weights(graph: GraphProto) -> None:
 
 
 def _dequantize(editor: "Editor", name: str, integers: Array, scale: Array, replaced: NodeProto) -> None:
-    """Replaces a node by one that dequantizes ``integers``."""
+    """Replaces a node by one that dequantizes ``integers``, with scales along one dimension."""
     axis = max(range(scale.ndim), key=lambda d: (scale.shape[d], integers.shape[d] == scale.shape[d]))
     inputs = _store(editor, f"{name}.int8", np.ascontiguousarray(integers), scale.ravel())
     editor.replace(replaced, helper.make_node("DequantizeLinear", inputs, list(replaced.output), axis=axis))
 
 
 def quantize_activations(graph: GraphProto) -> None:
-    """Lets QuantizeLinear and DequantizeLinear round the activations, and stores biases as integers.
+    """Rounds activations by QuantizeLinear and DequantizeLinear, and stores biases as integers.
 
-    The graph's constants must have been folded.
+    The graph's constants must have been folded before.
     """
     editor = Editor(graph)
     for node in graph.node:
-        if node.op_type == "Mul" and (found := _rounding(editor, node)) is not None:
-            value, scale, zero = found
+        if node.op_type == "Mul" and (rounding := _rounding(editor, node)) is not None:
+            value, scale, zero = rounding
             inputs = [
                 editor.store(f"{value}.step", np.array(scale, np.float32)),
                 editor.store(f"{value}.zero", np.array(zero, np.uint8)),
@@ -65,7 +65,11 @@ def quantize_activations(graph: GraphProto) -> None:
 
 
 def _rounding(editor: "Editor", multiply: NodeProto) -> tuple[str, float, int] | None:
-    """Of a value in steps: what is rounded, the step, and the integer that stands for zero."""
+    """The parameters of a simulated rounding that ends in ``multiply``, or None if it is none.
+
+    Returns:
+        The name of the value that is rounded, the scale, and the zero point.
+    """
     clamps = {"Clip", "Max", "Min"}
     scale, node = editor.constant(multiply.input[1]), editor.maker(multiply.input[0])
     bounds: list[float] = []
@@ -82,7 +86,7 @@ def _rounding(editor: "Editor", multiply: NodeProto) -> tuple[str, float, int] |
 
 
 def _quantize_bias(editor: "Editor", layer: NodeProto) -> None:
-    """A bias as int32 on the grid of the layer's products, which integer kernels add it on."""
+    """Stores a layer's bias as int32 on the grid of the layer's products, to which integer kernels add it."""
     x, weight = (editor.maker(name) for name in layer.input[:2])
     bias = editor.constant(layer.input[2])
     if any(made is None or made.op_type != "DequantizeLinear" for made in (x, weight)) or bias is None:
@@ -103,7 +107,10 @@ def _quantize_bias(editor: "Editor", layer: NodeProto) -> None:
 
 
 def _store(editor: "Editor", name: str, integers: Array, scale: Array) -> list[str]:
-    """What DequantizeLinear reads; ONNX Runtime looks for zeros that the standard lets one leave out."""
+    """Stores the inputs of DequantizeLinear; returns their names.
+
+    The zero points are optional in the standard, but ONNX Runtime looks for them.
+    """
     zeros = np.zeros(scale.shape, integers.dtype)
     return [
         editor.store(name, integers),
@@ -116,7 +123,7 @@ class Editor:
     """Finds and replaces nodes of a graph.
 
     Args:
-        graph: It is changed by `finish`, and by nothing else.
+        graph: The graph; only `finish` changes it.
     """
 
     def __init__(self, graph: GraphProto) -> None:
@@ -138,7 +145,7 @@ class Editor:
         return self._readers.get(name, ())
 
     def constant(self, name: str) -> Array | None:
-        """A value that is known before the graph runs."""
+        """The value of an initializer or a Constant node; None for any other value."""
         if name in self._stored:
             return numpy_helper.to_array(self._stored[name])
         node = self.maker(name)
@@ -148,7 +155,7 @@ class Editor:
         return numpy_helper.to_array(value) if isinstance(value, TensorProto) else None
 
     def store(self, name: str, value: Array) -> str:
-        """Stores a constant; returns its name, another one where that is taken by another value."""
+        """Stores a constant; returns its name, with a suffix if another value has that name."""
         while (stored := self._stored.get(name)) is not None:
             if np.array_equal(numpy_helper.to_array(stored), value):
                 return name
@@ -157,7 +164,7 @@ class Editor:
         return name
 
     def replace(self, node: NodeProto, *by: NodeProto) -> None:
-        """Puts other nodes in the place of one that was there from the beginning."""
+        """Replaces a node of the original graph by other nodes."""
         self._in_place_of[node.output[0]] = list(by)
         self._maker |= {name: new for new in by for name in new.output}
 
@@ -170,7 +177,7 @@ class Editor:
             if read.intersection(node.output):
                 kept.append(node)
                 read.update(_inputs(node))
-        # As copies: what a container hands out dies with it.
+        # Copies, as clearing a container invalidates its members.
         copies = [_copy(node) for node in reversed(kept)]
         stored = [_copy(tensor) for name, tensor in self._stored.items() if name in read]
         del self._graph.node[:]
@@ -186,7 +193,7 @@ def _copy(proto: Any) -> Any:
 
 
 def _inputs(node: NodeProto) -> Iterable[str]:
-    """What a node reads, in the graphs inside it as well."""
+    """The names of the values that a node reads, those read in its subgraphs included."""
     yield from node.input
     for attribute in node.attribute:
         for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:

@@ -1,8 +1,8 @@
-"""Runs exported files in a fresh process that knows nothing of autocompress.
+"""Runs exported files in a fresh process that cannot import autocompress.
 
-An exported file is worth offering only if it gives the same answers where it will be used: with torch or ONNX
-Runtime alone. So a second Python loads it and runs it. That Python runs this very file as a script, by its
-path, and the name autocompress is blocked in it. What needs autocompress is called there when the others are done.
+An exported file is offered only if it gives the same outputs where it will be used: with torch or ONNX Runtime
+alone. So a second Python process loads and runs it. That process runs this file as a script, by its path, with the
+name autocompress blocked. Calls that need autocompress are made there last, after unblocking it.
 """
 
 import contextlib
@@ -25,31 +25,31 @@ Arrays: TypeAlias = list[NDArray[Any]]
 Run: TypeAlias = Callable[[Arrays], Arrays]
 
 TIMEOUT_S = 300.0
-GETS_READY_S = 60.0  # in which a process that waits must have run what it was asked, or another is started
-ENDINGS = ANSWERS, ERROR, UNDELIVERED = ".npz", ".error", ".undelivered"  # of the files that come back
+GETS_READY_S = 60.0  # a waiting process that has not finished its warm-up by then is replaced
+ENDINGS = ANSWERS, ERROR, UNDELIVERED = ".npz", ".error", ".undelivered"  # suffixes of the files with results
 
 # ONNX Runtime's telemetry would leave files in the home directory; its import reads either name.
 NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
 
 
 class Undelivered(str):
-    """Why a call was not made: what it is made of cannot be made again in a fresh process."""
+    """The reason why a call was not made: it could not be unpickled in the fresh process."""
 
 
 class FreshProcess:
-    """A second Python that runs exported files while this one is still exporting. A context manager.
+    """A second Python process that runs exported files while this one is still exporting. A context manager.
 
-    It is started early and given each file as it is written, so that importing torch and loading the file
-    cost little extra time. One that has run something before is quicker still, see `have_waiting`.
+    It is started early and given each file as soon as that is written, so that importing torch and loading the
+    file take little extra time. A process that has run something before is quicker still, see `have_waiting`.
 
     Args:
-        folder: An existing folder for what the two processes exchange.
+        folder: An existing folder for the files that the two processes exchange.
         inputs: Batches to run each file on.
     """
 
     def __init__(self, folder: Path, inputs: Sequence[NDArray[Any]]) -> None:
         self._folder = folder
-        self._runs: dict[str, _Python] = {}  # who runs what, by format
+        self._runs: dict[str, _Python] = {}  # the process that runs each format
         save_arrays(folder / "inputs.npz", inputs)
 
     def __enter__(self) -> Self:
@@ -62,15 +62,15 @@ class FreshProcess:
             python.wait_again()
 
     def start(self, format: str, file: Path) -> None:
-        """Has ``file`` loaded and run on the inputs; returns at once."""
+        """Starts loading ``file`` and running it on the inputs; returns at once."""
         self._runs[format] = self._python
         self._python.ask(format, [format, str(file)])
 
     def start_call(self, format: str, call: bytes) -> None:
-        """Has a pickled ``(function, arguments)`` called with the inputs, which are its last argument.
+        """Starts a call of a pickled ``(function, arguments)``, with the inputs as the last argument.
 
-        The function may use autocompress and whatever can be imported here. So it comes last: what is started
-        after it is not known to run without.
+        The function may use autocompress and all modules that can be imported here. So it has to come last: for
+        files that are started after it, it would not be shown that they run without autocompress.
         """
         (self._folder / f"{format}.call").write_bytes(call)
         if (python := _taken(knowing=True)) is not None:
@@ -82,7 +82,7 @@ class FreshProcess:
         python.ask(format, {"format": format, "path": sys.path})
 
     def finish(self, formats: Sequence[str]) -> dict[str, Arrays | str]:
-        """Waits; for each format its outputs, one array per input, or in one line why there are none."""
+        """Waits for the formats; returns for each its outputs, one array per input, or an error in one line."""
         end = time.monotonic() + TIMEOUT_S
         return {format: self._outcome(format, end) for format in formats}
 
@@ -92,62 +92,62 @@ class FreshProcess:
         if (answers := self._folder / f"{format}{ANSWERS}").exists():
             return load_arrays(answers)
         for ending, kind in ((ERROR, str), (UNDELIVERED, Undelivered)):
-            if (said := self._folder / f"{format}{ending}").exists():
-                return kind(said.read_text(encoding="utf-8"))
+            if (file := self._folder / f"{format}{ending}").exists():
+                return kind(file.read_text(encoding="utf-8"))
         return python.last_words or f"it had not answered after {TIMEOUT_S:.0f} s"
 
 
 class _Python:
-    """A process that runs what it is told to.
+    """A fresh process that runs requests one after the other.
 
     Args:
         waits: Whether it waits for another export when it is done with one.
 
     Attributes:
-        knows: Whether it may have imported autocompress: then it tells nothing of what runs without.
+        knows: Whether it may have imported autocompress: then it cannot show that a file runs without.
     """
 
     def __init__(self, *, waits: bool = False) -> None:
         self.knows, self._waits = False, waits
-        self._process, self._said = _started()
+        self._process, self._stderr = _started()
 
     def serve(self, folder: Path) -> None:
-        """Has what follows exchanged in this folder, where the inputs are."""
+        """Makes it read inputs from, and write answers to, this folder from now on."""
         self._folder: Path = folder
         self._asked: list[str] = []
-        self._say(str(folder))
+        self._send(str(folder))
 
-    def ask(self, format: str, what: object) -> None:
-        """Has it run something; the answer will be of this name."""
+    def ask(self, format: str, request: object) -> None:
+        """Sends a request; the file with the answer will have the name ``format``."""
         self._asked.append(format)
-        self._say(what)
+        self._send(request)
 
-    def _say(self, what: object) -> None:
+    def _send(self, request: object) -> None:
         assert self._process.stdin is not None
-        # Of one that has died there are `last_words`.
+        # If the process has died, `last_words` says why.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     @property
     def last_words(self) -> str:
-        """How it has ended, in one line; empty where it has not."""
+        """The exit code and the last line on stderr, in one line; empty while the process is running."""
         if self.is_alive:
             return ""
-        self._said.seek(0)
-        said = _last_line(self._said.read().decode(errors="replace"))
+        self._stderr.seek(0)
+        said = _last_line(self._stderr.read().decode(errors="replace"))
         return f"the process that ran it died with code {self._process.returncode}: {said}"
 
     def has_answered(self, formats: Sequence[str], timeout_s: float) -> bool:
-        """Waits for all of these, or for its end; whether they are there."""
+        """Waits until there are answers to all of these, or the process ends; returns whether they are there."""
         end = time.monotonic() + timeout_s
         while True:
-            ended = not self.is_alive  # asked first: it may answer just before
+            ended = not self.is_alive  # checked first: it may answer just before it ends
             if all(any((self._folder / f"{format}{ending}").exists() for ending in ENDINGS) for format in formats):
                 return True
             if ended or time.monotonic() >= end:
@@ -155,38 +155,38 @@ class _Python:
             time.sleep(0.01)
 
     def is_ready(self, timeout_s: float) -> bool:
-        """Waits for all that it was asked; whether it can be asked for more."""
+        """Waits for the answers to all requests; returns whether it can take more."""
         return self.has_answered(self._asked, timeout_s) and self.is_alive
 
     def wait_again(self) -> None:
-        """Lets it wait for the next export, or ends it."""
+        """Keeps it for the next export if it waits, and ends it otherwise."""
         if self._waits and self.is_ready(0):
-            self._asked = []  # what it has answered may be removed
+            self._asked = []  # the files with these answers may be removed
             _waiting.append(self)
         else:
             self.end()
 
     def end(self) -> None:
-        """Ends it, whatever it does."""
+        """Kills the process."""
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        self._stderr.close()
 
 
-# At most one that knows autocompress and one that does not; they end with this process.
+# Idle processes: at most one that may have imported autocompress and one that has not. They end with this process.
 _waiting: list[_Python] = []
 
 
 def have_waiting(folder: Path, files: Mapping[str, Path], inputs: Sequence[NDArray[Any]]) -> None:
-    """Sees to it that a process waits for the next `FreshProcess`, and has run something first. Returns at once.
+    """Starts a process that waits for the next `FreshProcess`, unless there is one, and warms it up.
 
-    It waits again after each export. What runs without autocompress is never asked of one that has imported it:
-    there are two of them in the end.
+    This returns at once. The process waits again after each export. One that may have imported autocompress is
+    used only for calls that need it, so that there may be two in the end.
 
     Args:
-        folder: In which the two exchange what goes again.
-        files: What it runs, by format.
-        inputs: On what, as for `FreshProcess`.
+        folder: A folder for a temporary one in which files are exchanged during the warm-up.
+        files: The files to run as a warm-up, by format.
+        inputs: Batches to run them on.
     """
     if any(one.is_alive and not one.knows for one in _waiting):
         return
@@ -200,7 +200,7 @@ def have_waiting(folder: Path, files: Mapping[str, Path], inputs: Sequence[NDArr
 
 
 def _taken(*, knowing: bool = False) -> _Python | None:
-    """One of `_waiting`, once it has run what it was asked, and unless it has died there."""
+    """A process of `_waiting` that is ready, removed from there; None if there is none."""
     for one in [one for one in _waiting if one.knows == knowing]:
         _waiting.remove(one)
         if one.is_ready(GETS_READY_S):
@@ -210,15 +210,15 @@ def _taken(*, knowing: bool = False) -> _Python | None:
 
 
 def _started() -> tuple[subprocess.Popen[str], IO[bytes]]:
-    """A process, and the file of what it says on stderr."""
-    said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
+    """A new process, and the file that receives its stderr."""
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
     # -P keeps this script's folder off the path: a module of autocompress must not stand in for another.
     command = [sys.executable, "-P", __file__]
     environment = os.environ | NO_TELEMETRY
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True, env=environment
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr, text=True, env=environment
     )
-    return process, said
+    return process, stderr
 
 
 def save_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
@@ -230,17 +230,17 @@ def save_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
 
 
 def load_arrays(path: Path) -> Arrays:
-    """What `save_arrays` wrote, in order."""
+    """Reads the arrays that `save_arrays` wrote, in order."""
     with np.load(path, allow_pickle=False) as stored:
         return [stored[f"arr_{i}"] for i in range(len(stored.files))]
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line: the root cause's, for exporters wrap it in pages of general advice."""
+    """An error in one line: its root cause's, as exporters wrap it in pages of general advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):  # what it announces is what counts
+    if len(lines) > 1 and lines[0].endswith(":"):  # the next line has the reason
         lines[0] += f" {lines[1]}"
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
@@ -285,8 +285,8 @@ RUNNERS: Mapping[str, Callable[[Path, Arrays], Arrays]] = {
 
 
 def received(call: Path, path: list[str]) -> Run:
-    """The call in a file, from here on with autocompress and with this module search path."""
-    if sys.modules.get("autocompress", main) is None:  # it was blocked
+    """Unblocks autocompress, sets the module search path, and unpickles the call in a file."""
+    if sys.modules.get("autocompress", main) is None:  # blocked
         del sys.modules["autocompress"]
     sys.path[:] = path
     function, arguments = pickle.loads(call.read_bytes())
@@ -294,31 +294,31 @@ def received(call: Path, path: list[str]) -> Run:
 
 
 def main() -> None:
-    """The fresh process: on stdin a folder, then one file or call a line, and again until it closes."""
-    import onnxruntime  # noqa: F401  imported while there is nothing to do yet
+    """The fresh process: reads lines from stdin, each a folder, a file to run or a call, until it closes."""
+    import onnxruntime  # noqa: F401  imported before the first request comes
     import torch.export  # noqa: F401
 
     for line in sys.stdin:
         match json.loads(line):
-            case str(said):
-                folder = Path(said)
+            case str(name):
+                folder = Path(name)
                 inputs = load_arrays(folder / "inputs.npz")
             case [format, file]:
                 answer(folder / format, partial(RUNNERS[format], Path(file)), inputs)
             case {"format": format, "path": path}:
                 try:
                     run = received(folder / f"{format}.call", path)
-                except Exception as error:  # whatever the modules raise that it needs
+                except Exception as error:  # importing the modules that it needs may raise anything
                     write_reason(folder / f"{format}{UNDELIVERED}", error)
                 else:
                     answer(folder / format, run, inputs)
 
 
 def answer(name: Path, run: Run, inputs: Arrays) -> None:
-    """Writes what it gives for the inputs, or why it gives nothing."""
+    """Writes the outputs for the inputs, or the error instead of them."""
     try:
         save_arrays(name.with_suffix(ANSWERS), run(inputs))
-    except Exception as error:  # whatever a runtime raises is the answer that was asked for
+    except Exception as error:  # any error of a runtime is an answer too
         write_reason(name.with_suffix(ERROR), error)
 
 

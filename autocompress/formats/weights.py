@@ -1,10 +1,9 @@
-"""Weights on disk: a state dict as safetensors, without pickle; zeros are not paid for.
+"""Weights on disk: a state dict as a safetensors file, without pickle; zeros take no space.
 
-A tensor with enough zeros is stored as its non-zero values and a mask that says where they go, one bit a weight
-and deflated (RFC 1950), so that a regular mask, as of blocks, costs next to nothing; a tensor that several names
-share is stored once; everything else is stored as any safetensors file stores it,
-so other readers see those tensors too. What a reader must know beyond that is JSON in the file's metadata, with a
-checksum of what is stored: a bit that flips on a disk is noticed::
+A tensor with enough zeros is stored as its non-zero values and a mask of their positions: one bit per entry,
+compressed by zlib (RFC 1950), so that a regular mask, as of blocks, takes almost nothing. A tensor that several
+names share is stored once. All other tensors are stored as in any safetensors file, and other readers can read
+them. The file's metadata describe the rest in JSON, with a checksum that reveals damage::
 
     {"sparse": {name: shape}, "same": {name: name of the tensor that is stored}, "crc32": of all tensors' bytes}
 """
@@ -27,15 +26,15 @@ from torch import Tensor
 
 _METADATA_KEY = "autocompress"
 _MASK = "#mask"
-# Values are moved as integers of their width, whatever their type: NaNs keep their bits.
+# Values are copied as integers of their width, so that NaNs keep their bits.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# What a second tensor costs in the header, beside its name.
+# Bytes in the header for a second tensor, without its name.
 _HEADER_BYTES = 128
 
 
 def to_bytes(state: Mapping[str, Tensor]) -> bytes:
-    """A state dict as the bytes of a safetensors file, the same ones each time.
+    """A state dict as the bytes of a safetensors file; equal state dicts give equal bytes.
 
     Args:
         state: Tensors by name, of any shape, dtype and device; they may share memory.
@@ -49,7 +48,7 @@ def to_bytes(state: Mapping[str, Tensor]) -> bytes:
         if first != name:
             same[name] = first
             continue
-        # A tensor that merely overlaps another still needs memory of its own.
+        # A copy, as safetensors refuses tensors that overlap.
         dense = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         packed = None if name + _MASK in state else _pack(dense, header=2 * len(name) + _HEADER_BYTES)
         if packed is None:
@@ -58,12 +57,12 @@ def to_bytes(state: Mapping[str, Tensor]) -> bytes:
             stored[name], stored[name + _MASK] = packed
             sparse[name] = list(dense.shape)
     notes: dict[str, Any] = {key: value for key, value in (("sparse", sparse), ("same", same)) if value}
-    notes["crc32"] = _checksum(serialize(stored))  # whatever the metadata, the tensors' bytes are the same
+    notes["crc32"] = _checksum(serialize(stored))  # the tensors' bytes do not depend on the metadata
     return serialize(stored, {_METADATA_KEY: json.dumps(notes)})
 
 
 def save(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Writes a state dict to ``path``, all of it or nothing: a reader never sees half a file."""
+    """Writes a state dict to ``path`` atomically: a reader never sees half a file."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -77,14 +76,14 @@ def save(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict that `save` wrote, on the CPU; also reads any other safetensors file.
+    """Reads a state dict that `save` wrote, onto the CPU; also reads any other safetensors file.
 
-    Bit for bit, but for the sign of zeros in tensors that are stored sparse: -0.0 comes back as 0.0 there.
-    Names that shared a tensor share one again.
+    The tensors are equal bit for bit, but for the sign of zeros in those stored sparse: -0.0 becomes 0.0. Names
+    that shared a tensor share one again.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not a whole safetensors file, or was not written by `save` as it claims.
+        ValueError: If it is not a complete safetensors file, or its content contradicts its metadata.
     """
     data = Path(path).read_bytes()
     try:
@@ -117,16 +116,16 @@ def _checksum(data: bytes) -> int:
 
 
 def _memory(tensor: Tensor) -> Any:
-    """Equal for two tensors if and only if they are the same view of the same memory."""
+    """A key that two tensors share if and only if they are the same view of the same memory."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _pack(dense: Tensor, header: int) -> tuple[Tensor, Tensor] | None:
-    """The non-zero values ``(nnz,)`` and their deflated mask ``(m,)``; None where that is no smaller."""
+    """The non-zero values ``(nnz,)`` and their compressed mask ``(m,)``; None where that is no smaller."""
     if dense.itemsize not in _WORDS:
         return None
     words = dense.reshape(-1).view(_WORDS[dense.itemsize]).numpy()
-    # Masks that multiply leave -0.0 behind, half of all zeros: by value it is a zero like any other.
+    # Multiplying by a mask leaves -0.0 for negative weights: those count as zeros too.
     kept = (dense != 0).reshape(-1).numpy() if dense.dtype in _FLOATS else words != 0
     saved = (kept.size - np.count_nonzero(kept)) * dense.itemsize - header
     if saved <= 0:
@@ -138,10 +137,10 @@ def _pack(dense: Tensor, header: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _unpack(values: Tensor, mask: Tensor, shape: list[int]) -> Tensor:
-    """The dense tensor of ``shape`` that `_pack` took apart."""
+    """The dense tensor of ``shape``, from the values and the mask of `_pack`."""
     count = math.prod(shape)
     n_bytes = math.ceil(count / 8)
-    bits = zlib.decompressobj().decompress(mask.numpy().tobytes(), n_bytes + 1)  # a damaged one may go on and on
+    bits = zlib.decompressobj().decompress(mask.numpy().tobytes(), n_bytes + 1)  # a damaged one may be endless
     if len(bits) != n_bytes:
         raise ValueError(f"a mask of {len(bits)} bytes does not fit the shape {shape}")
     kept = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool)

@@ -1,4 +1,4 @@
-"""The energy that a CPU draws while a block of code runs, where it is counted (RAPL) and can be read."""
+"""The energy that a CPU draws during a block of code, by its RAPL counters where there are any to read."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ POWERCAP = Path("/sys/class/powercap")
 class CpuEnergy:
     """Reads the processor packages' energy counters around a ``with`` block.
 
-    Linux counts for each package and lets, by default, only its administrator read it. Other processes count
-    as well: it is the energy of the machine's processors, as NVML's is that of the whole GPU.
+    Linux has a counter for each package, which by default only root may read. The counters include all other
+    processes: they measure the machine's processors, as NVML's measures the whole GPU.
 
     Args:
-        powercap: Where Linux shows the counters.
+        powercap: The folder of the counters.
 
     Attributes:
         is_there: Whether there are counters that can be read.
@@ -20,7 +20,7 @@ class CpuEnergy:
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        # Packages are intel-rapl:0, intel-rapl:1 ... (AMD's, too); parts of them, intel-rapl:0:0, are in them.
+        # Packages are intel-rapl:0, intel-rapl:1 ... (AMD's, too); they include their parts, intel-rapl:0:0.
         self._zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
         self.energy_j: float | None = None
         self._before = self._read()
@@ -40,14 +40,14 @@ class CpuEnergy:
             return
         drawn_uj = 0
         for zone, start, end in zip(self._zones, self._before, after, strict=True):
-            # The counter begins again at 0 when it has reached its range.
+            # The counter wraps around to 0 at the end of its range.
             drawn_uj += end - start if end >= start else end - start + _number(zone / "max_energy_range_uj")
         self.energy_j = drawn_uj / 1e6
 
     def _read(self) -> list[int] | None:
         try:
             return [_number(zone / "energy_uj") for zone in self._zones] or None
-        except (OSError, ValueError):  # not ours to read, or a virtual machine's that shows no number
+        except (OSError, ValueError):  # no permission, or a virtual machine's counter that holds no number
             return None
 
 

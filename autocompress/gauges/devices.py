@@ -1,4 +1,4 @@
-"""The devices that a user may name."""
+"""The devices that torch can compute on here, as users name them."""
 
 import os
 
@@ -6,10 +6,10 @@ import torch
 
 
 def usable_device(device: str | torch.device) -> str:
-    """The device that was asked for; ``auto`` is the first GPU where there is one.
+    """The name of the device asked for; for ``auto`` ``"cuda"`` where there is a GPU, and else ``"cpu"``.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If it is not a device, or not on this machine.
     """
     if isinstance(device, torch.device):
         device = str(device)

@@ -1,7 +1,7 @@
-"""The NVML window behind measurement.py: what NVIDIA's driver saw of a GPU while a block of code ran.
+"""Memory, utilization, power and energy of an NVIDIA GPU during a block of code, as reported by NVML.
 
-Everything is optional. A driver, a container or a GPU may lack any of the numbers; each that is lacking is
-None and costs none of the others. Without a GPU the window is empty.
+Everything is optional. A driver, a container or a GPU may lack any of the numbers; a missing one is None and does
+not affect the others. Without a GPU there are none.
 """
 
 import functools
@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 
 SAMPLE_EVERY_S = 0.1
-MAX_SAMPLES = 512  # of a window; a longer one is sampled half as often, again and again
-# The energy counter moves every 20 to 100 ms: over less than this its steps would show.
+MAX_SAMPLES = 512  # of a window; whenever there are as many, every other one is dropped and the interval doubles
+# The energy counter is updated every 20 to 100 ms: shorter windows would be too coarse.
 MIN_ENERGY_WINDOW_S = 1.0
-# Bits of the driver's answer to why clocks are below what they could be; an idle GPU is not throttled, nor is one
-# whose clocks somebody has set.
+# The driver's reasons for lower clocks that count as throttling. An idle GPU is not throttled, nor is one whose
+# clocks were set by a user.
 THROTTLING = {
     "SwPowerCap": "power cap",
     "HwSlowdown": "hardware slowdown",
@@ -34,17 +34,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Moment:
-    """One reading of a GPU; None for what the driver does not tell.
+    """One reading of a GPU; None for numbers that the driver does not report.
 
     Attributes:
-        seconds: Since the window began.
+        seconds: Time since the window began.
         used_bytes: Memory in use on the whole GPU.
-        free_bytes: What is free of it.
-        process_bytes: What this process held.
-        utilization_pct: Share of the last moments, a sixth of a second to one, in which a kernel was resident.
+        free_bytes: Free memory on the whole GPU.
+        process_bytes: Memory in use by this process.
+        utilization_pct: Share of the last sixth of a second to second in which a kernel was resident.
         power_w: Power draw.
         clock_mhz: Clock of the multiprocessors.
-        throttled: Why clocks are held back, by the names of `THROTTLING`.
+        throttled: The reasons for throttling, as worded in `THROTTLING`.
     """
 
     seconds: float
@@ -59,7 +59,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class GpuUsage:
-    """What a window saw; empty without a GPU.
+    """The readings of a window; empty without a GPU.
 
     Attributes:
         timeline: The readings, evenly spaced in time.
@@ -77,17 +77,17 @@ class GpuUsage:
 
     @property
     def free_bytes(self) -> int | None:
-        """The least memory that was free on it."""
+        """The least memory that was free on the whole GPU."""
         return min(self._known("free_bytes"), default=None)
 
     @property
     def process_memory_bytes(self) -> int | None:
-        """The most memory that this process held on it."""
+        """The most memory in use by this process."""
         return max(self._known("process_bytes"), default=None)
 
     @property
     def utilization_pct(self) -> float | None:
-        """Mean share of the time in which a kernel was resident."""
+        """Mean share of the time in which a kernel was resident, in percent."""
         return _mean(self._known("utilization_pct"))
 
     @property
@@ -102,7 +102,7 @@ class GpuUsage:
 
     @property
     def throttled(self) -> tuple[str, ...] | None:
-        """Why clocks were held back at any moment of the window; empty when they were not."""
+        """The reasons for throttling at any moment of the window; empty when there was none."""
         known = list(self._known("throttled"))
         return tuple(sorted({reason for reasons in known for reason in reasons})) if known else None
 
@@ -116,12 +116,12 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 class GpuWindow:
-    """Watches a GPU during a ``with`` block; `usage` holds what was seen once the block is over.
+    """Samples a GPU in a thread during a ``with`` block; `usage` holds the readings after the block.
 
     Args:
         device: The device the block computes on. For other than CUDA devices `usage` is empty.
         nvml: The NVML binding; the module ``pynvml`` by default.
-        every_s: Seconds from one reading to the next; more in a long window, see `MAX_SAMPLES`.
+        every_s: Seconds between two readings; more in a long window, see `MAX_SAMPLES`.
     """
 
     def __init__(self, device: torch.device, nvml: Any = None, every_s: float = SAMPLE_EVERY_S) -> None:
@@ -169,9 +169,9 @@ class GpuWindow:
         self.usage = GpuUsage(tuple(self._timeline), energy_j)
 
     def _handle(self, uuid: str) -> Any:
-        """By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's.
+        """NVML's handle of the GPU: by UUID, as CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's.
 
-        A slice of a GPU (MIG) has a UUID and memory of its own; NVML does not tell its utilization or power.
+        A slice of a GPU (MIG) has a UUID and memory of its own; NVML does not report its utilization or power.
         """
         names = [uuid] if uuid.startswith(("GPU-", "MIG-")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
         found = (self._read(functools.partial(self._nvml.nvmlDeviceGetHandleByUUID, name)) for name in names)
@@ -179,7 +179,7 @@ class GpuWindow:
 
     def _sample_until_over(self) -> None:
         over, every_s = False, self._every_s
-        while not over:  # the last sample is taken as the block ends, so that a short one has one too
+        while not over:  # the last sample is taken at the end of the block: even a short one has a sample
             over = self._over.wait(every_s)
             self._timeline.append(self._sample())
             if len(self._timeline) == MAX_SAMPLES:
@@ -205,14 +205,14 @@ class GpuWindow:
 
     def _throttling(self) -> tuple[str, ...]:
         bits = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._gpu)
-        masks = {said: getattr(self._nvml, f"nvmlClocksThrottleReason{name}") for name, said in THROTTLING.items()}
-        return tuple(said for said, mask in masks.items() if bits & mask)
+        masks = {text: getattr(self._nvml, f"nvmlClocksThrottleReason{name}") for name, text in THROTTLING.items()}
+        return tuple(text for text, mask in masks.items() if bits & mask)
 
     def _energy_mj(self) -> int | None:
         return self._read(lambda: int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu)))
 
     def _read(self, call: Callable[[], T]) -> T | None:
-        """What one NVML call returns; None where the GPU, the driver or the binding does not support it."""
+        """The result of an NVML call; None if the GPU, the driver or the binding does not support it."""
         try:
             return call()
         except (self._nvml.NVMLError, AttributeError):
@@ -220,7 +220,7 @@ class GpuWindow:
 
 
 def _uuid(device: torch.device) -> str | None:
-    """The UUID of a CUDA device; None for any other, and where there is no CUDA."""
+    """The UUID of a CUDA device; None for other devices, or without CUDA."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return str(torch.cuda.get_device_properties(device).uuid)

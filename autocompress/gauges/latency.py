@@ -1,4 +1,4 @@
-"""Latency: how long a forward pass takes, of several models beside each other."""
+"""Latency: the time of a forward pass, measured for several models in alternation."""
 
 import math
 import time
@@ -15,8 +15,9 @@ MIN_REPEATS = 20
 WARM_UP = 3
 # Timing ends when the median is known to this share of itself, with about 95% confidence.
 PRECISION = 0.03
-# Timed of a model before it is another's turn: little against drift, so much that the turn's first pass, which is
-# not timed, costs little. That pass finds the caches full of another model and its own threads asleep.
+# Seconds and passes that are timed of a model before the next model's turn: few, so that drift affects all models
+# alike, but enough that the turn's first pass, which is not timed, costs little. That pass finds another model's
+# data in the caches, and its own threads asleep.
 TURN_S, TURN_PASSES = 0.002, 3
 
 
@@ -28,10 +29,10 @@ class Latency:
         batch: Samples in the pass.
         p50_ms: Median, in milliseconds.
         p95_ms: 95th percentile, in milliseconds.
-        repeats: Timed passes behind the two.
+        repeats: The number of timed passes.
         interval: Half of the median's 95% confidence interval, as a share of the median: 0.02 is ± 2%. None in
-            what was recorded by versions that did not store it.
-        runtime: What ran the model, see `autocompress.gauges.runtimes.RUNTIMES`.
+            records of versions that did not store it.
+        runtime: The runtime that ran the model, see `autocompress.gauges.runtimes.RUNTIMES`.
     """
 
     batch: int
@@ -50,16 +51,16 @@ class Latency:
 def time_in_turns(
     runs: Sequence[Callable[[Tensor], object]], batches: Sequence[Tensor], budget_s: float, runtime: str = "eager"
 ) -> list[list[Latency]]:
-    """Times batches through models, in turns of some passes: A B A B ..., so that drift meets all alike.
+    """Times batches through models, in turns of some passes: A B A B ..., so that drift affects all alike.
 
-    A turn begins with a pass that is not timed, so that each model is timed as if it ran alone. A batch has its
-    turns until each model's median is known to `PRECISION`, unless the budget is spent before.
+    A turn begins with a pass that is not timed, so that each model is timed as if it ran alone. Turns are taken
+    until each model's median is known to `PRECISION`, or the budget is spent.
 
     Args:
         runs: The models.
-        batches: Of shape ``(n, ...)``, on the models' device.
-        budget_s: Seconds per model and batch after which a median is taken as it is, if 20 repeats are behind it.
-        runtime: What runs the models, for the record.
+        batches: Batches of shape ``(n, ...)``, on the models' device.
+        budget_s: Seconds per model and batch after which timing ends, with at least `MIN_REPEATS` passes.
+        runtime: The runtime of the models, for the record.
 
     Returns:
         For each model its latency at each batch.
@@ -94,25 +95,25 @@ class _OneBatch:
 
     @property
     def share(self) -> float:
-        """How much of it is done, at least."""
+        """The share of the timing that is done, from 0 to 1; at least that."""
         return min(1.0, min(map(len, self.times_ms)) / MIN_REPEATS, self.spent_s / self.budget_s)
 
     def is_done(self, elapsed_s: float) -> bool:
         if min(map(len, self.times_ms)) < MIN_REPEATS:
             return False
-        # A few passes in a row agree with each other more than with the next second's: not before a quarter.
+        # Passes close in time are correlated, so their interval is too narrow: a quarter of the budget at least.
         precise = elapsed_s > self.budget_s / 4 and all(interval(times) <= PRECISION for times in self.times_ms)
         return precise or self.spent_s >= self.budget_s
 
     def latency(self, nth: int, runtime: str) -> Latency:
-        """What one of the models took."""
+        """The latency of one of the models."""
         t = self.times_ms[nth]
         middle, late = float(np.median(t)), float(np.percentile(t, 95))
         return Latency(len(self.x), middle, late, len(t), interval(t), runtime)
 
 
 def _timed_ms(run: Callable[[Tensor], object], x: Tensor) -> float:
-    """Milliseconds of one forward pass: by the wall clock on a CPU, by the device's own events on a GPU."""
+    """Milliseconds of one forward pass: by the clock on a CPU, by CUDA events on a GPU."""
     if x.device.type == "cpu":
         start = time.perf_counter()
         run(x)
@@ -130,7 +131,7 @@ def _timed_ms(run: Callable[[Tensor], object], x: Tensor) -> float:
 def interval(times: Sequence[float]) -> float:
     """Half of the median's 95% confidence interval, as a share of the median.
 
-    From order statistics: of n sorted times, those of rank n/2 ± 0.98 √n enclose the median with that confidence.
+    By order statistics: of n sorted times, those of rank n/2 ± 0.98 √n enclose the median with that confidence.
     """
     n, half = len(times), 0.98 * math.sqrt(len(times))
     ranked = np.sort(times)

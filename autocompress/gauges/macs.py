@@ -1,4 +1,4 @@
-"""Counts of a model that need no clock: its parameters, and the multiply-accumulates of a forward pass."""
+"""Counts that need no timing: a model's parameters, and the multiply-accumulates of its forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +12,18 @@ from autocompress.task import device_of, evaluating
 
 
 def count_params(model: nn.Module) -> int:
-    """Parameters of a model, zeros included; one that is used twice counts once."""
+    """The number of a model's parameters, zeros included; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
     """Multiply-accumulate operations of one sample's forward pass in eval mode.
 
-    Counted are convolutions, matrix products, attention and recurrent layers, as modules or functions. Not
-    counted is what does not multiply and add in pairs: normalization, pooling, activations.
+    It counts convolutions, matrix products, attention and recurrent layers, as modules or functions, and not
+    operations without multiply-accumulates: normalization, pooling, activations.
 
     Args:
-        model: Any model; its mode is left as it was.
+        model: Any model; it is not changed.
         example_input: A batch of shape ``(n, ...)``; its first sample is used.
     """
     counter = FlopCounterMode(display=False)
@@ -34,12 +34,12 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
 
 @contextmanager
 def _op_by_op() -> Iterator[None]:
-    """Turns fused kernels off: those of attention and LSTMs hide their matrix products from the counter."""
+    """Disables fused kernels for a ``with`` block: in attention and LSTMs they hide products from the counter."""
     mha = torch.backends.mha
     libraries: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
     fast_attention, enabled = mha.get_fastpath_enabled(), [library.enabled for library in libraries]
     mha.set_fastpath_enabled(False)
-    for library in libraries:  # not their flags(), which set precisions as well and warn about it
+    for library in libraries:  # their flags() would set precisions too, with a warning
         library.enabled = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""The most memory that a forward pass holds at once."""
+"""The peak memory of a forward pass."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torch.autograd.profiler import profile
 
 
 def peak_bytes(run: Callable[[Tensor], object], x: Tensor) -> int:
-    """The most that one forward pass allocated at once, beside its input and what was there before.
+    """The most bytes that a forward pass allocates at once, beyond its input and what was allocated before.
 
     Args:
         run: The model.
@@ -21,7 +21,7 @@ def peak_bytes(run: Callable[[Tensor], object], x: Tensor) -> int:
 
 
 def _peak_bytes_cuda(run: Callable[[Tensor], object], x: Tensor) -> int:
-    """The most that one forward pass allocated at once, beside what was there before."""
+    """`peak_bytes` on a GPU: the peak that torch's allocator records."""
     torch.cuda.synchronize(x.device)
     before = torch.cuda.memory_allocated(x.device)
     torch.cuda.reset_peak_memory_stats(x.device)
@@ -31,7 +31,7 @@ def _peak_bytes_cuda(run: Callable[[Tensor], object], x: Tensor) -> int:
 
 
 def _peak_bytes_cpu(run: Callable[[Tensor], object], x: Tensor) -> int:
-    """The same on the CPU: the peak of the running sum of the allocator's events."""
+    """`peak_bytes` on the CPU: the peak of the running sum of the allocator's events."""
     with _quiet_kineto(), profile(profile_memory=True) as record:
         run(x)
     assert record.kineto_results is not None, "the profiler has ended"
@@ -42,7 +42,7 @@ def _peak_bytes_cpu(run: Callable[[Tensor], object], x: Tensor) -> int:
 
 @contextmanager
 def _quiet_kineto() -> Iterator[None]:
-    """Keeps the profiler's library from writing its own log to stderr; it reads the level at first use."""
+    """Keeps Kineto, the profiler's library, from logging to stderr; it reads its log level at first use."""
     before = os.environ.get("KINETO_LOG_LEVEL")
     os.environ["KINETO_LOG_LEVEL"] = before or "6"
     try:

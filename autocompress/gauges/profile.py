@@ -1,4 +1,4 @@
-"""What a model costs on this machine, before it is searched for or after: dense beside compressed."""
+"""The costs of a model on this machine, dense beside compressed, before or after a search."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +16,17 @@ from autocompress.scheme import Evidence, Scheme, observe
 from autocompress.splits import Batch
 from autocompress.task import classification_loss
 
-BUDGET_S = 5.0  # of timing, a model, runtime and batch size
+BUDGET_S = 5.0  # of timing per model, runtime and batch size
 CALIBRATION = 16  # samples for schemes that look at data
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """Models to be profiled beside each other.
+    """Models to be profiled in comparison.
 
     Attributes:
-        models: By name: ``"dense"`` and maybe ``"compressed"``.
-        kept: Their parameters, as a density counts them.
+        models: By name: ``"dense"`` and perhaps ``"compressed"``.
+        kept: Parameters of each, as a density counts them.
         sample: A batch of one sample.
     """
 
@@ -36,11 +36,11 @@ class Profiled:
 
 
 def of_study(best: Path, model: nn.Module | None = None) -> Profiled:
-    """The answer of a study beside its dense architecture.
+    """The answer of a study, and its dense architecture with random weights (or those of ``model``).
 
     Args:
         best: The study's folder ``best``.
-        model: The dense architecture, where autocompress cannot make it.
+        model: A model of the dense architecture, where autocompress cannot make it from its name.
 
     Raises:
         ValueError: If there is no answer, or the architecture is not known.
@@ -54,7 +54,7 @@ def of_study(best: Path, model: nn.Module | None = None) -> Profiled:
 
 
 def check_input(model: nn.Module, sample: Tensor) -> Tensor:
-    """The sample, if the model takes it.
+    """Returns the sample if the model accepts it as its input.
 
     Raises:
         ValueError: If it does not.
@@ -62,7 +62,7 @@ def check_input(model: nn.Module, sample: Tensor) -> Tensor:
     try:
         with torch.inference_mode():
             model.eval()(sample)
-    except Exception as error:  # whatever a model may raise that is not made for this input
+    except Exception as error:  # a model may raise anything on an input that it is not made for
         shape, reason = "x".join(map(str, sample.shape[1:])), str(error).partition("\n")[0]
         raise ValueError(
             f"the model does not take an input of shape {shape}: it raised {type(error).__name__}: {reason}"
@@ -71,16 +71,16 @@ def check_input(model: nn.Module, sample: Tensor) -> Tensor:
 
 
 def of_model(model: nn.Module, sample: Tensor, scheme: Scheme | None = None, density: float = 0.25) -> Profiled:
-    """A model, and where a scheme is given what it makes of it at a density: not trained, for what it would cost.
+    """A dense model and, if a scheme is given, its compressed form: not trained, to learn what that would cost.
 
     Args:
         model: The dense model.
         sample: A batch of one sample.
-        scheme: How to compress.
-        density: For schemes that take one.
+        scheme: How to compress; None for the dense model alone.
+        density: The density to compress to, for schemes that take one.
 
     Raises:
-        ValueError: If the scheme cannot compress the model so.
+        ValueError: If the scheme cannot compress the model, or not to this density.
     """
     model = model.eval()
     if scheme is None:
@@ -112,7 +112,7 @@ def profile(
     batch_sizes: Sequence[int] = (1, 16),
     budget_s: float = BUDGET_S,
 ) -> dict[str, Measurement]:
-    """What the models cost, by name; see `autocompress.measurement.compare`."""
+    """Measures the models; returns the measurements by name, see `autocompress.measurement.compare`."""
     measured = compare(
         list(profiled.models.values()),
         profiled.sample,

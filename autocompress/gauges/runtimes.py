@@ -1,4 +1,4 @@
-"""Runtimes: what runs a model where it is deployed, and so what its latency is measured in."""
+"""Runtimes: the software that runs a deployed model, and in which its latency is measured."""
 
 import os
 import shutil
@@ -22,14 +22,14 @@ Run: TypeAlias = Callable[[Tensor], object]
 
 
 class CannotRun(ValueError):
-    """A runtime is not here, or does not take a model; the message says why in one line."""
+    """A runtime is not installed here, or does not accept a model; the message says why in one line."""
 
 
 def check_runtime(name: str, device: str | torch.device = "cpu") -> Runtime:
-    """The runtime of that name.
+    """The runtime of a name.
 
     Raises:
-        ValueError: If there is none, it is not installed, or it does not run on the device.
+        ValueError: If there is none of that name, it is not installed, or it does not run on the device.
     """
     for runtime in RUNTIMES:
         if name == runtime:
@@ -45,9 +45,9 @@ def installed(device: str | torch.device) -> tuple[Runtime, ...]:
 
 
 def shown_runtimes(asked: str, device: str | torch.device) -> tuple[str, ...]:
-    """The runtimes in which a study shows its answer: the one that was asked for, and what is at hand at once.
+    """The runtimes in which a study measures its answer: the one asked for, and all others but ``compile``.
 
-    Compiling takes longer than many a study, so it is done where it was asked for.
+    Compiling can take longer than the study, so it is done only where it was asked for.
     """
     return tuple(dict.fromkeys((asked, *(name for name in installed(device) if name != "compile"))))
 
@@ -66,16 +66,16 @@ def _missing(runtime: Runtime, device: torch.device) -> str:
 
 
 def prepare(runtime: Runtime, model: nn.Module, x: Tensor, onnx_file: Path | None = None) -> Run:
-    """What runs a model on batches in a runtime, ready to be timed.
+    """Prepares a model in a runtime: returns a function of a batch that can be timed.
 
     Args:
-        runtime: Which one.
-        model: In eval mode, as it is deployed, see `autocompress.networks.deployed.deployed`.
+        runtime: The runtime.
+        model: The model in eval mode, as it is deployed, see `autocompress.networks.deployed.deployed`.
         x: A batch on the model's device.
-        onnx_file: The model as ONNX where it is written already; ONNX Runtime then runs that very file.
+        onnx_file: The model's ONNX file if it is written already; ONNX Runtime then runs that file.
 
     Raises:
-        CannotRun: If the runtime is not here or does not take the model.
+        CannotRun: If the runtime is not installed here or does not accept the model.
     """
     if missing := _missing(runtime, x.device):
         raise CannotRun(missing)
@@ -97,10 +97,10 @@ def _compiled(model: nn.Module, x: Tensor) -> Run:
 
 
 def _session(model: nn.Module, x: Tensor, file: Path | None) -> Run:
-    """ONNX Runtime with its default settings and as many threads as torch has here.
+    """A session of ONNX Runtime with as many threads as torch, in its default settings but for one.
 
-    But for one: after a run its threads sleep. By default they go on looking for work for a while, which keeps the
-    cores from the model whose turn it is, and costs a small one half of its speed.
+    Its threads sleep after a run. By default they spin for a while, which occupies the cores during the next
+    model's turn, and can halve the speed of a small model.
     """
     for name, value in NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
@@ -120,5 +120,5 @@ def _session(model: nn.Module, x: Tensor, file: Path | None) -> Run:
     def run(batch: Tensor) -> object:
         return session.run(None, {"input": batch.numpy()})
 
-    run(x)  # what does not take the model may say so only now
+    run(x)  # some errors show only when the model runs
     return run

@@ -1,1 +1,1 @@
-"""What is said of the answer beside `autocompress.certify`: constraints, limits, classes, and what can be said."""
+"""Judging the answer, beside `autocompress.certify`: constraints, limits on costs, classes, prospects."""

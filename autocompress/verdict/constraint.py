@@ -18,7 +18,7 @@ from autocompress.task import Evaluation
 
 Standing: TypeAlias = Literal["certified", "not certifiable", "not met"]
 
-# NAME>=NUMBER or NAME<=NUMBER, and what the number is counted in.
+# NAME>=NUMBER or NAME<=NUMBER, with the unit of the number.
 WRITTEN = r"\s*(.+?)\s*(>=|<=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[a-zA-Zµ]*)\s*"
 
 RESAMPLES_SE = 100  # for the standard error of one trial's value
@@ -27,16 +27,16 @@ RESAMPLES = 2000  # for the bounds on test
 
 @dataclass(frozen=True)
 class Checked:
-    """What one trial makes of a constraint.
+    """The result of checking a constraint on a trial.
 
     Attributes:
         text: The constraint, e.g. ``"sensitivity>=0.95"``.
-        value: The score.
+        value: The score, or the cost.
         se: Its standard error over samples.
-        excess: How far the score misses what is required: at most 0 where the constraint is met. Of a cost the
-            logarithm of how many times it is what is allowed.
-        unit: Of a cost.
-        is_cost: Whether it bounds what the model costs, and not a metric.
+        excess: By how much the score misses the required value: at most 0 where the constraint is met. For a cost,
+            the logarithm of its ratio to the allowed value.
+        unit: The unit of a cost; empty for a score.
+        is_cost: Whether it bounds a cost of the model, and not a metric.
     """
 
     text: str
@@ -48,40 +48,40 @@ class Checked:
 
     @property
     def met(self) -> bool:
-        """Whether the score is as required."""
+        """Whether the constraint is met."""
         return self.excess <= 0
 
     @property
     def metric(self) -> str:
-        """What is constrained, in words."""
+        """The name of the metric or cost, in words."""
         return constrained(self.text)
 
     @property
     def shown(self) -> str:
-        """What is constrained and what it is: ``"latency 4.81 ms"``."""
+        """The metric or cost with its value: ``"latency 4.81 ms"``."""
         return f"{self.metric} {in_unit(self.value, self.unit)}"
 
     @property
     def warning(self) -> str:
-        """What to say when it is the dense model that misses it."""
+        """The warning when the dense model itself violates the constraint."""
         return f"the dense model itself has {self.metric} {self.value:.4f} on val, which violates {self.text}"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What held-out data say about a constraint.
+    """The judgement of a constraint on held-out data.
 
     Attributes:
         text: The constraint.
-        value: The score on test.
+        value: The score on test, or the cost.
         lower: The true score is at least this, with ``confidence``.
         upper: The true score is at most this, with ``confidence``.
-        confidence: Of each of the two one-sided bounds.
+        confidence: The confidence of each of the two one-sided bounds.
         standing: ``certified``: met at the worse of the two bounds. ``not met``: missed even at the better one.
-            ``not certifiable``: so many samples cannot tell.
-        met: Whether the observed score itself is as required.
-        unit: Of a cost.
-        is_cost: Whether it bounds what the model costs: measured again, with the bounds that its noise leaves.
+            ``not certifiable``: met at one of them only.
+        met: Whether the observed score itself meets the constraint.
+        unit: The unit of a cost; empty for a score.
+        is_cost: Whether it bounds a cost of the model: measured again, with the bounds of the measurement's noise.
     """
 
     text: str
@@ -96,7 +96,7 @@ class Judged:
 
     @property
     def sentence(self) -> str:
-        """What is known, with its numbers."""
+        """The judgement in a sentence, with its numbers."""
         if self.is_cost:
             value, known = in_unit(self.value, self.unit), ""
             if self.lower < self.upper:
@@ -115,12 +115,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A metric, and what its score must be.
+    """A metric, and the score that it must reach.
 
     Attributes:
         metric: The metric.
         at_least: Whether the score must be at least ``value`` (``>=``) or at most (``<=``).
-        value: What is required.
+        value: The required score.
     """
 
     metric: Metric
@@ -137,19 +137,19 @@ class Constraint:
         return f"{self.metric.source or self.metric.name}{'>=' if self.at_least else '<='}{self.value:g}"
 
     def excess(self, score: float) -> float:
-        """How far ``score`` misses what is required; at most 0 where it does not."""
-        # rounded as drops are: 0.95 reached exactly is reached
+        """By how much ``score`` misses the required value; at most 0 where it does not."""
+        # rounded, as drops are, so that a score of exactly 0.95 meets 0.95
         return round(self.value - score if self.at_least else score - self.value, 12)
 
     def check(self, evaluation: Evaluation) -> Checked:
-        """What a trial's evaluation on val makes of it."""
+        """Checks the constraint on a trial's evaluation on val."""
         value = self.metric.score(evaluation.targets, evaluation.outputs)
         scores = _resampled(self.metric, evaluation, RESAMPLES_SE)
         se = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
         return Checked(self.text, value, se, self.excess(value))
 
     def judge(self, evaluation: Evaluation, confidence: float = 0.95) -> Judged:
-        """What the evaluation of the answer on test says about it, once."""
+        """Judges the constraint on the answer's evaluation on test, which is used once."""
         value = self.metric.score(evaluation.targets, evaluation.outputs)
         lower, upper = self._bounds(evaluation, value, confidence)
         worse, better = (lower, upper) if self.at_least else (upper, lower)
@@ -163,8 +163,8 @@ class Constraint:
     def _bounds(self, evaluation: Evaluation, value: float, confidence: float) -> tuple[float, float]:
         """One-sided bounds on the true score: percentiles of bootstrap resamples.
 
-        Where no resample differs (no answer was wrong) the margin is that of the rule of three, the exact bound on
-        a proportion of n successes among n, at the size of the smallest class.
+        Where all resamples have the same score (no prediction was wrong) the margin is the exact bound on a
+        proportion of n successes among n (as of the "rule of three"), with n the size of the smallest class.
         """
         scores = _resampled(self.metric, evaluation, RESAMPLES)
         if len(scores) < RESAMPLES / 2:
@@ -176,10 +176,10 @@ class Constraint:
 
 
 def parse_constraint(text: str, classes: Sequence[str] = ()) -> Constraint:
-    """The constraint that ``METRIC>=VALUE`` or ``METRIC<=VALUE`` says; the value may be ``0.95`` or ``95%``.
+    """Parses ``METRIC>=VALUE`` or ``METRIC<=VALUE``; the value may be ``0.95`` or ``95%``.
 
     Raises:
-        ValueError: If it is not written so, or there is no such metric.
+        ValueError: If it is not of this form, or there is no such metric.
     """
     match = re.fullmatch(WRITTEN, text)
     if not match or match[4] not in ("", "%"):
@@ -191,7 +191,7 @@ def parse_constraint(text: str, classes: Sequence[str] = ()) -> Constraint:
 
 
 def _resampled(metric: Metric, evaluation: Evaluation, resamples: int) -> NDArray[np.float64]:
-    """The score over bootstrap resamples; fewer than asked for when some lost a class."""
+    """The scores of bootstrap resamples, shape ``(n,)``; those that lack a class are left out."""
     targets, outputs = evaluation.targets, evaluation.outputs
     present = classes_present(targets)
     rng = np.random.default_rng(0)

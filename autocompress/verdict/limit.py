@@ -15,24 +15,24 @@ from autocompress.plugins import is_in_file, load_from_file
 from autocompress.task import Evaluation
 from autocompress.verdict.constraint import WRITTEN, Checked, Constraint, Judged, Standing, parse_constraint
 
-# What a number may be written in, by the unit of the objective, and how many of that unit it is.
+# The units in which a limit may be written, by the unit of the objective, each as a multiple of that.
 UNITS = {
     "ms": {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3},
     "bytes": {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "mJ": {"uJ": 1e-3, "µJ": 1e-3, "mJ": 1.0, "J": 1e3},
 }
-COUNTS = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}  # of any other
-SMALLEST = 1e-12  # a cost of 0 has no logarithm
+COUNTS = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}  # for all other units
+SMALLEST = 1e-12  # stands for a cost of 0, which has no logarithm
 
 
 @dataclass(frozen=True)
 class Limit:
-    """An objective, and what its value must not be worse than.
+    """An objective, and the worst value that it may have.
 
     Attributes:
-        objective: What is measured of the compressed model.
-        value: The most that it may be, or the least of one that is maximized; in the objective's unit.
-        written: The value as it was written: ``"5ms"``.
+        objective: The objective that is measured on the compressed model.
+        value: The largest value allowed, or the smallest if it is maximized; in the objective's unit.
+        written: The value as the user wrote it: ``"5ms"``.
     """
 
     objective: Objective
@@ -50,21 +50,25 @@ class Limit:
         return f"{self.objective.source or self.objective.name}{operator}{self.written}"
 
     def excess(self, cost: float) -> float:
-        """The logarithm of how many times ``cost`` is what is allowed; at most 0 where it is within."""
+        """The logarithm of the ratio of ``cost`` to the allowed value; at most 0 where it is within the limit."""
         sign = 1 if self.objective.direction == "minimize" else -1
         return round(sign * math.log(max(cost, SMALLEST) / self.value), 12)
 
     def check(self, cost: Measurement, dense: Measurement | None = None) -> Checked:
-        """What the measurement of a trial's model makes of it.
+        """Checks the limit on the measurement of a trial's model.
+
+        Args:
+            cost: The model's measurement.
+            dense: The dense model's, for objectives that are relative to it.
 
         Raises:
-            ValueError: If it cannot be told from what was measured.
+            ValueError: If the objective needs something that was not measured.
         """
         value = self._value(cost, dense)
         return Checked(self.text, value, 0.0, self.excess(value), unit=self.objective.unit, is_cost=True)
 
     def judge(self, cost: Measurement, dense: Measurement | None = None, confidence: float = 0.95) -> Judged:
-        """The same of the answer; a value that was timed is known to its confidence interval."""
+        """Judges the limit on the answer's measurement; a timed value has bounds, by its confidence interval."""
         value = self._value(cost, dense)
         noise = cost.noise if self._is_timed(cost, dense) else 0.0
         lower, upper = value * (1 - noise), value * (1 + noise)
@@ -84,6 +88,7 @@ class Limit:
             raise ValueError(f"{self.text}: {error}") from error
 
     def _is_timed(self, cost: Measurement, dense: Measurement | None) -> bool:
+        """Whether the objective needs latencies."""
         try:
             self.objective(replace(cost, latency=()), dense)
         except ObjectiveError:
@@ -100,7 +105,7 @@ REQUIREMENT = instance(
 def check_all(
     required: Sequence[Requirement], evaluation: Evaluation, cost: Measurement, dense: Measurement | None = None
 ) -> tuple[Checked, ...]:
-    """What a trial makes of each: its evaluation on val of a metric's, what it costs of the others."""
+    """Checks all requirements on a trial: constraints on its evaluation on val, limits on its measurement."""
     return tuple(
         one.check(evaluation) if isinstance(one, Constraint) else one.check(cost, dense) for one in required
     )
@@ -109,14 +114,15 @@ def check_all(
 def parse_constraints(
     given: str | Requirement | Sequence[str | Requirement], classes: Sequence[str] = ()
 ) -> tuple[Requirement, ...]:
-    """All of them, each once: of a metric, or of anything that can be an objective.
+    """The requirements that are given, on metrics or on anything that can be an objective.
 
     Args:
-        given: Such as ``"sensitivity>=0.95"``, ``"latency<=5ms"`` or ``"costs.py:footprint<=3k"``.
+        given: Texts such as ``"sensitivity>=0.95"``, ``"latency<=5ms"`` or ``"costs.py:footprint<=3k"``, or
+            requirements.
         classes: The names of the classes, for a metric of one of them.
 
     Raises:
-        ValueError: If one is not written so, nothing has its name, or one is given twice.
+        ValueError: If a text is not of this form, its name is unknown, or a requirement is given twice.
     """
     parsed = tuple(_parsed(one, classes) if isinstance(one, str) else one for one in listing(given))
     texts = [one.text for one in parsed]
@@ -128,7 +134,7 @@ def parse_constraints(
 def _parsed(text: str, classes: Sequence[str]) -> Requirement:
     match = re.fullmatch(WRITTEN, text)
     if match is None:
-        return parse_constraint(text, classes)  # says how it is written
+        return parse_constraint(text, classes)  # raises an error that shows the form
     name, operator, number, unit = match.groups()
     objective = _objective(name)
     if objective is None:
@@ -144,12 +150,12 @@ def _parsed(text: str, classes: Sequence[str]) -> Requirement:
 
 
 def _objective(name: str) -> Objective | None:
-    """The objective of that name; None where it names a metric.
+    """The objective of a name; None if it is the name of a metric.
 
-    A function in a file is an objective if it takes one argument, or was made one.
+    A function in a file is an objective if it takes one argument, or was registered as one.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the name is neither an objective nor a metric.
     """
     if name in METRICS or re.fullmatch(r"\w+\[.+\]", name):
         return None
@@ -163,7 +169,7 @@ def _objective(name: str) -> Objective | None:
     if isinstance(objective := OBJECTIVES.find(name), Objective):
         return objective
     if isinstance(objective, Combination):
-        return objective.of()  # which says what it needs
+        return objective.of()  # raises an error that says what it needs
     known = [*METRICS, *(other for other, _ in OBJECTIVES)]
     near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""

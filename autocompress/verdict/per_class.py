@@ -1,4 +1,4 @@
-"""What a model does class by class: compression that sacrifices the rare class must be visible."""
+"""Scores by class, before and after: compression that sacrifices a rare class must be visible."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from autocompress.task import Evaluation
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How one class fares.
+    """The scores of one class.
 
     Attributes:
-        name: Of the class; its number where it has no name.
-        support: Samples of it.
-        recall: Share of them that are found; None without a sample.
-        precision: Share of what is taken for it that is it; None when nothing is.
+        name: The name of the class; its number where it has none.
+        support: Samples of the class.
+        recall: Share of these samples that are predicted as the class; None without a sample.
+        precision: Share of the samples predicted as the class that belong to it; None without such a sample.
     """
 
     name: str
@@ -30,14 +30,15 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class PerClass:
-    """The dense and the compressed model, class by class on the same samples.
+    """The scores of the dense and the compressed model by class, on the same samples.
 
     Attributes:
-        dense: Before.
-        compressed: After.
-        confusion_dense: Counts, a row a true class, a column a predicted one: ``(classes, classes)``. Where a
-            sample may have several labels, a table [[TN, FP], [FN, TP]] a label: ``(labels, 2, 2)``.
-        confusion_compressed: The same after.
+        dense: The dense model's scores.
+        compressed: The compressed model's scores.
+        confusion_dense: The dense model's confusion matrix: counts by true class (row) and predicted class
+            (column), shape ``(classes, classes)``. Where a sample may have several labels, a matrix [[TN, FP],
+            [FN, TP]] per label, shape ``(labels, 2, 2)``.
+        confusion_compressed: The compressed model's.
     """
 
     dense: tuple[ClassScore, ...]
@@ -46,7 +47,7 @@ class PerClass:
     confusion_compressed: list[Any]
 
     def to_json(self) -> dict[str, Any]:
-        """As ``result.json`` holds it."""
+        """The scores in JSON types, as in ``result.json``."""
         return {
             "classes": [
                 {
@@ -67,9 +68,9 @@ def per_class(dense: Evaluation, compressed: Evaluation, names: Sequence[str] = 
     """Recall, precision and confusion of both models on the same samples.
 
     Args:
-        dense: The dense model on the test data.
-        compressed: The compressed model on the same.
-        names: Of the classes, in order.
+        dense: The dense model's evaluation on the test data.
+        compressed: The compressed model's evaluation on the same data.
+        names: The names of the classes, in order.
     """
     return PerClass(_scores(dense, names), _scores(compressed, names), _confusion(dense), _confusion(compressed))
 

@@ -1,4 +1,4 @@
-"""What a study can come to, in words: what its test data can certify, and what came nearest where nothing did."""
+"""A study's prospects in words: what its test data can certify, and the nearest trial where none succeeded."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,12 @@ DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form
 
 
 def prospect(settings: Settings, task: Task) -> tuple[str, ...]:
-    """What the test data can certify, where it can be foreseen: a sentence for each thing to know."""
+    """What can be said in advance about the verdict, in sentences: test data seen in training, too few samples."""
     return (*_not_held_out(task), *_certifiable(settings, task))
 
 
 def _not_held_out(task: Task) -> tuple[str, ...]:
-    """How many test samples are no test: what the search or the training has seen, where the samples are held."""
+    """A sentence if test samples are in train or val as well; only of splits that hold their samples in memory."""
     test = sample_digests(task.test)
     seen = {name: n for name in ("train", "val") if (n := len(test & sample_digests(getattr(task, name))))}
     if not seen:
@@ -29,6 +29,7 @@ def _not_held_out(task: Task) -> tuple[str, ...]:
 
 
 def _certifiable(settings: Settings, task: Task) -> tuple[str, ...]:
+    """A sentence on the drop on test that can be certified, if that is below the bound."""
     n, bound, confidence = task.test.n_samples, settings.bound, settings.confidence
     if task.metric.correct is None or bound.relative:
         return ()
@@ -36,7 +37,7 @@ def _certifiable(settings: Settings, task: Task) -> tuple[str, ...]:
     where = f"with {n} test samples, and models that disagree on {DISAGREEMENT:.0%} of them"
     if observed is None:
         return (f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp",)
-    if observed >= round(DISAGREEMENT * n) / n:  # whatever it is that they disagree on, the bound is wide enough
+    if observed >= round(DISAGREEMENT * n) / n:  # even if all disagreement is loss, it is certified
         return ()
     amount = f"{100 * abs(observed):.2f} pp"
     must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
@@ -45,7 +46,7 @@ def _certifiable(settings: Settings, task: Task) -> tuple[str, ...]:
 
 
 def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
-    """What came nearest to the bound, and what would help, in words for the command line and Python alike."""
+    """The trial that came nearest to the bound, and what may help, in words."""
     unit, epochs = settings.unit, settings_of(settings.recovery).get("epochs")
     bound = f"{100 * settings.bound.max_drop:g}{unit}"
     if not records:
@@ -53,7 +54,7 @@ def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
     nearest = min(records, key=lambda record: _miss(settings, record))
     required = nearest.constraints
     meeting = f" and meets {' and '.join(one.text for one in required)}" if required else ""
-    has = [one.shown for one in required if one.metric != "density"]  # which is said anyway
+    has = [one.shown for one in required if one.metric != "density"]  # the density is shown anyway
     besides = f" and has {' and '.join(has)}" if has else ""
     looser = ", a looser constraint" if required else ""
     longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
@@ -65,7 +66,7 @@ def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
 
 
 def _miss(settings: Settings, record: TrialResult) -> float:
-    """How far a trial is from all that is asked, by the worst of it: as a share of the bound, or of a cost's."""
+    """The worst excess of a trial over its requirements: of the drop as a share of the bound, of costs as logs."""
     bound = settings.bound.max_drop
     drop = (record.effective_drop(bound)[0] - bound) / max(bound, SMALL)
     return max([drop, *(one.excess for one in record.constraints if one.is_cost)])
