@@ -124,6 +124,13 @@ BAD_NAN[4, 2, 2] = np.nan
             {"train_images": np.zeros((12, 4, 4), np.uint8)},
             r"different kinds: train uint8 of shape \(1, 4, 4\), val ",
         ),
+        (  # 16-bit numbers are scaled to 0…1, which floats are already
+            {
+                **{f"{part}_images": np.ones((12, *SIZE), np.uint16) for part in ("train", "test")},
+                "val_images": np.ones((12, *SIZE), np.float32),
+            },
+            r"different kinds: train uint16 of shape .*, val float32 of shape .*, test uint16",
+        ),
         ({"train_images": np.array(["a"] * 12)}, "train_images are of type <U1; they must be numbers"),
         ({"train_images": np.zeros((12, 0, 5), np.uint8)}, "there is nothing in them"),
         ({"train_labels": np.tile([0, 2], (12, 1))}, "have several columns, so each must be 0 or 1"),

@@ -1,4 +1,4 @@
-"""Labelled images that lie in arrays: ``.npz`` files, torchvision's data sets, and the digits."""
+"""Labelled images in arrays: ``.npz`` files, torchvision's data sets, and scikit-learn's digits."""
 
 import inspect
 import zipfile
@@ -17,27 +17,18 @@ from torch import Tensor
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
 from autocompress.reading.transforms import Size, resize
 
-SCALES = {"uint8": 1 / 255, "uint16": 1 / 65535}  # what brings whole numbers to 0…1
+SCALES = {"uint8": 1 / 255, "uint16": 1 / 65535}  # factors that bring whole numbers to 0…1
 
 
 def read_npz(path: Path, reading: Reading) -> Found:
-    """Arrays ``train_images``, ``train_labels`` and the same of val and test, which may be missing."""
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not what its name says: an .npz file, as numpy.savez_compressed writes it")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            wanted = [f"{part}_{what}" for part in PARTS for what in ("images", "labels")]
-            arrays = {name: stored[name] for name in wanted if name in stored.files}
-            names = list(stored.files)
-        if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
-            raise ValueError(f"{odd[0]} is no array")
-    except ValueError as error:
-        pickled = "pickle" in str(error).lower()
-        why = "it holds Python objects, which could run code" if pickled else str(error).partition("\n")[0]
-        raise ValueError(f"{path}: {why}; save plain numeric arrays with numpy.savez_compressed") from None
-    except Exception as error:  # zip, zlib and numpy raise whatever damaged bytes make them
-        raise ValueError(f"{path} is not a readable .npz file ({type(error).__name__}: {error})") from None
-    parts = {}
+    """Reads the arrays ``train_images`` and ``train_labels``, and those of val and test where they are there.
+
+    Raises:
+        ValueError: If the file or an array in it cannot be used; the message says why.
+    """
+    arrays, names = _stored(path)
+    parts: dict[str, Samples] = {}
+    kinds: dict[str, str] = {}
     for part in PARTS:
         images, labels = arrays.get(f"{part}_images"), arrays.get(f"{part}_labels")
         if images is None and labels is None and part != "train":
@@ -51,21 +42,39 @@ def read_npz(path: Path, reading: Reading) -> Found:
         where = f"{path}: {part}"
         pixels = _pixels_of(images, where)
         parts[part] = Samples(_labels_of(labels, len(pixels), where), pixels)
-    kinds = {
-        name: f"{str(part.pixels.dtype).removeprefix('torch.')} of shape {tuple(part.pixels.shape[1:])}"
-        for name, part in parts.items()
-        if part.pixels is not None
-    }
+        scaled = images.dtype.name if images.dtype.name in SCALES else "float32"
+        kinds[part] = f"{scaled} of shape {tuple(pixels.shape[1:])}"
     if len(set(kinds.values())) > 1:
-        said = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        each = ", ".join(f"{part} {kind}" for part, kind in kinds.items())
         raise ValueError(
-            f"{path}: the parts hold images of different kinds: {said} (channels, height, width); make them alike"
+            f"{path}: the parts hold images of different kinds: {each} (channels, height, width); make them alike"
         )
-    scale = SCALES.get(str(arrays["train_images"].dtype), 1.0)
+    scale = SCALES.get(arrays["train_images"].dtype.name, 1.0)
     return _of_pixels(path.stem, parts, scale, reading.size)
 
 
+def _stored(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """The arrays of images and labels in a ``.npz`` file by name, and the names of all that is in it."""
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not what its name says: an .npz file, as numpy.savez_compressed writes it")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            wanted = [f"{part}_{what}" for part in PARTS for what in ("images", "labels")]
+            arrays = {name: stored[name] for name in wanted if name in stored.files}
+            names = list(stored.files)
+        if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{odd[0]} is no array")
+    except ValueError as error:
+        pickled = "pickle" in str(error).lower()
+        why = "it holds Python objects, which could run code" if pickled else str(error).partition("\n")[0]
+        raise ValueError(f"{path}: {why}; save plain numeric arrays with numpy.savez_compressed") from None
+    except Exception as error:  # zip, zlib and numpy may raise anything on damaged bytes
+        raise ValueError(f"{path} is not a readable .npz file ({type(error).__name__}: {error})") from None
+    return arrays, names
+
+
 def _pixels_of(images: NDArray[Any], where: str) -> Tensor:
+    """Images as a tensor ``(n, channels, height, width)``: bytes stay bytes, other numbers become float32."""
     if images.dtype.kind not in "uif" and images.dtype != bool:
         raise ValueError(f"{where}_images are of type {images.dtype}; they must be numbers")
     if images.ndim == 3:
@@ -91,6 +100,7 @@ def _pixels_of(images: NDArray[Any], where: str) -> Tensor:
 
 
 def _labels_of(labels: NDArray[Any], n: int, where: str) -> Tensor:
+    """Labels as class numbers ``(n,)``, or as zeros and ones ``(n, labels)``, floating."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim not in (1, 2) or len(labels) != n:
@@ -112,7 +122,7 @@ def _labels_of(labels: NDArray[Any], n: int, where: str) -> Tensor:
 def _of_pixels(
     name: str, parts: Mapping[str, Samples], scale: float, size: Size | None, classes: Sequence[str] = ()
 ) -> Found:
-    """What held arrays make, at the size that was asked for."""
+    """The data in held arrays, resized if another size was asked for."""
     first = parts["train"]
     assert first.pixels is not None
     n = first.y.shape[1] if first.y.ndim == 2 else 1 + max(int(part.y.max()) for part in parts.values())
@@ -135,7 +145,11 @@ def _of_pixels(
 
 
 def read_torchvision(name: str, root: Path, reading: Reading) -> Found:
-    """A data set of torchvision that lies in ``root``; nothing is downloaded."""
+    """Reads a data set of torchvision from the folder ``root``; nothing is downloaded.
+
+    Raises:
+        ValueError: If there is no such data set, it is not in the folder, or it does not hold arrays.
+    """
     from torchvision import datasets
 
     known = {key.lower(): key for key in datasets.__all__ if inspect.isclass(getattr(datasets, key))}
@@ -155,7 +169,7 @@ def read_torchvision(name: str, root: Path, reading: Reading) -> Found:
             asked["download"] = False
         try:
             dataset = make(str(root), **asked)
-        except Exception as error:  # each data set says in its own way that it is not there
+        except Exception as error:  # each data set raises its own error when files are missing
             raise ValueError(
                 f"{known[name.lower()]} is not in {root} ({str(error).partition(chr(10))[0]}); put it there "
                 f"once, with torchvision.datasets.{known[name.lower()]}({str(root)!r}, download=True)"
@@ -172,7 +186,7 @@ def read_torchvision(name: str, root: Path, reading: Reading) -> Found:
 
 
 def read_digits(reading: Reading) -> Found:
-    """The digits that scikit-learn carries, divided as `autocompress.digits` divides them."""
+    """Reads the digits that come with scikit-learn, divided as in `autocompress.digits`."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
     train, rest = train_test_split(range(len(labels)), train_size=0.5, stratify=labels, random_state=reading.seed)
