@@ -1,1 +1,1 @@
-"""What `autocompress.testing` works with."""
+"""The models and tools of the conformance suite, `autocompress.testing`."""

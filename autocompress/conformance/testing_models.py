@@ -1,4 +1,4 @@
-"""Small architectures, each with something that compression gets wrong: what the conformance suite runs on."""
+"""Small architectures for the conformance suite, each with a structure that is easily compressed wrongly."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ def _head(inputs: int) -> nn.Sequential:
 
 
 class _Added(nn.Module):
-    """What ``body`` makes of x, added to x or to its shortcut."""
+    """A residual connection: relu(body(x) + shortcut(x))."""
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Added(nn.Module):
 
 
 class _Concatenated(nn.Module):
-    """x, and behind it what ``body`` makes of it."""
+    """A dense connection: x and relu(body(x)), concatenated along the channels."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Concatenated(nn.Module):
 
 
 class _Gated(nn.Module):
-    """x, each channel times a gate that sees all of them (squeeze and excitation)."""
+    """Squeeze and excitation: x, each channel times a gate that depends on all channels."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ def residual() -> nn.Module:
 
 
 def concatenated() -> nn.Module:
-    """Layers that read all the layers before them."""
+    """Layers that read the outputs of all layers before them, concatenated."""
     layers = (_Concatenated(_conv_bn(8, 6)), _Concatenated(_conv_bn(14, 6)), _conv_bn(20, 12, 1))
     return nn.Sequential(_conv_bn(3, 8), nn.ReLU(), *layers, nn.ReLU(), _head(12))
 
 
 def depthwise() -> nn.Module:
-    """Inverted residual blocks: expand, filter each channel by itself, project, add."""
+    """Inverted residual blocks: expand, convolve each channel by itself, project, add."""
 
     def inverted(channels: int, expanded: int) -> nn.Module:
         filtered = _conv_bn(expanded, expanded, groups=expanded)
@@ -124,7 +124,7 @@ def depthwise() -> nn.Module:
 
 
 def flattened() -> nn.Module:
-    """A linear layer that reads every position of every channel, and hidden neurons behind it."""
+    """A linear layer that reads every position of every channel, and a second one that reads its neurons."""
     features = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten())
     return nn.Sequential(*features, nn.Linear(8 * 2 * 2, 24), nn.ReLU(), nn.Linear(24, CLASSES))
 
@@ -165,15 +165,15 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 def some_models(*names: str) -> Mapping[str, Callable[[], nn.Module]]:
-    """Those of `MODELS`: enough for one of many settings of a scheme."""
+    """The models of these names from `MODELS`, for a scheme that is tested in many settings."""
     return {name: MODELS[name] for name in names}
 
 
 def lived_in(model: nn.Module, seed: int = 0, input_shape: tuple[int, ...] = INPUT_SHAPE) -> nn.Module:
-    """``model`` as if it had been trained: no parameter is zero, BatchNorm is not the identity; in eval mode.
+    """Makes a model look trained: no parameter is zero, and BatchNorm is not the identity.
 
     Args:
-        model: Changed in place.
+        model: The model; changed in place, and returned in eval mode.
         seed: Seeds the parameters and the batches.
         input_shape: The shape of one sample.
     """

@@ -1,4 +1,4 @@
-"""What the conformance suite works with: cases, fingerprints, a second process, assertions."""
+"""The tools of the conformance suite: cases, fingerprints, a second process, assertions."""
 
 import copy
 import gc
@@ -40,19 +40,19 @@ from autocompress.scheme import (
 
 
 def find_facts(scheme: Scheme, model: nn.Module, x: Tensor, example: int = 1) -> Facts:
-    """What a scheme finds out about a model and, if it looks at data, about a batch.
+    """A scheme's facts of a model, after it has observed a batch if it looks at data.
 
     Args:
         scheme: The scheme.
         model: The model.
-        x: The batch that it may look at.
-        example: How many samples of it are the example input.
+        x: The batch that it may observe.
+        example: The number of samples of the batch that are the example input.
     """
     return look(scheme, model, x, scheme.analyze(model, x[:example]))
 
 
 def look(scheme: Scheme, model: nn.Module, x: Tensor, facts: Facts, *, briefly: bool = False) -> Facts:
-    """The facts after a look at a batch: the last one, or one on the way there."""
+    """The facts after the scheme has observed a batch: as at the end of training or, if ``briefly``, during it."""
     batch = x, torch.arange(len(x)) % CLASSES
     evidence = Evidence(model, lambda: [batch], nn.functional.cross_entropy, last=not briefly, provisional=briefly)
     return observe(scheme, evidence, facts)
@@ -60,14 +60,14 @@ def look(scheme: Scheme, model: nn.Module, x: Tensor, facts: Facts, *, briefly: 
 
 @contextmanager
 def leaving_layers_whole() -> Iterator[None]:
-    """Lets a scheme say in a warning what it leaves whole."""
+    """Ignores a scheme's warnings about layers that it leaves whole, for a ``with`` block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def written_and_read(scheme: Scheme) -> Scheme:
-    """The scheme made again from what `describe` writes of it, as `parse_scheme` makes those it knows by name."""
+    """The scheme made again from its text by `describe`, as `parse_scheme` does for registered schemes."""
     given = [term.parameters for term in terms(describe(scheme))]
     parts = [type(part)(**one) for part, one in zip(parts_of(scheme), given, strict=True)]
     return Compose(*parts) if isinstance(scheme, Compose) else parts[0]
@@ -79,12 +79,12 @@ def middle_density(scheme: Scheme, facts: Facts) -> float:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """A copy of all the model's parameters, by name: what a C step is given."""
+    """A copy of all the model's parameters, by name: the input of a C step."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def masked_model(scheme: Scheme, model: nn.Module, theta: Theta) -> nn.Module:
-    """A copy of the dense model that carries the decompressed θ: what the realized model must agree with."""
+    """A copy of the dense model that carries the decompressed θ: the realized model must have its outputs."""
     masked = copy.deepcopy(model)
     with torch.no_grad():
         for name, value in scheme.delta(theta).items():
@@ -93,30 +93,30 @@ def masked_model(scheme: Scheme, model: nn.Module, theta: Theta) -> nn.Module:
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's outputs, without gradients and in whatever mode it is."""
+    """The model's outputs without gradients, in the mode that it is in."""
     with torch.no_grad():
         outputs: Tensor = model(x)
     return outputs
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value that is expected."""
+    """The largest difference over the largest expected value, both as magnitudes."""
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 @torch.no_grad()
 def telling(model: nn.Module, x: Tensor, *, centred: bool = False) -> nn.Module:
-    """Scales every layer, in place, so that samples differ in what it puts out; in eval mode.
+    """Scales every layer, in place, so that its outputs differ between samples; returns the model in eval mode.
 
     After Mishkin & Matas, "All you need is a good init" (2016), and Krähenbühl et al., "Data-dependent
-    Initializations of CNNs" (2016). Random weights, the more so where most are zero, put out next to the same
-    whatever the sample, and a network that lost the wrong channels then answers as the right one does.
+    Initializations of CNNs" (2016). The outputs of random weights hardly depend on the sample, less so if most are
+    zero; then a network that lost the wrong channels has the same outputs as the right one.
 
     Args:
-        model: Its weights may be zero in places, and stay so.
+        model: The model; weights that are zero stay so.
         x: A batch of two samples or more.
-        centred: Whether each channel's mean goes into its bias, if there is one: of a few channels none is then on
-            the dead side of its activation. In deep networks it adds to rounding.
+        centred: Whether the mean of each channel is subtracted by its bias, if it has one: then no channel is
+            always on the dead side of its activation. In deep networks this adds rounding errors.
     """
 
     def scale(layer: Any, _: object, output: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def telling(model: nn.Module, x: Tensor, *, centred: bool = False) -> nn.Module:
         channels = -1 if isinstance(layer, nn.Linear) else 1
         last = output.movedim(channels, -1)
         shifts = centred and layer.bias is not None
-        mean = last.flatten(0, -2).mean(0) if shifts else 0.0  # 0 where a channel is zero, whose bias stays so
+        mean = last.flatten(0, -2).mean(0) if shifts else 0.0  # 0 for a channel of zeros, whose bias stays 0
         layer.weight.mul_(factor)
         if layer.bias is not None:
             layer.bias.sub_(mean).mul_(factor)
@@ -143,19 +143,19 @@ def telling(model: nn.Module, x: Tensor, *, centred: bool = False) -> nn.Module:
 
 
 def telling_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest by which what is expected differs from sample to sample."""
+    """The largest difference, relative to how much the expected outputs differ between samples."""
     differ = float((expected - expected.mean(0)).abs().max())
-    assert differ > 3e-4 * float(expected.abs().max())  # of which float32 has a thousandth
+    assert differ > 3e-4 * float(expected.abs().max())  # float32 resolves a thousandth of that
     return float((actual - expected).abs().max()) / differ
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model that a check runs on, and what was computed with it: no check changes any of it.
+    """A model that checks run on, with cached results; no check changes any of them.
 
     Attributes:
         scheme: The scheme under test.
-        model: In eval mode.
+        model: The model in eval mode.
         x: A batch of four samples.
         facts: What the scheme found out about the model.
     """
@@ -169,12 +169,12 @@ class Case:
 
     @property
     def weights(self) -> Weights:
-        """A copy of all the model's parameters, by name: what a C step is given."""
+        """A copy of all the model's parameters, by name: the input of a C step."""
         return weights_of(self.model)
 
     @property
     def params(self) -> int:
-        """How many parameters the model has."""
+        """The number of the model's parameters."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
@@ -184,18 +184,18 @@ class Case:
 
     @property
     def middle(self) -> float:
-        """A density in the middle of what is possible."""
+        """A density between the lowest and dense, see `middle_density`."""
         return middle_density(self.scheme, self.facts)
 
     def pi(self, density: float) -> Theta:
-        """The C step at a density, at the lowest where that is higher."""
+        """The C step at a density, or at the lowest if that is higher."""
         density = max(density, self.lowest)
         if density not in self._thetas:
             self._thetas[density] = self.scheme.pi(self.weights, density, self.facts)
         return self._thetas[density]
 
     def realized(self, density: float) -> tuple[nn.Module, nn.Module]:
-        """The masked model and the realized one, at a density or the lowest."""
+        """The masked and the realized model at a density, or at the lowest if that is higher."""
         density = max(density, self.lowest)
         if density not in self._realized:
             theta = self.pi(density)
@@ -218,7 +218,7 @@ class Rounded:
         return 1.0
 
     def pi(self, weights: Weights, density: float, facts: None) -> Theta:
-        """Rounds what the part before it stores."""
+        """Rounds the values that the part before it stores."""
         values = {name: w.bfloat16().to(w.dtype) for name, w in weights.items()}
         return Theta(values, {}, sum(w.numel() for w in weights.values()))
 
@@ -237,8 +237,8 @@ class Rounded:
 def fingerprint(model: nn.Module) -> list[object]:
     """Everything about a model that must not change, in a form that compares with ``==``.
 
-    Weights, buffers and gradients bit for bit and where they lie in memory, what is trainable, and each module's
-    mode, settings (the widths that a layer keeps beside its weights) and hooks.
+    That is the bits and memory addresses of weights, buffers and gradients, what is trainable, and each module's
+    mode, settings (such as the widths of a layer) and hooks.
     """
     state = [(name, *_place(t), bytes(t.numpy())) for name, t in model.state_dict().items()]
     parameters = [
@@ -264,9 +264,10 @@ def _hooks(module: nn.Module) -> list[tuple[str, list[int]]]:
 
 
 def as_users_leave_it(model: nn.Module) -> nn.Module:
-    """``model``, changed in nothing that it computes in eval mode, but in all that a scheme might rely on.
+    """Changes a model, in place, in ways that users do and that do not change its outputs in eval mode.
 
-    Modules in different modes, one parameter frozen, gradients in the others, a hook, and no weight contiguous.
+    Its modules are in different modes, one parameter is frozen, the others have gradients, no weight is
+    contiguous, and there is a hook.
     """
     for i, module in enumerate(model.modules()):
         module.training = i % 2 == 0
@@ -286,7 +287,7 @@ def _look(*_: object) -> None:
 
 
 def theta_digest(theta: Theta) -> dict[str, str]:
-    """The result of a C step in a form that crosses processes and compares with ``==``."""
+    """A digest of the result of a C step, which compares with ``==`` between processes."""
     parts = {"plan": json.dumps(dict(theta.plan), sort_keys=True, default=str), "kept": str(theta.kept)}
     for kind, tensors in (("support", theta.support), ("values", theta.values)):
         for name, tensor in tensors.items():
@@ -299,7 +300,7 @@ def theta_digest(theta: Theta) -> dict[str, str]:
 
 
 def digest_elsewhere(scheme: Scheme, model: nn.Module, x: Tensor) -> dict[str, str]:
-    """The digest of θ at the middle density as a process of its own finds it, with another hash seed."""
+    """The digest of θ at the middle density, computed in another process, with another hash seed."""
     used = {type(part).__module__ for part in parts_of(scheme)} | {type(m).__module__ for m in model.modules()}
     files = {name: file for name in used if (file := getattr(sys.modules[name], "__file__", None))}
     payload = pickle.dumps((scheme, model, x))
@@ -309,12 +310,12 @@ def digest_elsewhere(scheme: Scheme, model: nn.Module, x: Tensor) -> dict[str, s
 
 @cache
 def _second_process() -> ProcessPoolExecutor:
-    """A fresh Python that iterates over sets of strings in another order; it serves all checks of a session."""
+    """A process of another hash seed, which iterates over sets of strings in another order; used by all checks."""
     ours = os.environ.get("PYTHONHASHSEED")
     os.environ["PYTHONHASHSEED"] = "2" if ours == "1" else "1"
     try:
         executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        executor.submit(os.getpid).result(timeout=300)  # started now, while the variable is set
+        executor.submit(os.getpid).result(timeout=300)  # starts the process while the variable is set
     finally:
         if ours is None:
             del os.environ["PYTHONHASHSEED"]
@@ -324,7 +325,7 @@ def _second_process() -> ProcessPoolExecutor:
 
 
 def _digest(files: Mapping[str, str], payload: bytes, threads: int) -> dict[str, str]:
-    """Runs in the second process. Modules that it cannot import by name, such as tests, come from their files."""
+    """Runs in the second process; modules that it cannot import by name, such as tests, are run from ``files``."""
     for name, file in files.items():
         try:
             importlib.import_module(name)
@@ -345,7 +346,7 @@ def _digest(files: Mapping[str, str], payload: bytes, threads: int) -> dict[str,
 
 @contextmanager
 def refused(naming: float) -> Iterator[None]:
-    """Expects a ValueError whose message names a number, to three digits."""
+    """Expects a ValueError in a ``with`` block whose message names the number ``naming``, to three digits."""
     try:
         yield
     except ValueError as error:
@@ -357,7 +358,7 @@ def refused(naming: float) -> Iterator[None]:
 
 
 def assert_names(scheme: Scheme, refusal: ValueError) -> None:
-    """Fails if a refusal names neither the scheme nor what it inherits: it may be a mistake."""
+    """Fails if an error names neither the scheme nor a class that it inherits: then it may be unintended."""
     names = {base.__name__ for part in parts_of(scheme) for base in type(part).__mro__[:-1]}
     if not any(name in str(refusal) for name in names):
         own = type(parts_of(scheme)[0]).__name__
@@ -389,35 +390,35 @@ def assert_same_theta(actual: Theta, expected: Theta) -> None:
 
 
 def assert_equivalent_theta(scheme: Scheme, actual: Theta, expected: Theta) -> None:
-    """Fails unless two C steps keep the same and decompress to the same weights, within the tolerance."""
+    """Fails unless two C steps keep the same entries and decompress to the same weights, within the tolerance."""
     assert (actual.plan, actual.kept) == (expected.plan, expected.kept)
     assert_same_tensors(actual.support, expected.support)
-    found = scheme.delta(actual)
+    weights = scheme.delta(actual)
     for name, value in scheme.delta(expected).items():
-        assert relative_error(found[name], value) <= scheme.tolerance, name
+        assert relative_error(weights[name], value) <= scheme.tolerance, name
 
 
 def assert_no_trace(scheme: Scheme, case: Case, facts: Facts) -> None:
-    """Fails if a C step or a look at data matters to those after it, or to who draws random numbers."""
-    torch.rand(1)  # so that a generator that is seeded anew is in another state
+    """Fails if a C step or an observation affects later ones, or the global random number generator."""
+    torch.rand(1)  # so that seeding the generator anew would change its state
     state, weights = torch.get_rng_state(), case.weights
     theta = scheme.pi(weights, case.middle, facts)
-    found = theta_digest(theta)
+    digest = theta_digest(theta)
     scheme.pi(weights, case.lowest, facts)
     facts = look(scheme, case.model, 2 * case.x, facts, briefly=True)
     scheme.pi(weights, case.middle, facts)
-    assert theta_digest(theta) == found, "a C step changes the result of one before it"
+    assert theta_digest(theta) == digest, "a C step changes the result of one before it"
     facts = look(scheme, case.model, case.x, facts)
-    assert theta_digest(scheme.pi(weights, case.middle, facts)) == found, "a C step depends on those before it"
+    assert theta_digest(scheme.pi(weights, case.middle, facts)) == digest, "a C step depends on those before it"
     assert torch.equal(torch.get_rng_state(), state), "torch's global generator is drawn from, or seeded"
 
 
 def count_left_behind(work: Callable[[], None]) -> int:
-    """How many of the tensors and modules that ``work`` made are still alive when it is done.
+    """The number of tensors and modules created by ``work`` that are still alive after it.
 
     Subclasses of tensors do not count: torch's own caches keep some that hold no memory.
     """
-    gc.freeze()  # what is there already is not looked at, which saves seconds
+    gc.freeze()  # excludes the objects that exist already, which saves seconds
     try:
         work()
         gc.collect()

@@ -1,1 +1,1 @@
-"""How labelled images are read: where they lie, how they are divided, and what is done to each."""
+"""Reading labelled images: from arrays and files, divided into train, val and test, and preprocessed."""

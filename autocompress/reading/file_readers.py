@@ -1,4 +1,4 @@
-"""Labelled images that lie in files of their own: folders of classes, and tables of paths and labels."""
+"""Labelled images in files of their own: folders of classes, and tables of paths and labels."""
 
 import csv
 import os
@@ -23,7 +23,7 @@ PART_NAMES = {
 }
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".gif")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_id")
-LEVELS = 17  # of 256, that the brightest of images of more than eight bits must reach: 12 bits in 16 come to 16
+LEVELS = 17  # of 256: the least level that the brightest 16-bit image must reach; 12 bits in 16 reach level 16
 SPLIT_COLUMNS = ("split", "part", "subset")
 
 A = TypeVar("A")
@@ -31,7 +31,11 @@ T = TypeVar("T")
 
 
 def read_folder(path: Path, reading: Reading) -> Found:
-    """Folders ``train``, ``val`` and ``test`` of class folders, or class folders alone, which are then divided."""
+    """Reads folders ``train``, ``val`` and ``test`` of class folders, or class folders alone.
+
+    Raises:
+        ValueError: If there are no such folders, or images that cannot be used; the message says why.
+    """
     inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     parts = {PART_NAMES[p.name.lower()]: p for p in inside if p.name.lower() in PART_NAMES}
     if parts and "train" not in parts:
@@ -67,15 +71,16 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _dicom(folder: Path) -> str:
-    there = next(folder.rglob("*.dcm"), None) if folder.is_dir() else None
-    return "; it holds DICOM files, convert them to PNG" if there else ""
+    """A hint for the error about a folder without images, if there are DICOM files in it."""
+    first = next(folder.rglob("*.dcm"), None) if folder.is_dir() else None
+    return "; it holds DICOM files, convert them to PNG" if first else ""
 
 
 def _groups(files: Sequence[Path], root: Path, pattern: str) -> tuple[str, ...]:
-    """What the pattern finds in each path below ``root``."""
+    """The group of each file: the match of the pattern in its path below ``root``; empty without a pattern."""
     if not pattern:
         return ()
-    found = []
+    groups = []
     for file in files:
         text = str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
         match = re.search(pattern, text)
@@ -83,35 +88,38 @@ def _groups(files: Sequence[Path], root: Path, pattern: str) -> tuple[str, ...]:
             raise ValueError(
                 f"the group {pattern!r} finds nothing in {text!r}; it must say whose image each file is"
             )
-        found.append(match[1] if match.re.groups and match[1] is not None else match[0])
-    return tuple(found)
+        groups.append(match[1] if match.re.groups and match[1] is not None else match[0])
+    return tuple(groups)
 
 
 def read_csv(path: Path, reading: Reading) -> Found:
-    """A table with a header: a column of paths, one or more of labels, and perhaps ``split``.
+    """Reads a table with a header: a column of paths, one or more of labels, and perhaps ``split``.
 
-    Paths are relative to the table. One column of labels holds classes by name or number; several hold 0 or 1
-    each, and a sample may have several labels.
+    Paths are relative to the table. A single column of labels holds classes by name or number. Several columns
+    hold 0 or 1 each, and a sample may have several labels.
+
+    Raises:
+        ValueError: If a column is missing, or a line or an image cannot be used; the message says why.
     """
     header, rows = _table(path)
     lowered = [name.strip().lower() for name in header]
-    at_path = next((lowered.index(name) for name in PATH_COLUMNS if name in lowered), 0)
-    at_split = next((lowered.index(name) for name in SPLIT_COLUMNS if name in lowered), None)
-    at_group = header.index(reading.group) if reading.group in header else None
+    path_column = next((lowered.index(name) for name in PATH_COLUMNS if name in lowered), 0)
+    split_column = next((lowered.index(name) for name in SPLIT_COLUMNS if name in lowered), None)
+    group_column = header.index(reading.group) if reading.group in header else None
     for name in reading.labels:
         if name not in header:
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(header)}")
-    taken = {at_path, at_split, at_group}
-    at_labels = [header.index(name) for name in reading.labels] or [
+    taken = {path_column, split_column, group_column}
+    label_columns = [header.index(name) for name in reading.labels] or [
         i for i in range(len(header)) if i not in taken
     ]
-    if not at_labels:
+    if not label_columns:
         other = next(
             (f"; columns are parted by commas, not by {mark!r}" for mark in ";\t|" if mark in header[0]), ""
         )
-        raise ValueError(f"{path} has no column of labels beside {header[at_path]!r}{other}")
-    y, classes = _table_labels(path, header, rows, at_labels)
-    files = [path.parent / row[at_path].strip() for row in rows]
+        raise ValueError(f"{path} has no column of labels beside {header[path_column]!r}{other}")
+    y, classes = _table_labels(path, header, rows, label_columns)
+    files = [path.parent / row[path_column].strip() for row in rows]
     absent = [file for file in files if not file.is_file()]
     if absent:
         raise ValueError(f"{path} names {len(absent)} files that are not there, the first is {absent[0]}")
@@ -120,18 +128,19 @@ def read_csv(path: Path, reading: Reading) -> Found:
             f"{path} names {len(twice)} files more than once, the first is {twice[0]}; name each once, or it "
             "is in train and test"
         )
-    if at_group is not None:
-        groups = tuple(row[at_group] for row in rows)
+    if group_column is not None:
+        groups = tuple(row[group_column] for row in rows)
     else:
         groups = _groups(files, path.parent, reading.group)
     listed = {}
-    for part, chosen in _table_parts(path, rows, at_split).items():
+    for part, chosen in _table_parts(path, rows, split_column).items():
         of_part = tuple(groups[i] for i in chosen) if groups else ()
         listed[part] = ([files[i] for i in chosen], y[torch.tensor(chosen)], of_part)
     return _of_files(path.stem, listed, classes, reading)
 
 
 def _table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a .csv file, each of as many values."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [row for row in csv.reader(file, strict=True) if row]
@@ -153,13 +162,14 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _table_labels(
-    path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], at: Sequence[int]
+    path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], columns: Sequence[int]
 ) -> tuple[Tensor, list[str]]:
-    if len(at) == 1:
-        values = [row[at[0]].strip() for row in rows]
+    """The targets in these columns, see `Samples.y`, and the names of the classes."""
+    if len(columns) == 1:
+        values = [row[columns[0]].strip() for row in rows]
         empty = [number for number, value in enumerate(values, 2) if not value]
         if empty:
-            raise ValueError(f"{path}, line {empty[0]}: it has no {header[at[0]]!r}")
+            raise ValueError(f"{path}, line {empty[0]}: it has no {header[columns[0]]!r}")
         distinct = set(values)
         by_number = all(re.fullmatch(r"\d{1,9}", value) for value in distinct)
         classes = sorted(distinct, key=(lambda v: (int(v), v)) if by_number else None)
@@ -167,35 +177,36 @@ def _table_labels(
         return torch.tensor([place[value] for value in values]), classes
     meaning = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
     for number, row in enumerate(rows, 2):
-        for i in at:
+        for i in columns:
             if row[i].strip() not in meaning:
                 raise ValueError(
                     f"{path}, line {number}: {header[i]!r} is {row[i]!r}; where there are several columns of "
                     "labels each is 0 or 1 (--label names the columns that are labels)"
                 )
-    y = torch.tensor([[meaning[row[i].strip()] for i in at] for row in rows])
-    return y, [header[i] for i in at]
+    y = torch.tensor([[meaning[row[i].strip()] for i in columns] for row in rows])
+    return y, [header[i] for i in columns]
 
 
-def _table_parts(path: Path, rows: Sequence[Sequence[str]], at: int | None) -> dict[str, list[int]]:
-    if at is None:
+def _table_parts(path: Path, rows: Sequence[Sequence[str]], column: int | None) -> dict[str, list[int]]:
+    """The indices of each part's rows, by the names in a column; without one all are of train."""
+    if column is None:
         return {"train": list(range(len(rows)))}
     parts: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        name = row[at].strip().lower()
+        name = row[column].strip().lower()
         if name not in PART_NAMES:
-            raise ValueError(f"{path}, line {i + 2}: the split {row[at]!r} is none of train, val and test")
+            raise ValueError(f"{path}, line {i + 2}: the split {row[column]!r} is none of train, val and test")
         parts.setdefault(PART_NAMES[name], []).append(i)
     if "train" not in parts:
         raise ValueError(f"{path} has no line whose split is train")
     return {part: parts[part] for part in PARTS if part in parts}
 
 
-Listed = Mapping[str, tuple[Sequence[Path], Tensor, tuple[str, ...]]]
+Listed = Mapping[str, tuple[Sequence[Path], Tensor, tuple[str, ...]]]  # files, targets and groups, by part
 
 
 def _of_files(name: str, listed: Listed, classes: Sequence[str], reading: Reading) -> Found:
-    """Looks at each file, leaves out what cannot be read, and decodes the rest if there is room for it."""
+    """Opens each file, leaves out those that cannot be read, and holds the images if they fit in memory."""
     n = sum(len(files) for files, _, _ in listed.values())
     reading.progress(f"looking at {n:,} images")
     bad: list[BadImageError] = []
@@ -226,6 +237,7 @@ def _raise_if(bad: Sequence[BadImageError], n: int, strict: bool, kinds: Counter
 
 
 def _one_size(sizes: Sequence[Size]) -> Size:
+    """The size of all images; an error if they differ."""
     distinct = list(dict.fromkeys(sizes))
     if len(distinct) > 1:
         shown = " and ".join(f"{height}x{width}" for height, width in distinct[:2])
@@ -237,7 +249,7 @@ def _one_size(sizes: Sequence[Size]) -> Size:
 
 
 def _decoded(samples: Samples, size: Size, channels: int, held: bool) -> tuple[Samples, list[BadImageError]]:
-    """The samples that can be decoded, with their pixels if they are to be held, and why the others cannot."""
+    """The samples that can be decoded, with pixels if they are to be held, and the errors of the others."""
     pixels = torch.empty((len(samples) if held else 0, channels, *size), dtype=torch.uint8)
     peaks = torch.zeros(len(samples), dtype=torch.uint8)
 
@@ -257,7 +269,7 @@ def _decoded(samples: Samples, size: Size, channels: int, held: bool) -> tuple[S
 
 
 def _refuse_dim(files: Sequence[Path], peaks: Tensor) -> None:
-    """Refuses images of more than eight bits a pixel that are all but black as bytes."""
+    """Refuses images of more than 8 bits per pixel that are almost black when scaled to 8 bits."""
     brightest = int(peaks.max()) if len(peaks) else LEVELS
     if brightest < LEVELS and (deep := next(filter(is_deep, files), None)):
         raise ValueError(
@@ -267,7 +279,7 @@ def _refuse_dim(files: Sequence[Path], peaks: Tensor) -> None:
 
 
 def _in_threads(do: Callable[[A], T], items: Sequence[A]) -> list[T | BadImageError]:
-    """What ``do`` makes of each, in order; Pillow lets other threads run while it decodes."""
+    """The results of ``do``, or its `BadImageError`, in order; Pillow releases Python's lock while it decodes."""
 
     def attempt(item: A) -> T | BadImageError:
         try:

@@ -1,4 +1,4 @@
-"""Splits of images: held in memory once they are decoded, or read from files by workers where they do not fit."""
+"""Splits of images: decoded and held in memory, or read from files by worker processes where they do not fit."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ class Sampling:
 
     Attributes:
         batch_size: Samples in a full batch.
-        augmentations: What `augment` does to training samples.
-        weights: How often a sample is drawn for training, relative to the others; None for once each.
-        workers: Processes that read files; 0 for none.
-        share: Of each batch for training, the samples from this place on and the distance to the next: where
-            several processes divide a batch.
+        augmentations: The augmentations of training samples, see `augment`.
+        weights: How often each sample is drawn for training, relative to the others; None for once each.
+        workers: The number of processes that read files; 0 for none.
+        share: The first sample and the step of those that this process takes of each training batch, where several
+            processes divide it.
     """
 
     batch_size: int = 64
@@ -41,7 +41,10 @@ class Sampling:
     share: tuple[int, int] = (0, 1)
 
     def order(self, n: int, generator: torch.Generator | None) -> list[Sampled]:
-        """The batches of one pass: in order, or drawn by the generator with the last incomplete one left out."""
+        """The batches of one pass over ``n`` samples, as indices and seeds.
+
+        Without a generator they are in order. With one they are drawn, and an incomplete batch is left out.
+        """
         size = min(self.batch_size, n)
         if generator is None:
             return [(part, part) for part in torch.split(torch.arange(n), size)]
@@ -57,14 +60,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class HeldImages:
-    """Decoded images in memory: a quarter of the size of what the model sees.
+    """Decoded images in memory, as bytes: a quarter of the size of the model's float32 inputs.
 
     Attributes:
-        pixels: As stored, shape ``(n, channels, height, width)``.
+        pixels: The images as stored, shape ``(n, channels, height, width)``.
         y: Targets.
         preprocessing: Applied batch by batch.
         sampling: How they are served.
-        device: Where they are preprocessed: bytes are a quarter of what it makes of them.
+        device: The device to preprocess them on: bytes are copied to it faster than floats.
     """
 
     pixels: Tensor
@@ -75,7 +78,7 @@ class HeldImages:
 
     @property
     def n_samples(self) -> int:
-        """How many samples the split holds."""
+        """The number of samples in the split."""
         return len(self.pixels)
 
     @property
@@ -95,30 +98,30 @@ class HeldImages:
             yield self.preprocessing(pixels.to(self.device)), self.y[chosen]
 
     def kept_on(self, device: torch.device, room_bytes: int) -> "HeldImages":
-        """The same preprocessed on a device, and kept there if nothing augments them and there is room."""
+        """The same split, preprocessed on a device, and held there if it is not augmented and there is room."""
         if self.sampling.augmentations or self.pixels.nbytes > room_bytes:
             return replace(self, device=device)
         return replace(self, pixels=self.pixels.to(device), y=self.y.to(device), device=device)
 
     def share(self, rank: int, size: int) -> "HeldImages":
-        """The same with a share of each batch for training, see `autocompress.learning.ranks.Share`."""
+        """The split with a share of each training batch, see `autocompress.learning.ranks.Share`."""
         return replace(self, sampling=replace(self.sampling, share=(rank, size)))
 
     def fingerprint(self) -> bytes:
-        """A hash of the samples."""
+        """A hash of the samples and their preprocessing."""
         return hashlib.sha256(as_bytes(self.pixels) + as_bytes(self.y) + _recipe(self.preprocessing)).digest()
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images that are read as they are needed, by `Sampling.workers` processes.
+    """Images that are read when they are needed, by `Sampling.workers` processes.
 
     Attributes:
-        files: One a sample.
+        files: One file per sample.
         y: Targets.
         preprocessing: Applied batch by batch.
         sampling: How they are served.
-        device: Where they are preprocessed. To a GPU they go as bytes, from memory that it reads by itself.
+        device: The device to preprocess them on. They are copied to a GPU as bytes, from pinned memory.
     """
 
     files: Sequence[Path]
@@ -129,7 +132,7 @@ class FileImages:
 
     @property
     def n_samples(self) -> int:
-        """How many samples the split holds."""
+        """The number of samples in the split."""
         return len(self.files)
 
     @property
@@ -143,8 +146,7 @@ class FileImages:
         names = self.sampling.augmentations if generator is not None else ()
         reader = _Reader(self.files, self.y, self.preprocessing, names)
         keys = [list(zip(chosen.tolist(), seeds.tolist(), strict=True)) for chosen, seeds in order]
-        # A sample's seed travels with its index, so it does not matter which worker reads it, or how many
-        # there are.
+        # A sample's seed goes with its index, so the number of workers, and which of them reads it, do not matter.
         loader = DataLoader(
             reader,
             batch_sampler=keys,
@@ -156,22 +158,22 @@ class FileImages:
             yield self.preprocessing(pixels.to(self.device, non_blocking=True)), y
 
     def kept_on(self, device: torch.device, room_bytes: int) -> "FileImages":
-        """The same preprocessed on a device."""
+        """The same split, preprocessed on a device."""
         return replace(self, device=device)
 
     def share(self, rank: int, size: int) -> "FileImages":
-        """The same with a share of each batch for training, see `autocompress.learning.ranks.Share`."""
+        """The split with a share of each training batch, see `autocompress.learning.ranks.Share`."""
         return replace(self, sampling=replace(self.sampling, share=(rank, size)))
 
     def fingerprint(self) -> bytes:
-        """A hash of the files' names and sizes and of the targets: reading all of them would take too long."""
+        """A hash of the files' names and sizes (reading them would take long), targets and preprocessing."""
         listed = json.dumps([(file.name, file.stat().st_size) for file in self.files])
         return hashlib.sha256(listed.encode() + as_bytes(self.y) + _recipe(self.preprocessing)).digest()
 
 
 @dataclass(frozen=True)
 class _Reader(Dataset[Batch]):
-    """One image and its target by (index, seed)."""
+    """One image and its target, by (index, seed)."""
 
     files: Sequence[Path]
     y: Tensor
@@ -190,9 +192,9 @@ class _Reader(Dataset[Batch]):
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """For a ``with`` block around `decode` or `shape_of`: Pillow warns of odd metadata.
+    """Ignores warnings in a ``with`` block around `decode` or `shape_of`: Pillow warns of odd metadata.
 
-    Around the threads that call these, not within: Python's filters belong to the process.
+    The block has to be around the threads that call these, not in them: warning filters belong to the process.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -206,7 +208,7 @@ class BadImageError(ValueError):
 def decode(file: Path, size: Size | None, channels: int) -> Tensor:
     """The image in a file as bytes of shape ``(channels, height, width)``, at its own size if none is given.
 
-    Sixteen bits a pixel are brought to eight.
+    Pixels of 16 bits are scaled to 8.
 
     Raises:
         BadImageError: If it cannot be read.
@@ -218,14 +220,14 @@ def decode(file: Path, size: Size | None, channels: int) -> Tensor:
             else:
                 mode = "L" if channels == 1 else "RGB"
                 pixels = torch.from_numpy(np.array(image.convert(mode))).view(*reversed(image.size), -1)
-    except Exception as error:  # Pillow's decoders raise whatever their bytes make them
+    except Exception as error:  # Pillow's decoders may raise anything on damaged bytes
         raise BadImageError(f"{file}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     image_first = with_channels(pixels.permute(2, 0, 1).contiguous(), channels)
     return image_first if size is None else resize(image_first, size)
 
 
 def _from_deep(values: np.ndarray) -> Tensor:
-    """Grey values of more than eight bits as bytes, shape ``(height, width, 1)``."""
+    """Grey values from 0 to 65535 as bytes, shape ``(height, width, 1)``."""
     if not np.isfinite(values).all():
         raise ValueError("it has pixels that are NaN or infinite")
     if values.min() < 0 or values.max() > 65535:
@@ -244,7 +246,7 @@ def is_deep(file: Path) -> bool:
 
 
 def shape_of(file: Path) -> tuple[Size, int]:
-    """Height and width of an image and how many channels it has, from its header.
+    """Height and width of an image, and its number of channels (1 or 3), from its header.
 
     Raises:
         BadImageError: If it cannot be read.

@@ -1,4 +1,4 @@
-"""Readers: labelled images from wherever they lie, as `Found`. All that is wrong with them is said in one line."""
+"""Reading the data that ``--data`` names, with an error in one line for data that cannot be used."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from autocompress.reading.samples import Found, Reading, divide, with_classes_ch
 
 
 def read(spec: str, reading: Reading) -> Found:
-    """The data that ``spec`` names, divided into train, val and test.
+    """Reads the data that ``spec`` names, divided into train, val and test.
 
     Args:
-        spec: A ``.npz`` file as MedMNIST lays it out, a folder of images, a ``.csv`` table of paths and labels, or
-            ``name:folder`` for a data set of torchvision that lies in that folder.
+        spec: A ``.npz`` file in MedMNIST's layout, a folder of images, a ``.csv`` table of paths and labels,
+            ``name:folder`` for a data set of torchvision in that folder, or ``digits``.
         reading: How to read it.
 
     Raises:
-        ValueError: If it is not there, or cannot be used as it is; the message says why.
+        ValueError: If it does not exist, or cannot be used as it is; the message says why.
     """
     path = Path(spec).expanduser()
     if path.suffix.lower() != ".csv" and reading.labels:

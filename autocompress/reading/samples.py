@@ -1,4 +1,4 @@
-"""Labelled images as they are found, and how they are divided into train, val and test."""
+"""Labelled images as readers return them, and their division into train, val and test."""
 
 import re
 import warnings
@@ -15,19 +15,19 @@ from torch import Tensor
 from autocompress.reading.transforms import Size
 
 PARTS = ("train", "val", "test")
-HELD_BYTES = 2_000_000_000  # decoded images are kept in memory up to this
-FOLDS = 20  # groups are dealt into so many, to be put together to parts
+HELD_BYTES = 2_000_000_000  # decoded images are held in memory up to this size
+FOLDS = 20  # folds into which groups are dealt; parts are made of whole folds
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled images of one part, or of all of them.
+    """Labelled images of one part, or of all parts.
 
     Attributes:
         y: Class numbers ``(n,)``, or zeros and ones ``(n, labels)``, floating.
-        pixels: As stored, ``(n, channels, height, width)``; None where they stay in files.
-        files: One a sample, where they came from files.
-        groups: Of which patient, or whatever must not be in two parts; empty for none.
+        pixels: The images as stored, ``(n, channels, height, width)``; None where they stay in files.
+        files: One file per sample; empty where they are not from files.
+        groups: The group of each sample, such as its patient, which must not be in two parts; empty for none.
     """
 
     y: Tensor
@@ -39,7 +39,7 @@ class Samples:
         return len(self.y)
 
     def take(self, chosen: Sequence[int]) -> "Samples":
-        """Some of them."""
+        """The samples of these indices."""
         index = torch.as_tensor(list(chosen), dtype=torch.long)
         pixels = None if self.pixels is None else self.pixels[index]
         files = tuple(self.files[i] for i in chosen) if self.files else ()
@@ -49,16 +49,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader found.
+    """The data that a reader found.
 
     Attributes:
-        name: For the task.
-        parts: ``train``, and ``val`` and ``test`` where they are given.
-        classes: Names, in order.
-        channels: Of the images.
+        name: The name of the data, for the task.
+        parts: The samples of ``train``, and of ``val`` and ``test`` where they are given.
+        classes: The names of the classes, in order.
+        channels: Channels of the images.
         size: Height and width of the images.
-        scale: What brings pixels to 0…1.
-        notes: What was skipped.
+        scale: The factor that brings pixels to 0…1.
+        notes: What was left out or divided, in sentences.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Reading:
 
     Attributes:
         size: Height and width to bring images to; None for their own.
-        shares: Of train, val and test, where the data does not say.
-        group: A regular expression: what it finds in a file's path (its first group, where it has one) must not
-            be in two parts. For a table, a column's name does the same.
+        shares: The shares of train, val and test, where the data is not divided already.
+        group: A regular expression whose match in a file's path (its first group, if it has one) names the
+            sample's group, which must not be in two parts; or the column of a table that does.
         strict: Whether an image that cannot be read is an error.
-        labels: The columns of a table that hold labels; empty for all that are left.
-        seed: Seeds the split.
-        held_bytes: Decoded images are kept in memory up to this.
-        progress: Is told what takes time.
+        labels: The columns of a table that hold labels; empty for all columns without another meaning.
+        seed: Seeds the division.
+        held_bytes: Decoded images are held in memory up to this size.
+        progress: Is called with a description of each step that takes time.
     """
 
     size: Size | None = None
@@ -105,10 +105,10 @@ class Reading:
 
 
 def divide(found: Found, reading: Reading) -> Found:
-    """The same with train, val and test: what is missing is taken from train, class by class.
+    """The data with train, val and test: missing parts are taken from train, stratified by class.
 
     Raises:
-        ValueError: If there are too few samples, or too few groups, to divide.
+        ValueError: If there are too few samples, or too few groups, to divide, or a group is in two parts.
     """
     parts = dict(found.parts)
     missing = [part for part in ("val", "test") if part not in parts]
@@ -132,22 +132,22 @@ def divide(found: Found, reading: Reading) -> Found:
     sizes = ", ".join(f"{part} {len(parts[part]):,}" for part in PARTS)
     by = " by group" if whole.groups else ""
     note = f"the data does not say what is {' and '.join(missing)}: divided{by} with seed {reading.seed}: {sizes}"
-    _refuse_shared_groups(parts)  # a part that was given may share some
+    _refuse_shared_groups(parts)  # a part that was given may share groups with the new ones
     return replace(found, parts={part: parts[part] for part in PARTS}, notes=(*found.notes, note))
 
 
 def _refuse_shared_groups(parts: Mapping[str, Samples]) -> None:
-    of = {part: set(parts[part].groups) for part in PARTS}
+    groups = {part: set(parts[part].groups) for part in PARTS}
     for one, other in combinations(PARTS, 2):
-        if shared := of[one] & of[other]:
+        if shared := groups[one] & groups[other]:
             raise ValueError(
-                f"{len(shared)} of the {len(of[one])} groups in {one} are in {other} as well, such as "
+                f"{len(shared)} of the {len(groups[one])} groups in {one} are in {other} as well, such as "
                 f"{min(shared)!r}; divide the data anew so that none is, or leave --group out"
             )
 
 
 def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[list[int], list[int]]:
-    """Indices of what stays and of what is taken."""
+    """The indices of the samples that stay, and of those that are split off, about ``fraction`` of them."""
     y = samples.y.numpy()
     strata = y if y.ndim == 1 else np.zeros(len(y), dtype=int)
     counts = np.bincount(strata)
@@ -159,7 +159,7 @@ def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[lis
         folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=reading.seed)
         taken: list[int] = []
         with warnings.catch_warnings():
-            # Of a class with fewer samples than folds: what is missing is said later.
+            # It warns of classes with fewer samples than folds; parts that lack a class are noted later.
             warnings.simplefilter("ignore")
             for _, fold in folds.split(y, strata, samples.groups):
                 if not taken or len(taken) + len(fold) / 2 <= fraction * len(y):
@@ -180,9 +180,12 @@ def _split_off(samples: Samples, fraction: float, reading: Reading) -> tuple[lis
 
 
 def with_classes_checked(found: Found) -> Found:
-    """Refuses data with nothing to tell apart, or with a class to learn from no sample.
+    """Returns the data if it has at least two classes, and samples of each in train.
 
-    A class that val or test lack is no error: what cannot be said for it `autocompress.task.Task` notes.
+    A class that val or test lack is no error; `autocompress.task.Task` notes it.
+
+    Raises:
+        ValueError: If there is one class, a part is empty, or train lacks a class.
     """
     if len(found.classes) < 2 and found.parts["train"].y.ndim == 1:
         raise ValueError(f"{found.name} holds one class; there must be two to tell apart, numbered from 0")

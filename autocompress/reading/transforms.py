@@ -1,4 +1,4 @@
-"""What happens to an image before the model sees it: preprocessing, always; augmentation, in training only."""
+"""The preprocessing of all images for the model, and the augmentation of training images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Size: TypeAlias = tuple[int, int]
 # Mean and standard deviation of ImageNet's channels, of images scaled to 0…1: what torchvision's weights expect.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# Single augmentations, and the sets of them that published compression studies on such images have trained with.
+# Single augmentations, and sets of them with which published compression studies on such images were trained.
 SINGLE = ("rotation", "flip", "vertical-flip", "crop", "jitter")
 SETS: Mapping[str, tuple[str, ...]] = {
     "none": (),
@@ -28,14 +28,14 @@ SETS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From stored pixels to the model's input.
+    """Turns stored pixels into the model's input.
 
     Attributes:
         size: Height and width.
         channels: 1 for grey, 3 for RGB.
-        scale: What pixels are multiplied by: 1/255 brings bytes to 0…1.
-        mean: Subtracted, per channel; empty for nothing.
-        std: Divided by, per channel; empty for nothing.
+        scale: The factor on pixels: 1/255 brings bytes to 0…1.
+        mean: The mean of each channel, which is subtracted; empty for none.
+        std: The standard deviation of each channel, by which is divided; empty for none.
     """
 
     size: Size
@@ -62,7 +62,7 @@ class Preprocessing:
 
     @property
     def words(self) -> str:
-        """For whoever deploys the model."""
+        """The preprocessing in a sentence, for users who deploy the model."""
         height, width = self.size
         kind = {1: "grey", 3: "RGB"}.get(self.channels, f"{self.channels}-channel")
         steps = [f"{kind} images resized to {height} x {width} pixels (bilinear, with antialiasing)"]
@@ -74,7 +74,7 @@ class Preprocessing:
         return f"It is made of {', '.join(steps)}."
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; `size` is in the input's shape already."""
+        """The preprocessing in JSON types, without `size`, which the input's shape has."""
         return {
             "scale": self.scale,
             "mean": list(self.mean),
@@ -84,7 +84,7 @@ class Preprocessing:
 
 
 def resize(pixels: Tensor, size: Size) -> Tensor:
-    """Pixels ``(..., height, width)`` at another size; the same tensor if they have it."""
+    """Pixels ``(..., height, width)`` resized; the same tensor if they have the size already."""
     if tuple(pixels.shape[-2:]) == size:
         return pixels
     resized: Tensor = VF.resize(pixels, list(size), InterpolationMode.BILINEAR, antialias=True)
@@ -92,7 +92,11 @@ def resize(pixels: Tensor, size: Size) -> Tensor:
 
 
 def with_channels(pixels: Tensor, channels: int) -> Tensor:
-    """Pixels ``(..., c, height, width)`` as grey or RGB: grey is repeated, RGB weighed as for luminance."""
+    """Pixels ``(..., c, height, width)`` as grey or RGB: grey is repeated, RGB becomes its luminance.
+
+    Raises:
+        ValueError: If there is no conversion between these numbers of channels.
+    """
     have = pixels.shape[-3]
     if have == channels:
         return pixels
@@ -105,7 +109,7 @@ def with_channels(pixels: Tensor, channels: int) -> Tensor:
 
 
 def parse_augmentations(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of augmentations and of sets, as single ones in a fixed order, each once.
+    """The single augmentations that names of augmentations and sets stand for, in a fixed order, each once.
 
     Raises:
         ValueError: If one is unknown.
@@ -131,9 +135,9 @@ def _transform(names: tuple[str, ...], size: Size) -> v2.Transform:
 
 
 def augment(image: Tensor, names: tuple[str, ...], seed: int) -> Tensor:
-    """One image ``(channels, height, width)``, changed as ``seed`` draws it; bytes, or floats from 0 to 1.
+    """Augments one image ``(channels, height, width)`` of bytes, or floats from 0 to 1, at random by ``seed``.
 
-    The global generator is left as it was.
+    The state of the global generator is restored.
     """
     if not names:
         return image
