@@ -160,17 +160,21 @@ class ThinWindowAttention(nn.Module):
         if not any(shifts):
             return None
         down, across = (
-            sum(
-                (torch.arange(n * size, device=x.device) >= n * size - cut).long()
-                for cut in (size, shift)
-                if shift
-            )
-            + torch.zeros(n * size, dtype=torch.long, device=x.device)
+            _region(n * size, size, shift, x.device)
             for n, size, shift in zip(counts, self.window_size, shifts, strict=True)
         )
         regions = (3 * down[:, None] + across).view(counts[0], self.window_size[0], counts[1], self.window_size[1])
         of_window = regions.transpose(1, 2).flatten(2).flatten(0, 1)
         return torch.where(of_window[:, None] != of_window[:, :, None], -100.0, 0.0).to(x.dtype)
+
+
+def _region(n: int, size: int, shift: int, device: torch.device) -> Tensor:
+    """For each of ``n`` places along a dimension 2 if the shift moved it there from the other end, shape (n,).
+
+    It is 1 at the other places of the last window, of ``size`` places, and 0 before; 0 everywhere without a shift.
+    """
+    places = torch.arange(n, device=device)
+    return (places >= n - size).long() + (places >= n - shift) if shift else torch.zeros_like(places)
 
 
 def _by_head(table: Tensor, index: Tensor, n_tokens: int) -> Tensor:
