@@ -1,6 +1,6 @@
-"""Conformance: the tests that every scheme must pass, ours or a third party's. Inherit them.
+"""Conformance: the tests that every scheme must pass, one of ours or a third party's.
 
-In a test module, and nothing more for a scheme that removes single weights::
+A test module inherits them; for a scheme that removes single weights this is all it needs::
 
     from autocompress.testing import SchemeConformance
 
@@ -90,17 +90,23 @@ DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 class SchemeConformance:
-    """The checks. Inherit it in a class whose name pytest collects, and say which scheme to check.
+    """The checks. Inherit it in a class whose name pytest collects, and override `make_scheme`.
 
-    A model that the scheme refuses in its own name is skipped, but there must be one that it can compress. A
-    scheme that is made for certain architectures gives its own ``models`` and their ``input_shape``.
+    A model is skipped if `analyze` refuses it with a ValueError that names the scheme, but there must be one that
+    the scheme can compress. A scheme for certain architectures sets its own ``models`` and their ``input_shape``.
+
+    Attributes:
+        densities: The densities of checks that run at several.
+        models: Functions that make the models, by name.
+        input_shape: The shape of a sample.
+        trials: Number of trials in the check for memory leaks.
     """
 
-    __test__ = False  # pytest is to collect what inherits it
+    __test__ = False  # pytest collects only the classes that inherit it
     densities: ClassVar[tuple[float, ...]] = DENSITIES
     models: ClassVar[Mapping[str, Callable[[], nn.Module]]] = MODELS
     input_shape: ClassVar[tuple[int, ...]] = INPUT_SHAPE
-    trials: ClassVar[int] = 20  # after which nothing of them may be left
+    trials: ClassVar[int] = 20
     _cases: ClassVar[dict[str, Case | ValueError]]
 
     def __init_subclass__(cls) -> None:
@@ -112,18 +118,18 @@ class SchemeConformance:
         raise NotImplementedError(f"{type(self).__name__} must say which scheme it checks: override make_scheme")
 
     def unit_size(self, case: Case) -> int:
-        """The most parameters that go at a time: 1 when single weights go; override it for larger units."""
+        """The largest number of parameters that the scheme removes at once: 1 for single weights."""
         return 1
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Runs every check on every model, and those of a density at every density."""
+        """Parametrizes each check with the models and the densities that it takes."""
         densities = self.densities if self.make_scheme().takes_density else (1.0,)
         for argument, values in (("model_name", tuple(self.models)), ("density", densities)):
             if argument in metafunc.fixturenames:
                 metafunc.parametrize(argument, values)
 
     def case(self, model_name: str) -> Case:
-        """The model of that name, analyzed once for all checks."""
+        """A model with the scheme's analysis, made once; skips the test if the scheme refuses the model."""
         if model_name not in self._cases:
             scheme, model, x = self.make_scheme(), self.fresh_model(model_name), self.batch(4)
             try:
@@ -138,17 +144,17 @@ class SchemeConformance:
         return case
 
     def projected(self, model_name: str) -> tuple[Scheme, Case, Theta]:
-        """The scheme, the model, and its compressed weights at a density in the middle of what is possible."""
+        """The scheme, the case, and the compressed weights at a medium density."""
         case = self.case(model_name)
         return case.scheme, case, case.pi(case.middle)
 
     def realized(self, model_name: str) -> tuple[nn.Module, nn.Module, Case]:
-        """The masked model, the realized one and what they were made from, for all checks: do not change them."""
+        """The masked model, the realized model and the case; all checks share them, so do not change them."""
         case = self.case(model_name)
         return *case.realized(case.middle), case
 
     def fresh_model(self, model_name: str, seed: int = 0) -> nn.Module:
-        """The model of that name, made anew: the same weights for the same seed."""
+        """A new model of that name; equal seeds give equal weights."""
         return lived_in(self.models[model_name](), seed, self.input_shape)
 
     def batch(self, n: int) -> Tensor:
@@ -156,7 +162,7 @@ class SchemeConformance:
         return torch.randn(n, *self.input_shape, generator=torch.Generator().manual_seed(1))
 
     def first_case(self) -> Case:
-        """The first model in which the scheme finds something to compress."""
+        """The case of the first model that the scheme can compress."""
         for name in self.models:
             try:
                 return self.case(name)
@@ -167,9 +173,9 @@ class SchemeConformance:
     # The C step.
 
     def test_is_a_scheme(self) -> None:
-        """It has all of the protocol, and finds something to compress in one of the models at least.
+        """The scheme implements the protocol, and can compress at least one of the models.
 
-        Its parameters are numbers and words: what is written of it, in records and beside models, makes it again.
+        Its spec, as it is stored in records and with models, makes an equal scheme: its parameters are literals.
         """
         assert isinstance(self.make_scheme(), Scheme)
         assert self.make_scheme().tolerance > 0
@@ -177,7 +183,7 @@ class SchemeConformance:
         self.first_case()
 
     def test_meets_the_density_from_below(self, model_name: str, density: float) -> None:
-        """What is kept is at most what was asked, by less than a unit; too low a target is refused."""
+        """The kept parameters miss the target by less than one unit, from below; too low a target is refused."""
         case = self.case(model_name)
         if not case.scheme.takes_density:
             assert case.pi(density).kept == round(case.lowest * case.params)
@@ -190,7 +196,7 @@ class SchemeConformance:
             assert kept > density * case.params - self.unit_size(case)
 
     def test_reaches_its_lowest_density_and_no_lower(self, model_name: str) -> None:
-        """`lowest_density` is a density, can be asked for, and is the lowest. The whole model can be, too."""
+        """`lowest_density` can be reached, and nothing below it; density 1 can be reached, too."""
         case = self.case(model_name)
         assert case.pi(1.0).kept <= case.params
         assert 0 < case.lowest <= 1
@@ -200,7 +206,7 @@ class SchemeConformance:
                 case.scheme.pi(case.weights, 0.99 * case.lowest, case.facts)
 
     def test_density_can_differ_by_module(self) -> None:
-        """Where it can: a scheme with less in one module can be written down, too, and meets the density."""
+        """A `Staged` scheme with a lower density in one module has a spec, too, and meets the density."""
         case = self.first_case()
         if not isinstance(case.scheme, Staged):
             return
@@ -213,14 +219,14 @@ class SchemeConformance:
         assert staged.pi(case.weights, density, facts).kept / case.params <= density
 
     def test_pi_is_idempotent(self, model_name: str, density: float) -> None:
-        """Compressing what is compressed changes nothing: plan, support, weights."""
+        """A second C step changes neither plan nor support nor weights."""
         case = self.case(model_name)
         theta = case.pi(density)
         again = case.scheme.pi(case.scheme.delta(theta), max(density, case.lowest), case.facts)
         assert_equivalent_theta(case.scheme, again, theta)
 
     def test_training_on_the_support_keeps_it(self, model_name: str, density: float) -> None:
-        """However the kept entries move, the same ones are kept: the support stays frozen in the polish."""
+        """However training changes kept entries, the same ones are kept, so that the polish can freeze them."""
         case = self.case(model_name)
         theta = case.pi(density)
         generator = torch.Generator().manual_seed(2)
@@ -233,11 +239,11 @@ class SchemeConformance:
         assert_same_tensors(again.support, theta.support)
 
     def test_pi_is_deterministic(self, model_name: str) -> None:
-        """The same weights give the same result, also with facts that were found anew.
+        """Equal weights give equal results, also with facts that are found anew.
 
-        From a larger batch, under ``no_grad``, in a model of which every parameter is frozen. The weights are left
-        as they were, and so is the generator that all draw from. What was compressed or seen before does not
-        matter: a recovery that is resumed, and the next trial, know nothing of it.
+        The new facts come from a larger batch, under ``no_grad``, and a model with frozen parameters. The weights
+        and the global random generator are left unchanged. Earlier calls have no influence: a recovery that is
+        resumed, and the next trial, have not made them.
         """
         case, weights = self.case(model_name), self.case(model_name).weights
         frozen = copy.deepcopy(case.model).requires_grad_(False)
@@ -250,7 +256,7 @@ class SchemeConformance:
         assert_same_tensors(weights, case.weights)
 
     def test_another_process_finds_the_same(self, model_name: str) -> None:
-        """Bit for bit, in a fresh process whose sets and hashes have another order."""
+        """The result is the same, bit for bit, in a new process, where sets and hashes have another order."""
         case = self.case(model_name)
         elsewhere = digest_elsewhere(case.scheme, case.model, case.x)
         assert elsewhere == theta_digest(case.pi(case.middle))
@@ -258,8 +264,8 @@ class SchemeConformance:
     def test_delta_is_w_on_the_support_and_zero_off_it(self, model_name: str) -> None:
         """The decompressed weights have the dense names, shapes and type.
 
-        A matrix of which no entry is free is compressed as a whole: it must be nearer to w than zero is. A scheme
-        that says it only masks does.
+        A matrix without a free entry is compressed as a whole: it must be nearer to w than zero is. A `Masking`
+        scheme sets entries to zero and changes no other.
         """
         case = self.case(model_name)
         masks = isinstance(case.scheme, Masking) and case.scheme.masks
@@ -278,7 +284,7 @@ class SchemeConformance:
                 assert (value - w).norm() < w.norm(), f"{name} is bound to what is no nearer than zero"
 
     def test_support_is_masks_of_the_weights(self, model_name: str) -> None:
-        """The support names parameters and has their shapes; what is drawn are parameters, too."""
+        """Support and ``drawn`` name parameters; the masks are bool and have the parameters' shapes."""
         case = self.case(model_name)
         theta = case.pi(case.middle)
         support = theta.support
@@ -288,7 +294,7 @@ class SchemeConformance:
             assert (mask.dtype, mask.shape) == (torch.bool, case.weights[name].shape), name
 
     def test_theta_does_not_change_with_the_weights(self, model_name: str) -> None:
-        """It shares no memory with the weights that it was made from: training goes on changing those."""
+        """θ shares no memory with the weights that it was made from, which training goes on changing."""
         case, weights = self.case(model_name), self.case(model_name).weights
         theta = case.scheme.pi(weights, case.middle, case.facts)
         for w in weights.values():
@@ -305,7 +311,7 @@ class SchemeConformance:
     # The realized model.
 
     def test_kept_counts_the_realized_model(self, model_name: str) -> None:
-        """``theta.kept`` is the parameters that the realized model has and that are not zero; ties count once."""
+        """``theta.kept`` is the number of nonzero parameters of the realized model; shared ones count once."""
         case = self.case(model_name)
         for density in (self.densities[0], case.middle, case.lowest):
             kept, (_, realized) = case.pi(density).kept, case.realized(density)
@@ -313,10 +319,7 @@ class SchemeConformance:
             assert kept == sum(int(p.count_nonzero()) for p in realized.parameters())
 
     def test_realized_computes_what_the_masked_model_computes(self, model_name: str, density: float) -> None:
-        """In eval mode, with BatchNorm statistics that are not trivial, within the scheme's tolerance.
-
-        For batches of any size.
-        """
+        """Outputs are equal within the scheme's tolerance: in eval mode, after training, for any batch size."""
         case = self.case(model_name)
         masked, realized = case.realized(density)
         for x in (case.x, case.x[:1]):
@@ -325,10 +328,10 @@ class SchemeConformance:
             assert relative_error(outputs, expected) <= case.scheme.tolerance
 
     def test_dense_model_is_left_untouched(self, model_name: str) -> None:
-        """Weights, buffers, gradients, what is trainable, modes, settings and hooks, bit for bit.
+        """Weights, buffers, gradients, ``requires_grad``, modes, settings and hooks stay the same, bit for bit.
 
-        In a model as users leave it: modules in different modes, a frozen parameter, a hook, weights in another
-        memory layout. None of that changes what is found either.
+        The model is as users may leave it: modules in different modes, a frozen parameter, a hook, weights in
+        another memory layout. None of that changes the result either.
         """
         case = self.case(model_name)
         scheme, model = self.make_scheme(), as_users_leave_it(copy.deepcopy(case.model))
@@ -347,9 +350,9 @@ class SchemeConformance:
         assert fingerprint(model) == before, "realize changed the model, or shares memory with it"
 
     def test_realized_takes_over_mode_and_what_is_trainable(self, model_name: str) -> None:
-        """Each module's mode where it is still there; a frozen parameter stays frozen; no gradient is left.
+        """Modules keep their mode and parameters their ``requires_grad``; there are no gradients.
 
-        In what it computes nothing of that shows.
+        None of that changes the outputs.
         """
         case = self.case(model_name)
         masked = as_users_leave_it(copy.deepcopy(case.realized(case.middle)[0]))
@@ -372,7 +375,7 @@ class SchemeConformance:
         assert relative_error(run(still.eval(), case.x), run(again, case.x)) <= case.scheme.tolerance
 
     def test_plan_and_state_dict_rebuild_the_model(self, model_name: str) -> None:
-        """From the plan as JSON, a dense model with any weights and the state dict alone."""
+        """The plan as JSON, a dense model with any weights and the state dict suffice to rebuild the model."""
         case = self.case(model_name)
         _, realized = case.realized(case.middle)
         for density in (1.0, case.lowest, case.middle):
@@ -383,7 +386,7 @@ class SchemeConformance:
         assert torch.equal(run(rebuilt, case.x), run(realized, case.x))
 
     def test_realized_copies_and_pickles(self, model_name: str) -> None:
-        """A copy, deep or sent to another process, computes the same and is independent."""
+        """A deep copy and a pickled copy compute the same and share no memory with the original."""
         case = self.case(model_name)
         _, realized = case.realized(case.middle)
         expected = run(realized, case.x)
@@ -395,7 +398,7 @@ class SchemeConformance:
         assert torch.equal(run(realized, case.x), expected)
 
     def test_realized_trains(self, model_name: str) -> None:
-        """Forward in train mode and backward; every parameter gets a finite gradient."""
+        """In train mode, a backward pass gives every parameter a finite gradient."""
         case = self.case(model_name)
         realized = copy.deepcopy(case.realized(case.middle)[1]).train()
         outputs = realized(case.x)
@@ -409,7 +412,7 @@ class SchemeConformance:
         assert_no_empty_layer(self.case(model_name).realized(density)[1])
 
     def test_composes(self, model_name: str) -> None:
-        """What comes behind it in a composition works on its result, and both are undone in reverse order."""
+        """In a composition, the next part works on the scheme's result; both are decompressed in reverse order."""
         case = self.case(model_name)
         try:
             both, facts = Compose(case.scheme, Rounded()), [case.facts, None]
@@ -427,7 +430,7 @@ class SchemeConformance:
         assert relative_error(run(realized, case.x), run(masked, case.x)) <= case.scheme.tolerance
 
     def test_retains_nothing(self) -> None:
-        """Trials leave no tensor and no module behind, whatever their number."""
+        """Trials leave no tensors and modules in memory."""
         case, scheme = self.first_case(), self.make_scheme()
 
         def trials(n: int) -> None:
@@ -435,5 +438,5 @@ class SchemeConformance:
                 theta = scheme.pi(case.weights, case.middle, case.facts)
                 run(scheme.realize(masked_model(scheme, case.model, theta), theta, case.facts), case.x)
 
-        trials(1)  # what is cached once may stay
+        trials(1)  # caches that are filled once are allowed
         assert count_left_behind(lambda: trials(self.trials)) < self.trials

@@ -1,1 +1,1 @@
-"""A study in MLflow: its database, its runs, its pages."""
+"""Studies in MLflow: the database, the runs, the UI, the machine's load."""

@@ -1,4 +1,4 @@
-"""How a study is written into MLflow: runs, their children, data sets and the model, from whichever process."""
+"""Writes a study to MLflow: the parent run, child runs, data sets and the model, from whichever process."""
 
 import getpass
 import math
@@ -18,27 +18,27 @@ if TYPE_CHECKING:  # MLflow takes seconds to import; whoever writes does it
 P = ParamSpec("P")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-_METRICS_IN_A_BATCH = 1000  # MLflow refuses more
-# What this process has opened: the client and the experiment, by `Runs._key`.
+_METRICS_IN_A_BATCH = 1000  # MLflow's limit
+# The client and the experiment's id that this process has opened, by `Runs._key`.
 _opened: dict[str, tuple["MlflowClient", str]] = {}
 
 
 class Runs:
-    """The runs of one study: a parent, and its children by key.
+    """The runs of one study: a parent, and its children by key (the trial's number, or ``"dense"``).
 
-    Plain values that can be sent to another process and back; each process opens the store for itself. All methods
-    may raise.
+    Instances can be pickled to another process and back; each process opens the store itself. All methods may
+    raise MLflow's errors.
 
     Args:
         out: The output directory, whose database is the store.
         experiment: The experiment's name.
-        uri: A server that is the store in place of the database.
+        uri: A server that is the store instead of the database.
     """
 
     def __init__(self, out: Path, experiment: str, uri: str | None) -> None:
         self._out, self._experiment, self._uri = out, experiment, uri
         self._key = uuid.uuid4().hex
-        self._children: dict[str, tuple[str, str]] = {}
+        self._children: dict[str, tuple[str, str]] = {}  # run id and status, by key
         self._inherited: dict[str, object] = {}
         self.run_id: str | None = None
         self.model_id: str | None = None
@@ -46,12 +46,12 @@ class Runs:
         self.began = math.inf  # seconds since the epoch
 
     def connect(self) -> None:
-        """Opens the store where this process has not yet."""
+        """Opens the store, unless this process has done so."""
         if self._key in _opened:
             return
         out, experiment, uri = self._out, self._experiment, self._uri
         _opened[self._key] = open_server(uri, experiment) if uri else open_store(out, experiment)
-        if self.run_id is not None:  # another process had it open, and may have been ended as it wrote
+        if self.run_id is not None:  # opened by another process, which may have been killed while it wrote
             self._resume(self.run_id, self._inherited)
 
     @property
@@ -64,7 +64,7 @@ class Runs:
 
     @property
     def parent(self) -> str:
-        """The study's run."""
+        """The id of the study's run."""
         if self.run_id is None:
             raise RuntimeError("the study's run could not be opened")
         return self.run_id
@@ -78,15 +78,15 @@ class Runs:
         data: Mapping[str, Mapping[str, Any]],
         run_id: str | None,
     ) -> None:
-        """Begins the parent run, or goes on with the one called ``run_id``.
+        """Creates the parent run, or continues the run ``run_id``.
 
         Args:
-            name: The run's.
+            name: The name of the run.
             params: Its parameters.
             tags: Its tags.
-            inherited: Parameters that the children have, too.
-            data: The splits by name: each has ``n`` and, where it was hashed, ``sha256``.
-            run_id: A run to go on with, if it is there.
+            inherited: Parameters that every child has, too.
+            data: The splits by name, each with ``n`` and, if it was hashed, ``sha256``.
+            run_id: The run to continue, if it is in the store.
         """
         if run_id is not None and self._resume(run_id, inherited):
             return
@@ -97,7 +97,7 @@ class Runs:
             self._log_data(data)
 
     def _resume(self, run_id: str, inherited: Mapping[str, object]) -> bool:
-        """Goes on with the study's run if it is there; remembers which trials it has."""
+        """Continues the study's run and reads its children; returns False if there is no such run."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -143,9 +143,19 @@ class Runs:
         curves: Mapping[str, Iterable[float]] | None = None,
         status: Status = "FINISHED",
     ) -> None:
-        """Logs one whole child run. One that failed or was cut short under the same key is replaced.
+        """Logs a child run as a whole; replaces one of the same key that failed or was cut short.
 
-        The dense model is what the run called ``"dense"`` gives, and what the study and its trials begin with.
+        The run ``"dense"`` has the dense model as its output; the parent run and all trials have it as their
+        input.
+
+        Args:
+            key: The trial's number, or ``"dense"``.
+            name: The name of the run.
+            metrics: Its metrics; ``seconds`` determines the time at which it began.
+            tags: Its tags.
+            params: Its parameters, beside the inherited ones.
+            curves: Metrics with several steps, by name.
+            status: Its final status.
         """
         old_run_id, old_status = self._children.get(key, ("", ""))
         if old_status == "FINISHED":
@@ -156,27 +166,25 @@ class Runs:
         model_id = self._add_dense_model(run_id) if key == "dense" else None
         self.log(run_id, metrics=metrics, params=params, curves=curves or {}, model_id=model_id)
         if key != "dense":
-            self._begin_with_dense(run_id)
+            self._log_dense_as_input(run_id)
         self._client.set_terminated(run_id, status)
         if old_run_id:
             self._client.delete_run(old_run_id)
         self._children[key] = (run_id, status)
 
     def _add_dense_model(self, run_id: str) -> str:
-        """Makes the dense model known to MLflow, as one that is kept elsewhere."""
+        """Registers the dense model in MLflow as an external model, without its files; returns its id."""
         from mlflow.entities import LoggedModelOutput
 
-        kept_elsewhere = {"mlflow.model.isExternal": "true"}
-        logged = self._client.create_logged_model(
-            self._experiment_id, "dense", source_run_id=run_id, tags=kept_elsewhere
-        )
+        tags = {"mlflow.model.isExternal": "true"}
+        logged = self._client.create_logged_model(self._experiment_id, "dense", source_run_id=run_id, tags=tags)
         self._client.finalize_logged_model(logged.model_id, "READY")
         self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         self._dense_model_id = str(logged.model_id)
-        self._begin_with_dense(self.parent)
+        self._log_dense_as_input(self.parent)
         return self._dense_model_id
 
-    def _begin_with_dense(self, run_id: str) -> None:
+    def _log_dense_as_input(self, run_id: str) -> None:
         from mlflow.entities import LoggedModelInput
 
         if self._dense_model_id is not None:
@@ -193,16 +201,16 @@ class Runs:
         at: float | None = None,
         model_id: str | None = None,
     ) -> None:
-        """Writes in one batch, which is one commit, unless the curves are very long.
+        """Writes metrics and parameters in one batch, which is one commit; in several if curves are very long.
 
         Args:
             run_id: The run.
             metrics: Numbers by name.
             params: Parameters by name.
-            curves: Numbers by name, each list from step 0 on.
-            step: Of the metrics.
-            at: When they were measured, in seconds since the epoch; by default now.
-            model_id: The model that the metrics are of.
+            curves: Metrics with several steps by name, each a list of numbers from step 0 on.
+            step: The step of ``metrics``.
+            at: The time of ``metrics`` in seconds since the epoch; by default now.
+            model_id: The model that ``metrics`` belong to.
         """
         from mlflow.entities import Metric, Param
 
@@ -212,12 +220,12 @@ class Runs:
             for key, value in (metrics or {}).items()
         ]
         points += [
-            Metric(f"recovery/{name}", value, now, at)
+            Metric(f"recovery/{name}", value, now, i)
             for name, curve in (curves or {}).items()
-            for at, value in enumerate(curve)
+            for i, value in enumerate(curve)
         ]
-        said = [Param(key, str(value)) for key, value in (params or {}).items()]
-        self._client.log_batch(run_id, points[:_METRICS_IN_A_BATCH], said)
+        parameters = [Param(key, str(value)) for key, value in (params or {}).items()]
+        self._client.log_batch(run_id, points[:_METRICS_IN_A_BATCH], parameters)
         for start in range(_METRICS_IN_A_BATCH, len(points), _METRICS_IN_A_BATCH):
             self._client.log_batch(run_id, points[start : start + _METRICS_IN_A_BATCH])
 
@@ -234,12 +242,14 @@ class Runs:
         self._client.log_inputs(self.parent, inputs)
 
     def log_model(self, file: Path, scratch: Path, register: str | None) -> None:
-        """Logs the winner through the client, as ``mlflow.pytorch.log_model`` would by global state.
+        """Logs the answer as an MLflow model.
+
+        Through the client: ``mlflow.pytorch.log_model`` would use MLflow's global state.
 
         Args:
             file: The exported program.
-            scratch: A folder in which the files are written before they are sent.
-            register: The name to register it under.
+            scratch: A folder for temporary files.
+            register: The name to register the model under; None for none.
         """
         from mlflow.entities import LoggedModelOutput
 
@@ -269,14 +279,14 @@ class Runs:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        # A server finds a model by its id and takes no other source; a database's own client would look for the id
-        # in the global tracking store.
+        # A server only takes a model's id as the source; the client of a database would look the id up in the
+        # global tracking store.
         by_id = self._client.tracking_uri.startswith("http")
         source = f"models:/{logged.model_id}" if by_id else logged.artifact_location
         self._client.create_model_version(name, source, run_id=self.parent, model_id=logged.model_id)
 
     def conclude(self, verdict: str, artifacts: Iterable[Path]) -> None:
-        """The verdict as the parent's description, and the study's files."""
+        """Sets the verdict as the parent run's description, and logs the study's files."""
         self._client.set_tag(self.parent, "mlflow.note.content", verdict)
         for path in artifacts:
             if path.is_dir():
@@ -285,7 +295,7 @@ class Runs:
                 self._client.log_artifact(self.parent, str(path))
 
     def close(self, status: Status) -> None:
-        """Ends the parent run, if there is one, and lets go of the store."""
+        """Ends the parent run, if there is one, and forgets the store's client."""
         if self.run_id is not None:
             self._client.set_terminated(self.run_id, status)
         del _opened[self._key]
@@ -297,19 +307,19 @@ def perform(
     """Calls a method of a study's runs in this process. Does not raise.
 
     Returns:
-        The runs as they are then, and what went wrong, if anything did.
+        The runs after the call, and the error's message, empty if there was none.
     """
     try:
         with quiet_mlflow():
             runs.connect()
             method(runs, *args, **kwargs)
-    except Exception as error:  # not every exception of MLflow's could be sent back
+    except Exception as error:  # returned as text, as not every exception of MLflow's can be pickled
         return runs, str(error).strip() or type(error).__name__
     return runs, ""
 
 
 def _rounded(value: float) -> float:
-    """Six digits of a fraction; the UI prints all there are."""
+    """A number with six significant digits, as MLflow's UI prints all; whole numbers are unchanged."""
     return value if float(value).is_integer() else float(f"{value:.6g}")
 
 

@@ -1,4 +1,4 @@
-"""How MLflow keeps its records: one SQLite database and one artifact directory per output directory."""
+"""MLflow's store: one SQLite database and one artifact directory per output directory, or a server."""
 
 import contextlib
 import json
@@ -40,9 +40,9 @@ _OWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (  # about MLflow's own c
 
 
 def open_store(out: Path, experiment: str) -> tuple["MlflowClient", str]:
-    """A client of the database in ``out`` and the experiment's id; what is missing is made.
+    """A client of the database in ``out`` and the experiment's id; both are created if they do not exist.
 
-    Any number of processes may do this at once.
+    Several processes may call this at once.
 
     Raises:
         OSError: If ``out`` cannot be written.
@@ -64,9 +64,9 @@ def open_store(out: Path, experiment: str) -> tuple["MlflowClient", str]:
 
 
 def open_server(uri: str, experiment: str) -> tuple["MlflowClient", str]:
-    """A client of an MLflow server and the experiment's id; the experiment is made if it is not there.
+    """A client of an MLflow server and the experiment's id; the experiment is created if it does not exist.
 
-    A server that does not answer is given up after some seconds, not after the minutes that MLflow would take.
+    If the server does not answer this fails after some seconds, not after minutes as by MLflow's default.
 
     Raises:
         mlflow.exceptions.MlflowException: If the server does not answer or refuses.
@@ -81,10 +81,10 @@ def open_server(uri: str, experiment: str) -> tuple["MlflowClient", str]:
 
 
 def check_uri(uri: str) -> str:
-    """The address of a tracking server, if MLflow can use it.
+    """Checks the form of a tracking URI and returns it.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If MLflow cannot use it.
     """
     if not re.match(r"(https?|sqlite|postgresql|mysql|mssql|databricks)(\+\w+)?://", uri) and uri != "databricks":
         raise ValueError(f"{without_secrets(uri)!r} is not a tracking URI; write http://HOST:5000 or the like")
@@ -92,8 +92,8 @@ def check_uri(uri: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """The text without the user, the password and the token that an address in it may carry."""
-    # A password may have an @ or a / itself: better a piece of a path too few than one of a password too many.
+    """The text without the users, passwords and tokens in its addresses."""
+    # A password may contain @ or /: rather remove a part of a path than show a part of a password.
     text = re.sub(r"(?<=://)(?:[^/@:\s'\"]*:[^\s'\"]*|[^/\s'\"]+)@", "", text)
     return re.sub(
         r"([?&]\w*(?:token|password|passwd|pwd|secret|key)\w*=)[^&\s'\"]*", r"\1...", text, flags=re.IGNORECASE
@@ -101,10 +101,10 @@ def without_secrets(text: str) -> str:
 
 
 def database_uri(out: Path) -> str:
-    """The database's address, absolute.
+    """The URI of the database, with its absolute path.
 
     Raises:
-        ValueError: If the path has a character that is special in such an address; MLflow escapes none.
+        ValueError: If the path has a character that is special in URIs, which MLflow does not escape.
     """
     path = (out / DATABASE).absolute().as_posix()
     if special := set("%?") & set(path):
@@ -113,10 +113,10 @@ def database_uri(out: Path) -> str:
 
 
 def check_database(out: Path) -> None:
-    """Opens the database for writing; MLflow itself would retry for 100 s before it reported a failure.
+    """Checks that the database can be written; MLflow itself would retry for 100 s before it reported a failure.
 
-    Where the directory was moved or copied, the paths of artifacts are moved along: MLflow stores them
-    absolute, so it would look for them, and write new ones, in the old place.
+    If the directory was moved or copied, also updates the paths of artifacts: MLflow stores them as absolute
+    paths, and would look for them, and write new ones, in the old place.
 
     Raises:
         sqlite3.Error: If the database is damaged, of another program or cannot be written.
@@ -138,7 +138,7 @@ def check_database(out: Path) -> None:
 
 
 def page_of_latest_study(out: Path) -> str:
-    """The UI's page, after the host, with the runs of the study begun last."""
+    """The address in the UI, without the host, of the page with the runs of the latest study."""
     with contextlib.closing(sqlite3.connect(out / DATABASE, timeout=_SQLITE_TIMEOUT_S)) as database:
         latest = database.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC").fetchone()
     page = f"experiments/{latest[0]}/runs?viewStateShareKey={_VIEW}&" if latest else "experiments?"
@@ -146,21 +146,21 @@ def page_of_latest_study(out: Path) -> str:
 
 
 def artifact_root(out: Path) -> str:
-    """The address of the artifact directory, absolute."""
+    """The URI of the artifact directory, with its absolute path."""
     return (out / ARTIFACTS).absolute().as_uri()
 
 
 def save_model(file: Path, directory: Path, *, run_id: str, model_id: str) -> None:
-    """Makes an MLflow model of a torch.export file: without pickle, loadable as ``pytorch`` and ``pyfunc``.
+    """Writes an MLflow model with a torch.export file: without pickle, loadable as ``pytorch`` and ``pyfunc``.
 
-    Not `mlflow.pytorch.save_model`, which would export the module a second time: what is logged is the very file
-    that was checked.
+    Not by `mlflow.pytorch.save_model`, which would export the module again: the model has the same file that was
+    checked.
 
     Args:
         file: The exported program, of one input and one output with a dynamic batch.
-        directory: Made by this function.
+        directory: The model's folder, which is created.
         run_id: The run that the model comes from.
-        model_id: The logged model that the files are for.
+        model_id: The id of the logged model.
     """
     import torch
     from mlflow import pyfunc
@@ -168,25 +168,25 @@ def save_model(file: Path, directory: Path, *, run_id: str, model_id: str) -> No
 
     (directory / "data").mkdir(parents=True)
     shutil.copy(file, directory / "data" / "model.pt2")
-    described = Model(run_id=run_id, model_uuid=model_id, model_id=model_id, signature=_signature(file))
-    described.add_flavor("pytorch", model_data="data", pytorch_version=str(torch.__version__), code=None)
+    model = Model(run_id=run_id, model_uuid=model_id, model_id=model_id, signature=_signature(file))
+    model.add_flavor("pytorch", model_data="data", pytorch_version=str(torch.__version__), code=None)
     pyfunc.add_to_model(
-        described,
+        model,
         loader_module="mlflow.pytorch",
         data="data",
         python_env="python_env.yaml",
         model_config={"device": None},
     )
-    described.model_size_bytes = file.stat().st_size
-    described.save(directory / "MLmodel")
-    needed = "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in ("mlflow", "torch"))
-    (directory / "requirements.txt").write_text(needed)
+    model.model_size_bytes = file.stat().st_size
+    model.save(directory / "MLmodel")
+    requirements = "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in ("mlflow", "torch"))
+    (directory / "requirements.txt").write_text(requirements)
     environment = f"python: {platform.python_version()}\ndependencies:\n- -r requirements.txt\n"
     (directory / "python_env.yaml").write_text(environment)
 
 
 def _signature(file: Path) -> "ModelSignature":
-    """What the program takes and gives, as it says itself; -1 where any size will do."""
+    """The program's inputs and outputs as MLflow describes them; dynamic sizes are -1."""
     import torch
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -214,11 +214,11 @@ def _numpy_dtype(tensor: "Tensor") -> Any:
 
 @contextlib.contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """For a ``with`` block, MLflow reports warnings and errors only. Imports it, without its telemetry."""
+    """Imports MLflow without telemetry; within the ``with`` block it logs warnings and errors only."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when MLflow is imported
-    for about, category in _OWN_WARNINGS:  # not `warnings.catch_warnings`, which is not safe in a thread
-        warnings.filterwarnings("ignore", about, category)
-    import mlflow  # noqa: F401  sets its logger's level, so it must come first
+    for message, category in _OWN_WARNINGS:  # not by `warnings.catch_warnings`, which is not thread-safe
+        warnings.filterwarnings("ignore", message, category)
+    import mlflow  # noqa: F401  before the level is set, as the import sets it, too
 
     logger = logging.getLogger("mlflow")
     level = logger.level
@@ -230,7 +230,7 @@ def quiet_mlflow() -> Iterator[None]:
 
 
 def _create(out: Path) -> None:
-    """Makes the database under another name first: one cut short halfway could never be opened again."""
+    """Creates the database, under a temporary name first: MLflow could not open one that was left incomplete."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     new = out / f"{DATABASE}.new"
@@ -242,14 +242,15 @@ def _create(out: Path) -> None:
 
 
 def _experiment_id(client: "MlflowClient", out: Path | None, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    """The id of the experiment of that name, which is created or restored if need be."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         view = {"selectedColumns": [*(f"metrics.`{name}`" for name in _COLUMNS), "params.`scheme`"]}
         tags = {
             "mlflow.experimentKind": "custom_model_development",  # runs and models, not chats and traces
             f"mlflow.sharedViewState.{_VIEW}": json.dumps(view),  # the UI shows no metrics unless told which
         }
         return client.create_experiment(name, artifact_root(out) if out else None, tags=tags)
-    if found.lifecycle_stage == "deleted":  # someone removed it in the UI; its name stays taken
-        client.restore_experiment(found.experiment_id)
-    return found.experiment_id
+    if experiment.lifecycle_stage == "deleted":  # removed in the UI, which keeps its name taken
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id

@@ -1,4 +1,4 @@
-"""Logs a study to MLflow from what lies on disk: when tracking failed, or for another server."""
+"""Logs a study to MLflow from its folder: after tracking has failed, or to another server."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,19 +30,19 @@ _NOT_PARAMS = (
 
 
 def replay(path: Path, uri: str | None = None) -> str:
-    """Logs a study with all its trials; into the run that it has already, where there is one.
+    """Logs a study with all its trials; continues its MLflow run if there is one.
 
-    What is not on disk is left out: what the search believed after each trial, and the load of the machine.
+    The posterior after each trial and the machine's load are left out, as they are not stored in the folder.
 
     Args:
         path: The study's folder.
-        uri: A server; by default the database beside the study.
+        uri: The tracking URI of a server; by default the database in the folder of all studies.
 
     Returns:
         The parent run's id.
 
     Raises:
-        ValueError: If the study has no result yet, is being run, or MLflow cannot take it.
+        ValueError: If the study has no result yet, is being run, or MLflow fails.
     """
     folder = StudyFolder(path)
     try:
@@ -72,9 +72,9 @@ def _replay(folder: StudyFolder, uri: str | None) -> str:
     names = ("result.json", "report.html", "report.md", FIGURES)
     files = [folder.path / name for name in names if (folder.path / name).exists()]
     status: Status = "KILLED" if found["stopped"] == INTERRUPTED else "FINISHED"
-    winner = folder.best / "model.pt2"
-    has_winner = "pt2" in found["artifacts"] and winner.is_file()
-    tracker.finish(status, found["sentence"], final_metrics(found), files, winner if has_winner else None)
+    file = folder.best / "model.pt2"
+    model = file if "pt2" in found["artifacts"] and file.is_file() else None
+    tracker.finish(status, found["sentence"], final_metrics(found), files, model)
     run_id = tracker.run_id
     if warned or run_id is None:
         raise ValueError(warned[0] if warned else "MLflow did not open a run")
@@ -83,6 +83,6 @@ def _replay(folder: StudyFolder, uri: str | None) -> str:
 
 
 def _params(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the parent run, as a study that runs logs them."""
+    """The parameters of the parent run, the same as `autocompress.study.Study` logs."""
     recovery = {f"recovery.{name}": value for name, value in asked.get("recovery", {}).items()}
     return {name: value for name, value in asked.items() if name not in _NOT_PARAMS} | recovery

@@ -1,4 +1,4 @@
-"""What a study does to its machine as it goes, under the names by which MLflow's own monitor knows it."""
+"""Samples the machine's load while a study runs, under the names of MLflow's own system metrics."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,22 +13,22 @@ SAMPLE_EVERY_S = 5.0
 
 
 def system_metrics(device: str | torch.device) -> dict[str, float]:
-    """One reading of the processor, the memory and the GPU; what cannot be measured here is left out.
+    """One reading of processor, memory and GPU; metrics that cannot be measured here are left out.
 
     Args:
-        device: Where the study computes; of other GPUs nothing is said.
+        device: The study's device; other GPUs are not read.
     """
     memory, megabyte = psutil.virtual_memory(), 1e6
-    with GpuWindow(torch.device(device)) as window:  # its last sample is taken as it closes
+    with GpuWindow(torch.device(device)) as window:  # takes a sample when it closes
         pass
-    gpu, held, free = window.usage, window.usage.memory_bytes, window.usage.free_bytes
+    gpu, used, free = window.usage, window.usage.memory_bytes, window.usage.free_bytes
     measured = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
         "system_memory_usage_percentage": memory.percent,
         "system_memory_usage_megabytes": memory.used / megabyte,
         "process_memory_megabytes": psutil.Process().memory_info().rss / megabyte,
         "gpu_utilization_percentage": gpu.utilization_pct,
-        "gpu_memory_usage_megabytes": None if held is None else held / megabyte,
+        "gpu_memory_usage_megabytes": None if used is None else used / megabyte,
         "gpu_memory_free_megabytes": None if free is None else free / megabyte,
         "gpu_power_usage_watts": gpu.power_w,
     }
@@ -36,11 +36,11 @@ def system_metrics(device: str | torch.device) -> dict[str, float]:
 
 
 class SystemMonitor:
-    """Reads `system_metrics` every few seconds, in a thread of its own, between `start` and `stop`.
+    """Reads `system_metrics` every few seconds, in its own thread, between `start` and `stop`.
 
     Args:
-        device: Where the study computes.
-        report: Is handed each reading, in that thread.
+        device: The study's device.
+        report: Called with each reading, in that thread.
         every_s: Seconds from one reading to the next.
     """
 
@@ -55,20 +55,19 @@ class SystemMonitor:
         self._thread = Thread(target=self._watch, name="autocompress-system", daemon=True)
 
     def start(self) -> None:
-        """Begins to read."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends it, with a last reading."""
+        """Ends the thread after a last reading."""
         if self._thread.is_alive():
             self._over.set()
             self._thread.join()
 
     def _watch(self) -> None:
-        psutil.cpu_percent()  # a load is one since the last time that this thread asked for it
-        began, over = time.monotonic(), False
+        psutil.cpu_percent()  # each call measures the load since the call before
+        start, over = time.monotonic(), False
         while not over:
             over = self._over.wait(self._every_s)
-            # Of less than a second nothing can be said.
-            if not over or time.monotonic() - began >= 1:
+            if not over or time.monotonic() - start >= 1:  # a load over less than a second is noise
                 self._report(system_metrics(self._device))

@@ -1,4 +1,4 @@
-"""The MLflow UI over an output directory."""
+"""Serves the MLflow UI on an output directory."""
 
 import contextlib
 import os
@@ -28,16 +28,16 @@ _STOP_TIMEOUT_S = 5.0
 def serve_ui(
     out: Path, host: str = "127.0.0.1", port: int | None = None, *, say: Callable[[str], None] = print
 ) -> int:
-    """Serves the MLflow UI over ``out`` until Ctrl-C, in a process of its own that ends with this function.
+    """Serves the MLflow UI on ``out`` until Ctrl-C, in a process that ends with this function.
 
     Args:
         out: The output directory, with ``mlflow.db`` in it.
         host: The address to listen on; the default can be reached from this machine only.
         port: The port; a free one by default.
-        say: Gets the lines meant for the user.
+        say: Called with each line for the user.
 
     Returns:
-        0 after Ctrl-C, otherwise the exit code of the server that ended by itself.
+        0 after Ctrl-C; the server's exit code if it ended by itself.
 
     Raises:
         ValueError: If there are no studies in ``out``, its database is damaged, the port is taken or the
@@ -62,7 +62,7 @@ def serve_ui(
 
 @contextlib.contextmanager
 def _server(out: Path, host: str, port: int) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
-    """The server's process, and the file with its output; on exit all its processes have ended."""
+    """Starts the server; yields its process and the file with its output; on exit ends all its processes."""
     command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1"]
     command += ["--host", host, "--port", str(port)]
     command += ["--backend-store-uri", database_uri(out), "--artifacts-destination", str(out / ARTIFACTS)]
@@ -81,7 +81,7 @@ def _server(out: Path, host: str, port: int) -> Iterator[tuple["subprocess.Popen
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # one group, so that its workers can be ended with it
+                start_new_session=True,  # a process group, so that its workers can be ended with it
             )
         try:
             yield server, log
@@ -90,13 +90,13 @@ def _server(out: Path, host: str, port: int) -> Iterator[tuple["subprocess.Popen
 
 
 def _stop(server: "subprocess.Popen[bytes]") -> None:
-    """Ends the server with all its workers: first politely, then not."""
+    """Ends the server with all its workers: by SIGTERM, then by SIGKILL."""
     if os.name != "posix":
         server.terminate()
         server.wait()
         return
     deadline = time.monotonic() + _STOP_TIMEOUT_S
-    with contextlib.suppress(ProcessLookupError):  # raised as soon as the group is empty
+    with contextlib.suppress(ProcessLookupError):  # raised by `killpg` once all processes have ended
         os.killpg(server.pid, signal.SIGTERM)
         while time.monotonic() < deadline:
             server.poll()
@@ -107,7 +107,8 @@ def _stop(server: "subprocess.Popen[bytes]") -> None:
 
 
 def _wait_until_up(server: "subprocess.Popen[bytes]", health: str, log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot see this machine
+    """Waits until the server answers; ValueError, with the last line of its output, if it does not start."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -116,13 +117,14 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", health: str, log: Path) ->
             opener.open(health, timeout=2).close()
             return
         time.sleep(0.2)
-    said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-    raise ValueError(f"the MLflow server did not start: {said[-1]}")
+    output = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    raise ValueError(f"the MLflow server did not start: {output[-1]}")
 
 
 def _free_port(host: str, port: int | None) -> int:
+    """The given port, or any if that is None; ValueError if it is not free."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a restart is no clash
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does, for a quick restart
         try:
             probe.bind((host, port or 0))
         except OSError as error:
@@ -132,7 +134,7 @@ def _free_port(host: str, port: int | None) -> int:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Makes SIGTERM and a closed terminal act like Ctrl-C, so that the server never outlives us."""
+    """Makes SIGTERM and a closed terminal act like Ctrl-C, so that the server never outlives this process."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

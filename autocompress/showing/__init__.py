@@ -1,1 +1,1 @@
-"""What people look at: words, tables, figures."""
+"""Words, tables and figures that show the results of studies."""

@@ -1,4 +1,4 @@
-"""How figures look and how they become files: one style, SVG and PNG."""
+"""The style of figures, and writing them as SVG and PNG."""
 
 import io
 import os
@@ -11,14 +11,14 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import; `style` does it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-DENSE, COMPRESSED, BOUND = "#8a94a6", "#148f86", "#cf4a5a"  # each legible on white and on near black
+DENSE, COMPRESSED, BOUND = "#8a94a6", "#148f86", "#cf4a5a"  # legible on light and on dark pages
 INK, FAINT = "#1f2430", "#8b93a1"
 WIDTH_IN = 4.9
 PNG_DPI = 160
 _STYLE: Any = {  # matplotlib types its keys, all 300 of them
-    "text.parse_math": False,  # a name with a dollar is no formula
+    "text.parse_math": False,  # names of classes may contain dollars
     "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
-    "svg.hashsalt": "autocompress",  # the same figure is the same file
+    "svg.hashsalt": "autocompress",  # makes the files of equal figures equal
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.edgecolor": FAINT,
@@ -40,12 +40,12 @@ _STYLE: Any = {  # matplotlib types its keys, all 300 of them
 
 @contextmanager
 def style(home: Path) -> Iterator[None]:
-    """Figures made in the ``with`` block have the house's style.
+    """Gives the figures made in a ``with`` block one style.
 
     Args:
-        home: The folder of all studies, in whose cache matplotlib keeps its list of fonts.
+        home: The folder of all studies, whose cache holds matplotlib's list of fonts.
     """
-    # Kept with the studies: nothing is written outside their folder.
+    # Nothing may be written outside the folder of studies.
     os.environ.setdefault("MPLCONFIGDIR", str(home / "cache" / "matplotlib"))
     from matplotlib import rc_context
 
@@ -56,7 +56,7 @@ def style(home: Path) -> Iterator[None]:
 def make_axes(
     height_in: float, rows: int = 1, columns: int = 1, *, width_in: float = WIDTH_IN
 ) -> tuple["Canvas", Any]:
-    """An empty figure with its axes: one, or an array where there are several."""
+    """An empty figure and its axes: one, or an array if there are several."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(width_in, height_in))
@@ -73,23 +73,23 @@ def density_ticks(ax: "Axes") -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-_PAPER = '<rect width="100%" height="100%" fill="#ffffff"/>'  # a file of its own does not know its page
+_PAPER = '<rect width="100%" height="100%" fill="#ffffff"/>'  # a background: a viewer's page may be dark
 
 
 def write_figure(folder: Path, name: str, canvas: "Canvas") -> str:
-    """Writes ``name.svg`` and ``name.png``; returns the SVG without a background, to stand within HTML."""
+    """Writes ``name.svg`` and ``name.png``; returns the SVG without a background, for use in HTML."""
     svg = _svg(canvas)
-    canvas.set_layout_engine("none")  # it is laid out: as a PNG it is the same
+    canvas.set_layout_engine("none")  # the layout of the SVG is valid for the PNG
     _write(folder / f"{name}.svg", svg.replace("<defs>", _PAPER + "<defs>", 1).encode())
     _write(folder / f"{name}.png", _png(canvas))
     return svg
 
 
-# By their canvases and not by `savefig`, which draws everything once more to find out where it lies.
+# The two functions below use the canvases and not `savefig`, which draws everything twice to find the layout.
 
 
 def _svg(canvas: "Canvas") -> str:
-    """The drawing without a background."""
+    """The drawing as SVG, without a background."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     file = io.StringIO()
@@ -103,9 +103,9 @@ def _png(canvas: "Canvas") -> bytes:
 
     file = io.BytesIO()
     canvas.set(facecolor="white", dpi=PNG_DPI)
-    quickly = {"compress_level": 1}  # files a tenth larger, packed sooner
+    fast = {"compress_level": 1}  # files are a tenth larger
     FigureCanvasAgg(canvas).print_png(  # type: ignore[no-untyped-call]
-        file, metadata={"Software": None}, pil_kwargs=quickly
+        file, metadata={"Software": None}, pil_kwargs=fast
     )
     return file.getvalue()
 

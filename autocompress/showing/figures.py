@@ -1,4 +1,4 @@
-"""The figures of a study's report, drawn from its record: as SVG and PNG files and for use within HTML."""
+"""Draws the figures of a study's report, as SVG and PNG files and as SVG for use in HTML."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import; `draw` does it
     from matplotlib.figure import Figure as Canvas
 
 MOST_FIGURES = 7
-MANY_LAYERS = 30
-MANY_CLASSES = 24
-MANY_CURVES = 6
-BUSY = 2.5  # medians that are drawn of a latency, at most
+MANY_LAYERS = 30  # more are drawn as an area, not as bars with names
+MANY_CLASSES = 24  # at most so many are shown, or named
+MANY_CURVES = 6  # at most so many are shown
+MAX_MEDIANS = 2.5  # where the axis of latencies ends, in multiples of the largest median
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Figure:
     """One figure.
 
     Attributes:
-        name: Its file's name without the ending.
-        title: What it shows.
-        description: What it shows, for who cannot see it.
-        svg: The drawing with the colour of text left to the page, to stand within HTML.
+        name: The name of its file without the extension.
+        title: Its title.
+        description: Its content in words, also for screen readers.
+        svg: The drawing for use in HTML, in the page's text colour and font.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Figure:
 
 
 def draw(record: Record, folder: Path) -> list[Figure]:
-    """Draws all figures for which the study has the data, and writes each as SVG and PNG.
+    """Draws all figures for which the study has data, and writes each as SVG and PNG.
 
     Args:
         record: The study.
-        folder: Where to write; made if it does not exist.
+        folder: The folder to write to; created if it does not exist.
     """
     drawn: list[Figure] = []
     folder.mkdir(exist_ok=True)
@@ -68,6 +68,7 @@ def draw(record: Record, folder: Path) -> list[Figure]:
 
 
 def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
+    """Name, title, description and drawing of each figure."""
     found = record.found or {}
     if record.trials:
         yield _drop_curve(record)
@@ -78,7 +79,7 @@ def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
         yield _latency(measured)
     if found.get("layers"):
         yield _layers(found["layers"])
-    if any(one["support"] for one in found.get("classes") or ()):
+    if any(of_class["support"] for of_class in found.get("classes") or ()):
         yield _classes(found["classes"])
     if found.get("confusion"):
         yield _confusion(found["confusion"], found.get("classes") or [])
@@ -87,7 +88,7 @@ def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
 
 
 def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
-    """The drop of each trial and what the search believes of the curve, against density."""
+    """The drop of each trial, and the posterior of the curve, against density."""
     canvas, ax = make_axes(3.5)
     bound = 100 * float(record.asked.get("max_drop", 0.0))
     trials, answer = record.trials, record.answer
@@ -112,16 +113,20 @@ def _drop_curve(record: Record) -> tuple[str, str, str, "Canvas"]:
     canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
     within = sum(bool(trial["feasible"]) for trial in trials)
     n = f"{len(trials)} trial{'s' * (len(trials) != 1)}"
-    said = f"{n}, {within} of them within the bound of {bound:g}{record.unit}"
+    outcome = f"{n}, {within} of them within the bound of {bound:g}{record.unit}"
     if answer is not None:
-        said += (
-            f"; the answer has density {answer['density']:.3g} and drops {100 * answer['drop']:.2f}{record.unit}"
-        )
-    return "drop", "Accuracy lost against size kept", f"Drop on validation data against density: {said}.", canvas
+        drop = f"{100 * answer['drop']:.2f}{record.unit}"
+        outcome += f"; the answer has density {answer['density']:.3g} and drops {drop}"
+    return (
+        "drop",
+        "Accuracy lost against size kept",
+        f"Drop on validation data against density: {outcome}.",
+        canvas,
+    )
 
 
 def _trials(ax: "Axes", record: Record, top: float) -> None:
-    """The trials with their standard errors; those that lose more than ``top``, in points, at its height."""
+    """Draws the trials with their standard errors; those with a drop above ``top``, in points, at that height."""
     drops = [100 * trial["drop"] for trial in record.trials]
     kinds = (
         ("yes", "o", "trial within the bound"),
@@ -129,13 +134,13 @@ def _trials(ax: "Axes", record: Record, top: float) -> None:
         ("rejected", "1", "given up early"),
     )
     for kind, marker, label in kinds:
-        shown = zip(record.trials, drops, strict=True)
-        of_these = [(trial, drop) for trial, drop in shown if _standing(trial) == kind and drop <= top]
-        if of_these:
+        pairs = zip(record.trials, drops, strict=True)
+        shown = [(trial, drop) for trial, drop in pairs if _standing(trial) == kind and drop <= top]
+        if shown:
             ax.errorbar(
-                [trial["density"] for trial, _ in of_these],
-                [drop for _, drop in of_these],
-                [100 * (trial.get("drop_se") or 0.0) for trial, _ in of_these],
+                [trial["density"] for trial, _ in shown],
+                [drop for _, drop in shown],
+                [100 * (trial.get("drop_se") or 0.0) for trial, _ in shown],
                 fmt=marker,
                 color=COMPRESSED if kind == "yes" else BOUND,
                 ms=6,
@@ -149,33 +154,35 @@ def _trials(ax: "Axes", record: Record, top: float) -> None:
 
 
 def _front(record: Record, found: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
-    """The first two objectives of each trial, and those that no other feasible one beats in all."""
+    """The first two objectives of each trial, and the Pareto front of the feasible ones."""
     canvas, ax = make_axes(3.5)
     first, second = found["objectives"][:2]
     kinds = (("yes", "o", "trial within the bound"), ("no", "x", "trial beyond it"), ("rejected", "1", "given up"))
     for kind, marker, label in kinds:
-        at = [t["values"][:2] for t in record.trials if _standing(t) == kind]
-        if at:
+        values = [trial["values"][:2] for trial in record.trials if _standing(trial) == kind]
+        if values:
             colour = COMPRESSED if kind == "yes" else BOUND
-            ax.plot(*zip(*at, strict=True), marker, color=colour, ms=6, label=label)
-    points = [(one["values"][first["name"]], one["values"][second["name"]]) for one in found["front"]]
+            ax.plot(*zip(*values, strict=True), marker, color=colour, ms=6, label=label)
+    points = [(trial["values"][first["name"]], trial["values"][second["name"]]) for trial in found["front"]]
     ax.plot(*zip(*sorted(points), strict=True), color=COMPRESSED, lw=1.2, alpha=0.6, label="the front")
     if record.answer is not None:
         ax.plot(*record.answer["values"][:2], "o", ms=13, mfc="none", mec=INK, mew=1.5, label="the answer")
-    labels = [f"{one['name']} [{one['unit']}]" if one["unit"] else one["name"] for one in (first, second)]
+    labels = [f"{axis['name']} [{axis['unit']}]" if axis["unit"] else axis["name"] for axis in (first, second)]
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.grid()
     canvas.legend(loc="outside upper left", ncols=2, fontsize=9)
-    said = "; ".join(
-        f"trial {one['number']} with "
-        + " and ".join(f"{of['name']} {in_unit(one['values'][of['name']], of['unit'])}" for of in (first, second))
-        for one in found["front"]
-    )
+
+    def in_words(trial: Mapping[str, Any]) -> str:
+        values = [f"{a['name']} {in_unit(trial['values'][a['name']], a['unit'])}" for a in (first, second)]
+        return f"trial {trial['number']} with {' and '.join(values)}"
+
+    trials = "; ".join(map(in_words, found["front"]))
     title = f"{first['name']} against {second['name']}".capitalize()
-    return "front", title, f"Within the bound and beaten by no other in both: {said}.", canvas
+    return "front", title, f"Within the bound and beaten by no other in both: {trials}.", canvas
 
 
 def _standing(trial: Mapping[str, Any]) -> str:
+    """`autocompress.trial.TrialResult.standing` of a stored trial."""
     if trial.get("given_up_at") is not None:
         return "rejected"
     return "yes" if trial["feasible"] else "no"
@@ -186,31 +193,31 @@ def _latency(measured: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
     pairs = [(before, after) for _, before, after in timed(measured) if before and after]
     canvas, axes = make_axes(0.5 + 0.95 * len(pairs), rows=len(pairs))
     panels = axes if len(pairs) > 1 else [axes]
-    said = []
+    sentences = []
     for ax, pair in zip(panels, pairs, strict=True):
-        # On a busy machine the 95th percentile is far away: an arrow then, so that the medians can be seen.
-        limit = min(max(at["p95_ms"] for at in pair), BUSY * max(at["p50_ms"] for at in pair))
-        for y, (at, colour) in enumerate(zip(pair, (DENSE, COMPRESSED), strict=True)):
-            ax.barh(y, at["p50_ms"], color=colour, height=0.7)
-            end, mark = (limit, ">") if at["p95_ms"] > limit else (at["p95_ms"], "|")
-            ax.plot(
-                [at["p50_ms"], end], [y, y], color=INK, lw=1.2, marker=mark, ms=6, markevery=[1], clip_on=False
-            )
+        # On a busy machine the 95th percentile is far away; an arrow points to it, so that the medians stay
+        # visible.
+        limit = min(max(at["p95_ms"] for at in pair), MAX_MEDIANS * max(at["p50_ms"] for at in pair))
+        for y, (latency, colour) in enumerate(zip(pair, (DENSE, COMPRESSED), strict=True)):
+            median, p95 = latency["p50_ms"], latency["p95_ms"]
+            ax.barh(y, median, color=colour, height=0.7)
+            end, mark = (limit, ">") if p95 > limit else (p95, "|")
+            ax.plot([median, end], [y, y], color=INK, lw=1.2, marker=mark, ms=6, markevery=[1], clip_on=False)
         ax.set(yticks=(0, 1), yticklabels=("dense", "compressed"), ylim=(1.6, -0.6), xlim=(0, limit))
         where = f"{RUNTIMES[pair[0].get('runtime', 'eager')]}, batch of {pair[0]['batch']}"
         ax.set_title(where, loc="left")
         ax.locator_params(axis="x", nbins=6)  # small times have long labels
         ax.grid(axis="x")
         medians = " and ".join(f"{at['p50_ms']:.3g}" for at in pair)
-        said.append(f"{where}: {medians} ms")
+        sentences.append(f"{where}: {medians} ms")
     panels[-1].set_xlabel("ms a forward pass; the line: to the 95th percentile")
     device = measured["compressed"]["device"]
-    description = f"Median latency on {device}, dense and compressed. {'; '.join(said)}."
+    description = f"Median latency on {device}, dense and compressed. {'; '.join(sentences)}."
     return "latency", f"Time of a forward pass on {device}", description, canvas
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canvas"]:
-    """Widths before and after; parameters where widths stay as they were."""
+    """The width of each layer, dense and compressed; its parameters if no width has changed."""
     by_width = any(layer["width"] != layer["dense_width"] for layer in layers)
     before, after, what = (
         ("dense_width", "width", "channels or neurons") if by_width else ("dense_params", "params", "parameters")
@@ -243,15 +250,15 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canvas
 
 
 def _classes(classes: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canvas"]:
-    """The share of each class that is found, before and after."""
-    known = [one for one in classes if one["support"]]  # of an absent class nothing can be found
-    shown = sorted(known, key=lambda one: one["recall"] - one["dense_recall"])[:MANY_CLASSES]
+    """The recall of each class, dense and compressed, the largest losses first."""
+    known = [of_class for of_class in classes if of_class["support"]]  # others have no recall
+    shown = sorted(known, key=lambda of_class: of_class["recall"] - of_class["dense_recall"])[:MANY_CLASSES]
     canvas, ax = make_axes(0.9 + 0.24 * len(shown))
-    before, after = ([100 * one[key] for one in shown] for key in ("dense_recall", "recall"))
+    before, after = ([100 * of_class[key] for of_class in shown] for key in ("dense_recall", "recall"))
     ax.hlines(range(len(shown)), before, after, color=FAINT, lw=2)
     ax.plot(before, range(len(shown)), "o", color=DENSE, ms=7, label="dense")
     ax.plot(after, range(len(shown)), "o", color=COMPRESSED, ms=5, label="compressed")
-    names = [f"{_begun(str(one['name']))} (n={one['support']})" for one in shown]
+    names = [f"{_beginning(str(of_class['name']))} (n={of_class['support']})" for of_class in shown]
     ax.set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown) - 0.4, -0.6))
     ax.set_xlabel("share of the class that is found on test [%]")
     ax.grid(axis="x")
@@ -270,11 +277,13 @@ def _classes(classes: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canv
 def _confusion(
     confusion: Mapping[str, Sequence[Sequence[int]]], classes: Sequence[Mapping[str, Any]]
 ) -> tuple[str, str, str, "Canvas"]:
-    """What each class was taken for, by the dense and by the compressed model."""
+    """The confusion matrices of the dense and of the compressed model."""
     import numpy as np
 
     n = len(confusion["dense"])
-    names = [_begun(str(one["name"]), 10) for one in classes] if len(classes) == n else list(map(str, range(n)))
+    names = [_beginning(str(of_class["name"]), 10) for of_class in classes]
+    if len(names) != n:
+        names = list(map(str, range(n)))
     canvas, panels = make_axes(3.1, columns=2)
     rgb = [int(COMPRESSED[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     wrong = {}
@@ -282,7 +291,7 @@ def _confusion(
         matrix = np.asarray(counts, dtype=float)
         share = matrix / np.maximum(1.0, matrix.sum(axis=1, keepdims=True))
         image = np.empty((n, n, 4))
-        image[..., :3], image[..., 3] = rgb, 0.9 * np.sqrt(share)  # few mistakes shall be seen, too
+        image[..., :3], image[..., 3] = rgb, 0.9 * np.sqrt(share)  # the root makes few mistakes visible
         ax.imshow(image, interpolation="nearest")
         wrong[who] = int(matrix.sum() - np.trace(matrix))
         ax.set_title(f"{who}: {wrong[who]} mistakes")
@@ -304,7 +313,7 @@ def _confusion(
 
 
 def _recovery(answer: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
-    """What recovery logged in the answer's trial, a panel for each curve."""
+    """The logs of the recovery in the answer's trial, a panel for each curve."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     curves = _curves(answer)
@@ -329,23 +338,23 @@ def _recovery(answer: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:
 
 
 def _curves(trial: Mapping[str, Any]) -> dict[str, Sequence[float]]:
-    """The curves of a trial that have something to show."""
+    """The curves of a trial that have more than one point."""
     curves = [(name, values) for name, values in trial.get("curves", {}).items() if len(values) > 1]
     return dict(curves[:MANY_CURVES])
 
 
 def _shortened(name: str, length: int = 22) -> str:
-    """The end of a layer's long name, which says more than its beginning."""
+    """The end of a layer's long name, which tells more than its beginning."""
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
-def _begun(name: str, length: int = 22) -> str:
+def _beginning(name: str, length: int = 22) -> str:
     """The beginning of a class's long name."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> str:
-    """The drawing to stand within HTML: named, its ids its own, its ink and its font those of the page."""
+    """The drawing for use in HTML: with a title and unique ids, in the page's text colour and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)

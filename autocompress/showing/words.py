@@ -1,4 +1,4 @@
-"""A study's outcome in plain words: what was lost, where, how sure that is, and what it buys."""
+"""A study's outcome in words: the loss, overall and by class, its confidence bounds, and what is gained for it."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,28 +7,28 @@ from typing import Any
 from autocompress.disk.record import Record
 from autocompress.showing.comparison import RUNTIMES, as_bytes, as_count, timed_together
 
-SAME = 0.03  # latencies that differ by less are called the same: medians are known to about this share
+SAME = 0.03  # latencies that differ by a smaller fraction are called the same: medians are about this accurate
 
 
 def headline(record: Record) -> tuple[str, str]:
-    """The outcome in a few words, and its tone: good, warn or bad."""
+    """The outcome in a few words, and its CSS class: good, warn or bad."""
     found = record.found
     if found is None:
         running = (
             "The study is still running" if record.state == "running" else "The study did not come to its end"
         )
         return running, "warn"
-    cut = " (the search was interrupted)" if record.state == "interrupted" else ""
-    said, tone = {
+    interrupted = " (the search was interrupted)" if record.state == "interrupted" else ""
+    outcome, tone = {
         "certified": ("Certified: within the bound", "good"),
         "not certifiable": ("Met on validation data, not proven on test data", "warn"),
         "not met": ("Not met: the bound does not hold", "bad"),
     }.get(found["verdict"], (str(found["verdict"]), "warn"))
-    return said + cut, tone
+    return outcome + interrupted, tone
 
 
 def sentence(record: Record) -> str:
-    """The verdict as the study worded it, or what there is instead."""
+    """The verdict in words; of a study without a result, how far it has come."""
     if record.found is not None:
         return str(record.found["sentence"])
     so_far = "1 trial is" if len(record.trials) == 1 else f"{len(record.trials)} trials are"
@@ -40,7 +40,7 @@ def sentence(record: Record) -> str:
 
 
 def words(record: Record) -> list[str]:
-    """What somebody has to know who did not run the study, one statement each."""
+    """The main statements on a study's answer, for a reader who did not run the study."""
     found = record.found
     if found is None or record.answer is None or "compressed" not in found["measurements"]:
         return []
@@ -49,7 +49,7 @@ def words(record: Record) -> list[str]:
 
 
 def trials_in_time(found: Mapping[str, Any]) -> str:
-    """How many trials there were and how long they took; of a resumed study, what was done since then."""
+    """The number of trials and the time that they took; for a resumed study also the number since then."""
     n, before, took = len(found["trials"]), found.get("resumed_with", 0), f"{found['seconds']:.0f} s"
     trials = "1 trial" if n == 1 else f"{n} trials"
     if not before:
@@ -89,38 +89,38 @@ def _tested(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
     if len(shortlist) < 2:
         return
 
-    def said(one: Mapping[str, Any]) -> str:
-        named = f"trial {one['number']} (density {one['density']:.3g})"
-        if one["outcome"] is None:
-            return f"{named} was not tested"
-        upper = None if one["upper"] is None else 100 * one["upper"]
-        return f"{named} loses at most {at_most(upper, record.unit)}, {one['outcome']}"
+    def outcome(tested: Mapping[str, Any]) -> str:
+        trial = f"trial {tested['number']} (density {tested['density']:.3g})"
+        if tested["outcome"] is None:
+            return f"{trial} was not tested"
+        upper = None if tested["upper"] is None else 100 * tested["upper"]
+        return f"{trial} loses at most {at_most(upper, record.unit)}, {tested['outcome']}"
 
     yield (
         f"Before the test data were looked at, {len(shortlist)} trials were chosen to be tested, densest first, "
-        f"up to the first that is not certified: {'; '.join(map(said, shortlist))}."
+        f"up to the first that is not certified: {'; '.join(map(outcome, shortlist))}."
     )
 
 
 def at_most(amount: float | None, unit: str) -> str:
-    """An amount of points, rounded up: no more is claimed than was shown."""
+    """An upper bound in points or percent, rounded up so that it stays one."""
     return "an unknown amount" if amount is None else f"{math.ceil(100 * amount - 1e-9) / 100 + 0.0:.2f}{unit}"
 
 
 def at_least(amount: float | None, unit: str) -> str:
-    """An amount of points, rounded down."""
+    """A lower bound in points or percent, rounded down so that it stays one."""
     return "an unknown amount" if amount is None else f"{math.floor(100 * amount + 1e-9) / 100 + 0.0:.2f}{unit}"
 
 
 def _by_class(found: Mapping[str, Any]) -> Iterator[str]:
-    classes = [one for one in found.get("classes") or () if one["support"]]
+    classes = [of_class for of_class in found.get("classes") or () if of_class["support"]]
     if not classes:
         return
-    worst = min(classes, key=lambda one: one["recall"] - one["dense_recall"])
+    worst = min(classes, key=lambda of_class: of_class["recall"] - of_class["dense_recall"])
     if worst["recall"] >= worst["dense_recall"]:
         yield f"None of the {len(classes)} classes is found less often than before."
         return
-    fewer = sum(one["recall"] < one["dense_recall"] for one in classes)
+    fewer = sum(of_class["recall"] < of_class["dense_recall"] for of_class in classes)
     before, after = (round(worst[key] * worst["support"]) for key in ("dense_recall", "recall"))
     yield (
         f"The class that lost most is {worst['name']!r}: of its {worst['support']} test samples {before} were "
@@ -152,20 +152,20 @@ def _smaller(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _faster(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
     compressed = found["measurements"]["compressed"]
-    said = []
+    times = []
     processor = record.asked.get("provenance", {}).get("machine", {}).get("processor", "the CPU")
     device, threads = compressed["device"], ""
     if device == "cpu":
         device, n = processor, compressed.get("threads")
         threads = f" on {n} thread{'s' * (n != 1)}" if n else ""
     for before, after in timed_together(found["measurements"]):
-        times = before["p50_ms"] / after["p50_ms"]
-        how = "the same within the noise" if abs(times - 1) < SAME else f"{times:.2f} times as fast"
+        speedup = before["p50_ms"] / after["p50_ms"]
+        how = "the same within the noise" if abs(speedup - 1) < SAME else f"{speedup:.2f} times as fast"
         took = f"{after['p50_ms']:.3g} ms instead of {before['p50_ms']:.3g} ms"
-        said.append(f"{took} at batch {after['batch']} ({how})")
+        times.append(f"{took} at batch {after['batch']} ({how})")
         runtime = RUNTIMES[after.get("runtime", "eager")]
-    if said:
+    if times:
         yield (
-            f"On {device}, a forward pass in {runtime}{threads} takes {' and '.join(said)}, by the median of "
+            f"On {device}, a forward pass in {runtime}{threads} takes {' and '.join(times)}, by the median of "
             f"{after['repeats']} passes or so. Another device has other times: measure there."
         )

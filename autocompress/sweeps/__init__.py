@@ -1,1 +1,1 @@
-"""The parts of `autocompress.sweeping`: what is asked, its grid, its table and its files."""
+"""The parts of `autocompress.sweeping`: a sweep's settings, its grid, its result and its files."""

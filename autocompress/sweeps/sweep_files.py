@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 Draw: TypeAlias = "Callable[[Axes], None]"
 
-# Okabe and Ito's colours, which those who see few colours tell apart, too.
+# After Okabe and Ito, so that colour-blind readers can tell them apart.
 COLOURS = ("#148f86", "#d55e00", "#56789f", "#cc79a7", "#b58900", "#5e4fa2", "#7a9a01", "#8c564b")
 MARKERS = "osD^vPX*"
 PANEL_IN = 2.9
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))
 
 
-def write_sweep(found: Sweep) -> tuple[Path, ...]:
+def write_sweep(sweep: Sweep) -> tuple[Path, ...]:
     """Writes ``sweep.csv``, ``sweep.md`` and ``figures/`` into the sweep's folder."""
-    table, text = found.folder / "sweep.csv", found.folder / "sweep.md"
-    found.trials.to_csv(table, index=False)
-    text.write_text(found.to_markdown(), encoding="utf-8")
-    return table, text, draw_sweep(found)
+    table, text = sweep.folder / "sweep.csv", sweep.folder / "sweep.md"
+    sweep.trials.to_csv(table, index=False)
+    text.write_text(sweep.to_markdown(), encoding="utf-8")
+    return table, text, draw_sweep(sweep)
 
 
-def draw_sweep(found: Sweep) -> Path:
+def draw_sweep(sweep: Sweep) -> Path:
     """Writes ``figures/sweep.svg`` and ``.png`` into the sweep's folder; returns the folder of figures."""
-    folder = found.folder / "figures"
+    folder = sweep.folder / "figures"
     folder.mkdir(exist_ok=True)
-    with style(found.folder.parent):
-        panels = list(_panels(found))
+    with style(sweep.folder.parent):
+        panels = list(_panels(sweep))
         rows = math.ceil(len(panels) / 2)
-        legend = math.ceil(len(_schemes(found)) / 2)
+        legend = math.ceil(len(_schemes(sweep)) / 2)
         height = PANEL_IN * rows + 0.22 * legend + 0.3
         canvas, axes = make_axes(height, rows, 2, width_in=2 * WIDTH_IN)
         for ax, panel in zip(axes.flat, panels, strict=False):
@@ -50,32 +50,32 @@ def draw_sweep(found: Sweep) -> Path:
     return folder
 
 
-def _panels(found: Sweep) -> Iterator[Draw]:
-    for name in found.metrics:
-        yield lambda ax, name=name: _score(ax, found, name, "density_asked")  # type: ignore[misc]  # of a lambda
-    yield lambda ax: _score(ax, found, found.metric, "macs")
-    if not any(cell["curves"].get("lc_score") for cell in found.cells):
+def _panels(sweep: Sweep) -> Iterator[Draw]:
+    for name in sweep.metrics:
+        yield lambda ax, name=name: _score(ax, sweep, name, "density_asked")  # type: ignore[misc]  # of a lambda
+    yield lambda ax: _score(ax, sweep, sweep.metric, "macs")
+    if not any(cell["curves"].get("lc_score") for cell in sweep.cells):
         return
-    yield lambda ax: _steps(ax, found)
-    if any(value is not None for cell in found.cells for at in cell["timeline"] for value in at[1:]):
-        yield lambda ax: _timeline(ax, found, 1, "free GPU memory [GB]", 1e-9)
-        yield lambda ax: _timeline(ax, found, 2, "GPU utilization [%]", 1.0)
+    yield lambda ax: _steps(ax, sweep)
+    if any(value is not None for cell in sweep.cells for at in cell["timeline"] for value in at[1:]):
+        yield lambda ax: _timeline(ax, sweep, 1, "free GPU memory [GB]", 1e-9)
+        yield lambda ax: _timeline(ax, sweep, 2, "GPU utilization [%]", 1.0)
     else:
-        yield lambda ax: _in_words(ax, f"GPU memory and utilization: n/a\n(measured on {found.device}, no GPU)")
+        yield lambda ax: _in_words(ax, f"GPU memory and utilization: n/a\n(measured on {sweep.device}, no GPU)")
 
 
-def _schemes(found: Sweep) -> dict[str, str]:
+def _schemes(sweep: Sweep) -> dict[str, str]:
     """The schemes with their colours."""
-    names = dict.fromkeys(cell["row"]["scheme"] for cell in found.cells if cell["row"]["scheme"] != DENSE_MODEL)
+    names = dict.fromkeys(cell["row"]["scheme"] for cell in sweep.cells if cell["row"]["scheme"] != DENSE_MODEL)
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
-def _score(ax: "Axes", found: Sweep, metric: str, against: str) -> None:
+def _score(ax: "Axes", sweep: Sweep, metric: str, against: str) -> None:
     """A metric on test against density or arithmetic: the mean over repeats, and their deviation."""
-    table = found.table
+    table = sweep.table
     dense = table.iloc[0]
     ax.axhline(dense[metric], color=DENSE, lw=1.5, ls="--", label=f"dense, {dense[metric]:.4g}")
-    for i, (scheme, colour) in enumerate(_schemes(found).items()):
+    for i, (scheme, colour) in enumerate(_schemes(sweep).items()):
         of_scheme = table[table["scheme"] == scheme].sort_values(against)
         spread = of_scheme[f"{metric}_sd"] if f"{metric}_sd" in table else None
         ax.errorbar(
@@ -104,47 +104,46 @@ def _score(ax: "Axes", found: Sweep, metric: str, against: str) -> None:
     ax.grid()
 
 
-def _dashes(found: Sweep) -> dict[float, Any]:
-    """The densities, highest first, with their dashes."""
-    densities = sorted({cell["row"]["density_asked"] for cell in found.cells[1:]}, reverse=True)
+def _dashes(sweep: Sweep) -> dict[float, Any]:
+    """The line style of each density, highest density first."""
+    densities = sorted({cell["row"]["density_asked"] for cell in sweep.cells[1:]}, reverse=True)
     return {density: DASHES[i % len(DASHES)] for i, density in enumerate(densities)}
 
 
-def _lines(found: Sweep) -> Iterable[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """The first run of each scheme and density, with the colour of the one and the dashes of the other."""
-    schemes, dashes = _schemes(found), _dashes(found)
-    for cell in found.cells[1:]:
+def _lines(sweep: Sweep) -> Iterable[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """The first run of each scheme and density, with its colour (the scheme's) and line style (the density's)."""
+    schemes, dashes = _schemes(sweep), _dashes(sweep)
+    for cell in sweep.cells[1:]:
         row = cell["row"]
         if row["repeat"] == 1:
             yield cell, {"color": schemes[row["scheme"]], "ls": dashes[row["density_asked"]], "lw": 1.2}
 
 
-def _steps(ax: "Axes", found: Sweep) -> None:
+def _steps(ax: "Axes", sweep: Sweep) -> None:
     """The metric on val after each L-C step."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    for cell, line in _lines(found):
+    for cell, line in _lines(sweep):
         scores: Sequence[float] = cell["curves"].get("lc_score", ())
-        single: dict[str, Any] = (
-            {"marker": "o", "ms": 4} if len(scores) == 1 else {}
-        )  # where w and θ agreed at once
-        ax.plot(range(1, len(scores) + 1), scores, **line, **single)
+        has_one_step = len(scores) == 1  # w and θ agreed at once, and a line needs two points
+        marker: dict[str, Any] = {"marker": "o", "ms": 4} if has_one_step else {}
+        ax.plot(range(1, len(scores) + 1), scores, **line, **marker)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="L-C step", ylabel=f"{found.metric.replace('_', ' ')} on val")
+    ax.set(xlabel="L-C step", ylabel=f"{sweep.metric.replace('_', ' ')} on val")
     ax.grid()
-    handles = [Line2D([], [], color=DENSE, ls=dashes, label=f"{d:g}") for d, dashes in _dashes(found).items()]
+    handles = [Line2D([], [], color=DENSE, ls=dashes, label=f"{d:g}") for d, dashes in _dashes(sweep).items()]
     ax.legend(handles=handles, title="density", fontsize=8, title_fontsize=8)
 
 
-def _timeline(ax: "Axes", found: Sweep, column: int, label: str, scale: float) -> None:
-    """What the driver said of the GPU while a trial ran; in words where it cannot say that."""
+def _timeline(ax: "Axes", sweep: Sweep, column: int, label: str, scale: float) -> None:
+    """A column of the GPU's timeline while trials ran; words if the driver does not report it."""
     drawn = False
-    for cell, line in _lines(found):
-        seen = [(at[0], scale * at[column]) for at in cell["timeline"] if at[column] is not None]
-        if seen:
+    for cell, line in _lines(sweep):
+        points = [(sample[0], scale * sample[column]) for sample in cell["timeline"] if sample[column] is not None]
+        if points:
             drawn = True
-            ax.plot(*zip(*seen, strict=True), **line)
+            ax.plot(*zip(*points, strict=True), **line)
     if not drawn:
         _in_words(ax, f"{label}: n/a")
         return
@@ -153,6 +152,6 @@ def _timeline(ax: "Axes", found: Sweep, column: int, label: str, scale: float) -
 
 
 def _in_words(ax: "Axes", words: str) -> None:
-    """A panel that says why there is nothing to draw."""
+    """Draws a panel with words instead of data."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, words, ha="center", va="center", color=FAINT, transform=ax.transAxes)

@@ -1,4 +1,4 @@
-"""What a sweep found: a row for each model, means over repeats, and both as tables to read and to compute with."""
+"""The result of a sweep: a row for each model, means over repeats, and both as tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,23 +16,23 @@ COSTS = ("params", "macs", "size_bytes", "latency_ms", "peak_memory_bytes")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
         name: The sweep's name.
         task: The task's name.
-        metric: The task's metric.
-        higher_is_better: Whether a larger score of it is the better one.
-        also: Further metrics.
-        n_test: Samples behind the scores on test.
+        metric: The name of the task's metric.
+        higher_is_better: Whether a larger score of it is better.
+        also: The names of further metrics.
+        n_test: Number of test samples.
         cells: For each model, the dense one first: its ``row`` of plain values, the ``curves`` that recovery
-            logged, and the ``timeline`` of the GPU: seconds, free bytes, percent utilized; empty without a GPU.
+            logged, and the ``timeline`` of the GPU (seconds, free bytes, percent utilized), empty without a GPU.
         failed: The cells that ended without a model: their ``number``, ``scheme``, ``density_asked``, ``repeat``
             and the ``reason``.
-        stopped: Why it ended, in words.
-        seconds: Wall time of all trials.
-        device: Where it ran.
-        folder: Where everything lies.
+        stopped: The reason why the sweep ended, in words.
+        seconds: Wall time of all trials, in seconds.
+        device: The device on which trials ran.
+        folder: The sweep's folder.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Sweep:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The task's metric and the further ones."""
+        """The names of the task's metric and the further ones."""
         return (self.metric, *self.also)
 
     @property
@@ -60,7 +60,7 @@ class Sweep:
 
     @property
     def trials(self) -> "pd.DataFrame":
-        """A row for each model, the dense one first: scores on val and test, and what it costs."""
+        """A row for each model, the dense one first: scores on val and test, and costs."""
         import pandas as pd
 
         return pd.DataFrame([cell["row"] for cell in self.cells])
@@ -69,8 +69,8 @@ class Sweep:
     def table(self) -> "pd.DataFrame":
         """A row for each scheme and density, the dense model first: means over the repeats.
 
-        ``{metric}`` is the score on test; where there are repeats, ``{metric}_sd`` is their standard deviation.
-        ``change`` is what compression gained (or lost, below 0) of the task's metric.
+        ``{metric}`` is the score on test; with repeats, ``{metric}_sd`` is their standard deviation. ``change`` is
+        the task's metric on test, minus that of the dense model.
         """
         trials = self.trials
         groups = trials.groupby(["scheme", "density_asked"], sort=False, dropna=False)
@@ -82,8 +82,8 @@ class Sweep:
             if table["runs"].max() > 1:
                 table[f"{name}_sd"] = scores.std(ddof=1)
         table["change"] = table[self.metric] - table[self.metric].iloc[0]
-        found: pd.DataFrame = table.reset_index()
-        return found
+        flat: pd.DataFrame = table.reset_index()
+        return flat
 
     def to_rows(self) -> tuple[list[str], list[list[str]]]:
         """`table` as text: the header and the rows."""
@@ -108,11 +108,11 @@ class Sweep:
     @staticmethod
     def _score(at: Mapping[str, Any], name: str) -> str:
         spread = at.get(f"{name}_sd")
-        known = spread is not None and spread == spread  # of a single run it is NaN
+        known = spread is not None and spread == spread  # NaN for a single run
         return f"{at[name]:.4f}" + (f" ± {spread:.4f}" if known else "")
 
     def to_markdown(self) -> str:
-        """The table with what must be known to read it."""
+        """The table in Markdown, with a heading, failed cells and the figure."""
         header, rows = self.to_rows()
         lines = [
             f"# {self.name}",
@@ -122,7 +122,7 @@ class Sweep:
             "",
             *_markdown_table(header, rows),
             "",
-            *(f"- {self.failure(one)}" for one in self.failed),
+            *(f"- {self.failure(cell)}" for cell in self.failed),
         ]
         if self.failed:
             lines.append("")
@@ -130,25 +130,25 @@ class Sweep:
         return "\n".join(lines)
 
     @staticmethod
-    def failure(one: Mapping[str, Any]) -> str:
-        """A cell that ended without a model, in one sentence."""
-        return f"{one['scheme']} at density {one['density_asked']:g}, run {one['repeat']}: {one['reason']}"
+    def failure(cell: Mapping[str, Any]) -> str:
+        """A sentence on a cell that ended without a model."""
+        return f"{cell['scheme']} at density {cell['density_asked']:g}, run {cell['repeat']}: {cell['reason']}"
 
     @property
     def note(self) -> str:
-        """How the table may be used."""
+        """A warning, shown with the table, not to select models by scores on test."""
         return (
             "Scores on test are for comparing. Who chooses the best row by them has used the test data up: "
             "autocompress tune searches on val and proves its answer on test."
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What ``result.json`` holds: JSON types only."""
+        """The content of ``result.json``: JSON types only."""
         return {"kind": "sweep", **asdict(self), "folder": str(self.folder)}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], folder: Path) -> "Sweep":
-        """A sweep from what `to_json` returned, wherever its folder is now."""
+        """A sweep from the result of `to_json`, with its present folder."""
         stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
         del stored["kind"]
         return cls(**stored | {"folder": folder})

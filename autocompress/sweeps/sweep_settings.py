@@ -1,4 +1,4 @@
-"""What a sweep is asked for, checked, and the trials that this makes."""
+"""The settings of a sweep, checked, and the trials that follow from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from autocompress.task import Task
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What is asked.
+    """The settings of a sweep.
 
     Attributes:
-        schemes: How to compress, by what describes it.
-        densities: What each scheme that takes a density is to come to.
-        repeats: Runs of each scheme and density.
-        recovery: How a trial compresses and trains.
+        schemes: The schemes by their specs.
+        densities: The target densities of each scheme that takes one.
+        repeats: Number of runs of each scheme and density.
+        recovery: The recovery of each trial.
         timing: Whether latency, memory and energy are measured, too.
         seed: Seeds the trials.
-        device: Where they run.
-        metrics: What is scored beside the task's own metric.
+        device: The device on which trials run.
+        metrics: Further metrics to score, beside the task's own.
     """
 
     schemes: Mapping[str, Scheme]
@@ -48,7 +48,7 @@ class SweepSettings:
         return list(grid(self.schemes, self.densities, self.repeats))
 
     def identity(self, task: Task) -> dict[str, Any]:
-        """What makes it the same sweep when it is resumed: JSON types only."""
+        """The settings that must be the same when the sweep is resumed: JSON types only."""
         return {
             "kind": "sweep",
             "task": task.name,
@@ -65,5 +65,5 @@ class SweepSettings:
         }
 
     def files(self, task: Task) -> dict[str, str]:
-        """The files that what is asked names: by the path that is written in `identity`, the whole one."""
+        """The absolute paths of the files that the settings name, by the paths that are written in `identity`."""
         return files_in(*self.schemes, *task.specs, *map(name_of, self.metrics))

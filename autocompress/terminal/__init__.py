@@ -1,1 +1,1 @@
-"""The command line behind `autocompress.cli`: its options, its commands, what they print."""
+"""The parts of the command line `autocompress.cli`: its options, its commands and their output."""

@@ -1,4 +1,4 @@
-"""The small commands of the command line: what looks at studies and at this installation."""
+"""The smaller commands of the command line, which show studies and check this installation."""
 
 import json
 import sys
@@ -98,14 +98,15 @@ def show(run: str, out: Path, as_json: bool) -> None:
 
 
 def _without_result(record: "Record") -> str:
+    """The reason why a study has no result, and what to do."""
     name, kind, state = record.name, record.kind, record.state
     if record.problems:
         return record.problems[-1]
     if state == "running":
         return f"the {kind} {name!r} is still running"
     command = "sweep" if kind == "sweep" else "tune"
-    again = f"autocompress {command} --resume {called(record.folder)}"
-    return f"the {kind} {name!r} has no result; {again} goes on with it"
+    resume = f"autocompress {command} --resume {called(record.folder)}"
+    return f"the {kind} {name!r} has no result; {resume} goes on with it"
 
 
 @click.command()

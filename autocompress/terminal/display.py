@@ -1,4 +1,4 @@
-"""What a person sees in the terminal while the search runs."""
+"""Shows a study's progress in the terminal."""
 
 import time
 from contextlib import ExitStack
@@ -18,11 +18,11 @@ from autocompress.trial import TrialResult
 
 
 class Display:
-    """Shows a study while it runs: a live table in a terminal, plain lines elsewhere. A `Watcher`.
+    """Shows a running study: a live table in a terminal, plain lines elsewhere. A `Watcher`.
 
     Args:
-        console: Where to show it.
-        verbose: Whether to show what a trial's recovery logged, too.
+        console: The console to print on.
+        verbose: Whether to show the logs of trials' recoveries and the posterior, too.
     """
 
     def __init__(self, console: Console, *, verbose: bool = False) -> None:
@@ -35,7 +35,7 @@ class Display:
         self._beginning: Beginning | None = None
         self._began_at = time.monotonic()
         self._seconds: list[float] = []
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
         self._listening = ExitStack()
 
     def __enter__(self) -> "Display":
@@ -53,8 +53,8 @@ class Display:
             self._live.stop()
 
     def doing(self, what: str) -> None:
-        """What takes time now."""
-        topic = what.partition(":")[0]  # what stands behind a colon is news of the same
+        """Shows what takes time now."""
+        topic = what.partition(":")[0]  # text after a colon is the progress of the same step
         if self._footer is not None and self._footer.what.partition(":")[0] == topic:
             self._footer.what = what
         else:
@@ -62,23 +62,24 @@ class Display:
         self._show(what)
 
     def progress(self, done: float) -> None:
-        """The share of what takes time now that is done; where there is no terminal, a line now and then."""
+        """Shows the completed fraction of the current step; without a terminal, in a line from time to time."""
         if self._footer is None:
             return
         self._footer.advance(done)
         now = time.monotonic()
-        if self._live is None and now - max(self._said_at, self._footer.began_at) >= SECONDS_BETWEEN_LINES:
+        if self._live is None and now - max(self._printed_at, self._footer.began_at) >= SECONDS_BETWEEN_LINES:
             self._show(str(self._footer.__rich__()))
 
     def began(self, beginning: Beginning) -> None:
-        """Says what is asked and what the dense model is."""
+        """Shows the study's question, the dense model and the notes."""
         self._beginning, self._began_at = beginning, time.monotonic()
         self._unit = beginning.settings.unit
         settings, dense, metric = beginning.settings, beginning.dense, beginning.task.metric.name
         kind = "relative to the dense model's" if settings.bound.relative else "(absolute points)"
         amount = f"{100 * settings.bound.max_drop:g}{settings.unit}"
         sought = " and ".join(
-            f"{'lowest' if one.direction == 'minimize' else 'highest'} {one.name}" for one in settings.objectives
+            f"{'lowest' if objective.direction == 'minimize' else 'highest'} {objective.name}"
+            for objective in settings.objectives
         )
         self._print(
             f"{beginning.task.name}: {settings.scheme}, {sought} that loses at most {amount} of {metric} {kind}"
@@ -92,8 +93,9 @@ class Display:
         self._footer = Footer("trial 1", repeats=settings.trials)
 
     def trial(self, result: TrialResult, best: TrialResult | None, belief: Posterior | None) -> None:
-        """One row, or one line."""
+        """Shows a finished trial in a row of the table, or a line."""
         self._seconds.append(result.seconds)
+        besides = [*self._values(result), *(checked.shown for checked in result.constraints)]
         self._rows.append(
             (
                 f"{result.number}",
@@ -103,7 +105,7 @@ class Display:
                 result.standing,
                 f"{result.seconds:.1f}",
                 f"{best.density:.4f}" if best else "none yet",
-                ", ".join(dict.fromkeys([*self._values(result), *(one.shown for one in result.constraints)])),
+                ", ".join(dict.fromkeys(besides)),
                 in_words(result.params),
             )
         )
@@ -123,23 +125,24 @@ class Display:
                 self._print(f"    lowest feasible density: {low:.4f} to {high:.4f} with 80% probability")
 
     def _values(self, result: TrialResult) -> list[str]:
-        """The objectives, where there are several."""
+        """The trial's objectives in words, if there are several."""
         assert self._beginning is not None
         if len(result.values) == 1:
             return []
-        named = zip(self._beginning.settings.objectives, result.values, strict=True)
-        return [f"{one.name} {in_unit(value, one.unit)}" for one, value in named]
+        pairs = zip(self._beginning.settings.objectives, result.values, strict=True)
+        return [f"{objective.name} {in_unit(value, objective.unit)}" for objective, value in pairs]
 
     def failed(self, number: int, reason: str) -> None:
-        """One row, or one line."""
+        """Shows a failed trial in a row of the table, or a line."""
         self._rows.append((f"{number}", "", "", "", "failed", "", "", "", ""))
         self._show(f"trial {number:>2}  failed: {reason}")
 
     def warned(self, message: str) -> None:
-        """A line of its own."""
+        """Shows a note in its own line."""
         self._print(f"note: {message}")
 
     def _seconds_left(self) -> float:
+        """The time that the remaining trials take at most, by the mean of those so far."""
         assert self._beginning is not None
         settings, done = self._beginning.settings, len(self._rows)
         each = sum(self._seconds) / max(1, len(self._seconds)) / self._beginning.workers
@@ -149,8 +152,8 @@ class Display:
         return left
 
     def _show(self, line: str) -> None:
-        """Redraws the live table, or prints the line where there is none."""
-        self._said_at = time.monotonic()
+        """Redraws the live table, or prints the line if there is none."""
+        self._printed_at = time.monotonic()
         if self._live is not None:
             self._live.update(self._screen())
         else:
@@ -172,12 +175,14 @@ class Display:
 
 
 class Footer:
-    """What takes time now, for how long already, and how long it may still take; it counts by itself.
+    """The last line of the display: the current step, its elapsed time, and estimates of the time left.
+
+    Rich renders it several times a second, so its times advance by themselves.
 
     Args:
-        what: What takes time.
-        left_s: Seconds that the whole search may still take; None where that is not known.
-        repeats: How often the like of it will be done, this time included, where ``left_s`` is not known.
+        what: The current step.
+        left_s: Seconds that the whole search may still take; None if unknown.
+        repeats: How many such steps, including this one, the search consists of; used if ``left_s`` is None.
     """
 
     def __init__(self, what: str, left_s: float | None = None, *, repeats: int = 1) -> None:
@@ -186,40 +191,40 @@ class Footer:
         self._last = (self.began_at, 0.0)
 
     def advance(self, done: float) -> None:
-        """The share ``done`` is done; it never goes back, for what is small may be counted anew."""
+        """Records the completed fraction ``done`` of the step; a fraction below the last one is ignored."""
         if done > self._last[1]:
             self._last = time.monotonic(), min(1.0, done)
             self._first = self._first or self._last
 
     @property
     def done(self) -> float:
-        """The share that is known to be done."""
+        """The completed fraction of the step."""
         return self._last[1]
 
     def _whole_s(self) -> float | None:
-        """How long it takes from beginning to end, from how fast it has gone on since it was first heard of."""
+        """The estimated seconds of the whole step, by the pace since its first report; None if too early."""
         if self._first is None or self.done - self._first[1] < WORTH_SAYING:
             return None
         pace = (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
         return self._last[0] - self.began_at + (1 - self.done) * pace
 
     def __rich__(self) -> Text:
-        """The line as it is at this moment."""
+        """The line with the present times."""
         elapsed = time.monotonic() - self.began_at
         parts = [self.what, *([f"{elapsed:.0f} s"] if elapsed >= 2 else [])]
         left, whole = self.left_s, self._whole_s() if elapsed >= 2 else None
-        of_what = ""
+        of_search = ""
         if whole is not None and elapsed < whole and self.done < 1:
-            of_what = " of the search"
+            of_search = " of the search"  # tells this time from the step's
             parts.append(f"{self.done:.0%}, about {whole - elapsed:.0f} s left")
         if left is None and whole is not None and self.repeats > 1:
             left = self.repeats * whole
         if left is not None:
-            parts.append(f"at most {max(0.0, left - elapsed):.0f} s{of_what} left")
+            parts.append(f"at most {max(0.0, left - elapsed):.0f} s{of_search} left")
         return Text(" · ".join(parts))
 
 
-OPTIONAL = ("besides", "chosen")  # several objectives and constraints; choices beside the density
+OPTIONAL = ("besides", "chosen")  # several objectives and constraints; parameters beside the density
 COLUMNS = ("trial", "density", "val", "drop", "feasible", "seconds", "best", *OPTIONAL)
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
-WORTH_SAYING = 0.02  # share that has been done before it says something about the rest
+SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
+WORTH_SAYING = 0.02  # completed fraction from which on the time of the rest can be estimated

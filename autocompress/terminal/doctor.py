@@ -1,4 +1,4 @@
-"""Whether autocompress can work here, and what is missing. Asks no network."""
+"""Checks whether autocompress can work here, and what is missing. Needs no network."""
 
 import platform
 import re
@@ -15,12 +15,12 @@ from autocompress.disk.storage import prepare_out
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        what: What was looked at.
-        said: What was found, and what to do where something is missing.
-        state: ``ok``, ``note`` for what limits what can be done, or ``problem``.
+        what: The checked item.
+        said: Its state, and what to do if something is missing.
+        state: ``ok``; ``note`` if a feature is not available; ``problem`` if autocompress cannot work.
     """
 
     what: str
@@ -29,19 +29,18 @@ class Finding(NamedTuple):
 
 
 def examine(out: Path) -> Iterator[Finding]:
-    """Looks at Python, the packages, the devices, and the folder for studies.
+    """Checks Python, the packages, the devices, and the folder of studies.
 
     Args:
-        out: The folder for all studies; made if it is not there.
+        out: The folder of all studies.
     """
     yield Finding("python", f"{platform.python_version()} ({sys.executable})")
-    found = versions()
-    for name, number in found.items():
+    for name, number in versions().items():
         if name != "python":
             yield Finding(name, number)
     yield from _requirements()
-    for what, said in machine().items():
-        yield Finding(what, said)
+    for what, description in machine().items():
+        yield Finding(what, description)
     if torch.get_num_threads() > usable_cores():
         said = f"{torch.get_num_threads()} on {usable_cores()} cores; OMP_NUM_THREADS={usable_cores()} is faster"
         yield Finding("threads", said, "note")
@@ -54,7 +53,7 @@ def examine(out: Path) -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[Finding]:
-    """Dependencies that are missing, and the extras that are not complete."""
+    """Findings on missing dependencies and incomplete extras."""
     try:
         required = distribution("autocompress").requires or []
     except PackageNotFoundError:
@@ -63,9 +62,9 @@ def _requirements() -> Iterator[Finding]:
     missing: dict[str, list[str]] = {}
     for requirement in required:
         name = re.match(r"[\w.-]+", requirement)
-        of_extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
+        extra_match = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
         if name and not _is_installed(name[0]):
-            missing.setdefault(of_extra[1] if of_extra else "", []).append(name[0])
+            missing.setdefault(extra_match[1] if extra_match else "", []).append(name[0])
     for extra, names in missing.items():
         lacking = f"{', '.join(names)} not installed"
         if extra:
@@ -91,7 +90,7 @@ def _cuda() -> Finding:
 
 
 def _nvml() -> Finding:
-    """Whether memory, utilization, power and energy of a GPU can be measured."""
+    """A finding on NVML, which measures memory, utilization, power and energy of GPUs."""
     import pynvml
 
     try:

@@ -1,4 +1,4 @@
-"""``autocompress profile``: what a model costs here."""
+"""``autocompress profile``: measures models on this machine."""
 
 import json
 import shlex
@@ -74,6 +74,7 @@ def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:
 
 
 def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled":
+    """The models to measure: those of a study, or --model, maybe compressed."""
     from autocompress.gauges.profile import check_input, of_model
     from autocompress.scheme import parse_scheme
 
@@ -90,7 +91,7 @@ def _profiled(run: str | None, out: Path, options: dict[str, Any]) -> "Profiled"
 
 
 def _of_study(run: str, out: Path, options: dict[str, Any]) -> "Profiled":
-    """A study's answer, beside --model where autocompress cannot make its dense form itself."""
+    """A study's answer and its dense model, which is --model if autocompress cannot build it itself."""
     from autocompress.disk.files import read_json
     from autocompress.disk.record import answer_folder, find_study
     from autocompress.formats.bundle import read_plan
@@ -103,15 +104,18 @@ def _of_study(run: str, out: Path, options: dict[str, Any]) -> "Profiled":
         channels = plan["input"].get("shape", [0, options["shape"][0]])[1]
         return of_study(best, _model(options, len(plan.get("classes", ())) or options["classes"], channels))
     if plan["architecture"] is None:
-        asked = read_json(study / "study.json").get("task_options") or {}  # a file it names is not run unasked
-        written = [asked.get("model") or "file.py:factory"]
-        written += [word for one in asked.get("model_args", ()) for word in ("--model-args", one)]
-        given = shlex.join(["--model", *written])
-        raise click.UsageError(f"{study.name!r} is of a model of your own; give its dense form: {given}")
+        # The study may name the model's file, but running it is up to the user.
+        task_options = read_json(study / "study.json").get("task_options") or {}
+        words = ["--model", task_options.get("model") or "file.py:factory"]
+        words += [word for argument in task_options.get("model_args", ()) for word in ("--model-args", argument)]
+        raise click.UsageError(
+            f"{study.name!r} is of a model of your own; give its dense form: {shlex.join(words)}"
+        )
     return of_study(best)
 
 
 def _model(options: dict[str, Any], classes: int, channels: int) -> "nn.Module":
+    """The untrained network that --model names."""
     from autocompress.networks.own_model import make_model, parse_arguments
 
     arguments = checked("--model-args", parse_arguments, options["model_args"])

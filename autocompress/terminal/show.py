@@ -1,4 +1,4 @@
-"""What a person sees of studies in the terminal when they are done: one result, or the list of all."""
+"""Prints results in the terminal: one study's, one sweep's, or the list of all studies."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,23 +21,23 @@ from autocompress.showing.comparison import (
 from autocompress.showing.words import trials_in_time
 from autocompress.sweeps.sweep_result import Sweep
 
-LIST_WIDTH = 400  # of the list of studies where there is no terminal
-PLAIN_WIDTH = 110  # of a console that is not a terminal and so has no width of its own
+LIST_WIDTH = 400  # characters per line of wide tables, if the output is not a terminal
+PLAIN_WIDTH = 110  # and of all others
 
 
 def make_console(*, stderr: bool) -> Console:
-    """A console on stdout or stderr; plain text without wrapping surprises where that is not a terminal."""
+    """A console on stdout or stderr; if that is not a terminal, it has a fixed width."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
 
 
 def show_result(console: Console, found: Found, folder: Path) -> None:
-    """Prints the table dense | compressed | ratio, the verdict, where things are and what to do next.
+    """Prints the comparison of dense and compressed, the verdict, the files and what to do next.
 
     Args:
-        console: Where to print.
-        found: What `autocompress.Result.to_json` returned.
-        folder: Where the study lies now.
+        console: The console to print on.
+        found: The result of `autocompress.Result.to_json`.
+        folder: The study's present folder.
     """
 
     def say(line: str, style: str = "") -> None:
@@ -53,8 +53,8 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
         table = Table(box=None, padding=(0, 3, 0, 0))
         for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
             table.add_column(column, justify="left" if column.startswith("classes") else "right")
-        for one in lost:
-            table.add_row(*map(escape, one))
+        for row in lost:
+            table.add_row(*map(escape, row))
         console.print()
         console.print(table)
     if found.get("front"):
@@ -78,19 +78,19 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
 
 
 def _front(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The header and the rows of the trials that no other feasible one beats in all objectives."""
-    units = {one["name"]: one["unit"] for one in found["objectives"]}
+    """The header and the rows of the table of Pareto-optimal trials."""
+    units = {objective["name"]: objective["unit"] for objective in found["objectives"]}
     rows = []
-    for one in found["front"]:
-        name = f"trial {one['number']}" + " (the answer)" * (one["number"] == found["answer"])
-        values = [in_unit(value, units[what]) for what, value in one["values"].items()]
-        rows.append((name, f"{one['density']:.4f}", f"{one['drop_pp']:+.2f}", *values))
+    for trial in found["front"]:
+        name = f"trial {trial['number']}" + " (the answer)" * (trial["number"] == found["answer"])
+        values = [in_unit(value, units[objective]) for objective, value in trial["values"].items()]
+        rows.append((name, f"{trial['density']:.4f}", f"{trial['drop_pp']:+.2f}", *values))
     return ("", "density", "drop on val", *units), rows
 
 
-def show_sweep(console: Console, found: Sweep) -> None:
-    """Prints a sweep's table, what failed, and where everything is."""
-    header, rows = found.to_rows()
+def show_sweep(console: Console, sweep: Sweep) -> None:
+    """Prints a sweep's table, its failed cells and its folder."""
+    header, rows = sweep.to_rows()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in header:
         table.add_column(column, justify="left" if column == "scheme" else "right", no_wrap=True)
@@ -101,21 +101,20 @@ def show_sweep(console: Console, found: Sweep) -> None:
         console.width = LIST_WIDTH
     console.print(table)
     console.print()
-    n = len(found.cells) - 1
-    home = short(found.folder)
+    n = len(sweep.cells) - 1
     lines = [
-        *(f"failed: {found.failure(one)}" for one in found.failed),
-        f"{n} model{'' if n == 1 else 's'} in {found.seconds:.0f} s, scored on {found.n_test} test samples, "
-        f"measured on {found.device}; {found.stopped}.",
-        found.note,
-        f"Everything is in {home}: sweep.csv, sweep.md, figures/sweep.svg",
+        *(f"failed: {sweep.failure(cell)}" for cell in sweep.failed),
+        f"{n} model{'' if n == 1 else 's'} in {sweep.seconds:.0f} s, scored on {sweep.n_test} test samples, "
+        f"measured on {sweep.device}; {sweep.stopped}.",
+        sweep.note,
+        f"Everything is in {short(sweep.folder)}: sweep.csv, sweep.md, figures/sweep.svg",
     ]
     for line in lines:
         console.print(escape(line), soft_wrap=True)
 
 
 def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints rows of a name and cells."""
+    """Prints a table whose rows begin with a name."""
     table = Table(box=None, padding=(0, 3, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
@@ -125,7 +124,7 @@ def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
 
 
 def _next(found: Found, folder: Path) -> list[str]:
-    """What to do now, one command or file a line."""
+    """Suggestions what to do next, each a command or a file."""
     if found["stopped"] == "interrupted":
         return [f"autocompress tune --resume {called(folder)}"]
     steps = [f"{short(folder / 'report.html')}   (look at it in a browser)"] * (folder / "report.html").is_file()
@@ -135,7 +134,7 @@ def _next(found: Found, folder: Path) -> list[str]:
 
 
 def show_list(console: Console, records: Iterable[Record]) -> None:
-    """Prints one row a study, the latest last."""
+    """Prints a table with one row per study, the latest last."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "begun (UTC)", "scheme", "state", "trials", "density", "drop", "verdict"):
         right = column in ("trials", "density", "drop")
@@ -143,18 +142,18 @@ def show_list(console: Console, records: Iterable[Record]) -> None:
     for record in sorted(records, key=lambda record: (record.begun, record.name)):
         try:
             row = _row(record)
-        except (LookupError, TypeError, ValueError):  # one that is damaged does not hide the others
+        except (LookupError, TypeError, ValueError):  # a damaged study must not hide the others
             row = (record.name, record.begun, "", "damaged")
         table.add_row(*map(escape, row))
     if not console.is_terminal:
-        console.width = LIST_WIDTH  # what is read by a program is not abridged
+        console.width = LIST_WIDTH  # programs that read the list need unabridged cells
     console.print(table)
 
 
 def _row(record: Record) -> tuple[str, ...]:
     found = record.found or {}
-    compressed = found.get("answer") is not None
-    density, drop = (found["density"], found["drop_pp"]["test"]) if compressed else (None, None)
+    has_answer = found.get("answer") is not None
+    density, drop = (found["density"], found["drop_pp"]["test"]) if has_answer else (None, None)
     return (
         record.name,
         record.begun,
