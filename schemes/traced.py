@@ -43,9 +43,10 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     Raises:
         ValueError: If it cannot be traced.
     """
-    model = copy.deepcopy(model).eval()
+    # Traced on the CPU: on a GPU, torch.export bounds BatchNorm's batch size by 65,535 and refuses any larger one.
+    device, model = device_of(model), copy.deepcopy(model).cpu().eval()
     # The exporter takes a batch of a single sample for a fixed size.
-    x = torch.cat([example_input[:1].detach()] * 2).to(device_of(model))
+    x = torch.cat([example_input[:1].detach().cpu()] * 2)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between the exporter's own parts
@@ -64,8 +65,12 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     for node in graph.nodes:
         if node.target in FUNCTIONAL:
             _without_side_effect(node)
+        if "device" in node.kwargs:
+            node.update_kwarg("device", device)
+        if node.target is aten.to.device:
+            node.update_arg(1, device)
     graph.eliminate_dead_code()
-    traced = fx.GraphModule(exported, graph)
+    traced = fx.GraphModule(exported, graph).to(device)
     traced.eval()
     for parameter in traced.parameters():
         parameter.grad = None

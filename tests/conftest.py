@@ -2,6 +2,7 @@ import os
 import runpy
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,12 @@ def source(name: str) -> SimpleNamespace:
 def recorded() -> SimpleNamespace:
     """The functions of ``recorded.py``: studies as they lie on disk, made up."""
     return source("recorded.py")
+
+
+@pytest.fixture(scope="session")
+def second_device() -> Callable[[], AbstractContextManager[None]]:
+    """In its ``with`` block ``cuda`` is a stand-in, see ``second_device.py``."""
+    return source("second_device.py").second_device
 
 
 @pytest.fixture(scope="session", autouse=True)
