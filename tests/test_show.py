@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from autocompress.disk.record import read_record
+from autocompress.formats.onnx_export import quietly
 from autocompress.showing.words import words
 from autocompress.terminal.show import make_console, short, show_list, show_result
 
@@ -103,6 +104,15 @@ def test_the_console_is_plain_where_there_is_no_terminal(capsys):
     assert capsys.readouterr() == ("", "a path/with_1_number\n")
     make_console(stderr=False).print("x" * 100)
     assert capsys.readouterr() == (f"{'x' * 100}\n", "")
+
+
+@pytest.mark.parametrize("stderr", [False, True])
+def test_what_a_thread_says_while_an_export_keeps_exporters_quiet_is_printed(capsys, stderr: bool) -> None:
+    console = make_console(stderr=stderr)
+    with quietly():
+        console.print("note: the server does not answer")
+    said = capsys.readouterr()
+    assert (said.err if stderr else said.out) == "note: the server does not answer\n"
 
 
 def test_paths_below_the_current_folder_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

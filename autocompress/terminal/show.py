@@ -1,5 +1,6 @@
 """Prints results in the terminal: one study's, one sweep's, or the list of all studies."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -27,8 +28,9 @@ PLAIN_WIDTH = 110  # and of all others
 
 def make_console(*, stderr: bool) -> Console:
     """A console on stdout or stderr; if that is not a terminal, it has a fixed width."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+    file = sys.stderr if stderr else sys.stdout  # bound now: exports redirect both while other threads write
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=PLAIN_WIDTH)
 
 
 def show_result(console: Console, found: Found, folder: Path) -> None:
