@@ -520,6 +520,13 @@ def test_load_gives_the_module_back(tmp_path):
     assert torch.equal(load(tmp_path, dense, x[:1])(x), realized(x))
 
 
+def test_load_does_not_warn_again_of_layers_left_whole(tmp_path, monkeypatch):
+    realized = saved(tmp_path)
+    monkeypatch.setattr(HalvesHidden, "analyze", lambda *_: warnings.warn("left at full width", stacklevel=2))
+    x = torch.randn(3, 1, 4, 4)
+    assert torch.equal(load(tmp_path, mlp())(x), realized(x))  # a warning would be an error
+
+
 def test_save_takes_negative_zeros_and_nan(tmp_path):
     model = mlp()
     model[1].weight.data *= -(model[1].weight.data > 0.2).float()

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -134,7 +135,9 @@ def load(directory: Path, model: nn.Module | None = None, example_input: Tensor 
     dense = copy.deepcopy(model).cpu().eval()
     state = weights.load(directory / WEIGHTS)
     try:
-        facts = scheme.analyze(dense, example_input)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the layers left whole, which the study has noted
+            facts = scheme.analyze(dense, example_input)
         return rebuild(scheme, dense, facts, plan["plan"], plan["density"], state)
     except Exception as error:  # an architecture that does not fit may fail anywhere, also in others' schemes
         named = f" ({plan['architecture']})" if plan["architecture"] else ""
