@@ -131,7 +131,10 @@ class Task:
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
             first[name] = x, y = first.get(name) or _first_batch(name, split)
             if x.dtype != torch.float32:
-                raise ValueError(f"{name}= serves inputs of type {x.dtype}; convert them to float32 (x.float())")
+                tokens = "" if x.is_floating_point() else "; of tokens, the model's forward makes x.long() again"
+                raise ValueError(
+                    f"{name}= serves inputs of type {x.dtype}; convert them to float32 (x.float()){tokens}"
+                )
             if tuple(x.shape[1:]) != expected:
                 raise ValueError(f"{name}= serves inputs of shape {tuple(x.shape[1:])}, val= of shape {expected}")
             _check_values(name, split, x, y)

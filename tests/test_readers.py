@@ -353,7 +353,10 @@ def test_classes_by_number_are_in_the_order_of_numbers(tmp_path: Path) -> None:
         (["path,label", "images/1.png"], "line 2: 1 values for 2 columns"),
         (["path,label", "images/1.png,a", "images/2.png,"], "line 3: it has no 'label'"),
         (["path,label", "images/1.png,a", "images/99.png,b"], "names 1 files that are not there"),
-        (["path,a,b", "images/1.png,0,2"], "line 2: 'b' is '2'; where there are several columns"),
+        (
+            ["path,a,b", "images/1.png,0,2"],
+            "line 2: 'b' is '2'; where there are several columns of labels, here a, b",
+        ),
         (["path,label,split", "images/1.png,a,other"], "line 2: the split 'other' is none of"),
         (["path,label,split", "images/1.png,a,val"], "has no line whose split is train"),
         (["path,path", "images/1.png,a"], "two columns of the same name"),

@@ -259,7 +259,16 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
         ),
         (nn.Linear(3, 2), {"val": DataLoader([{"x": 1.0}])}, r"val= serves a dict a batch; .* pair of tensors"),
         (nn.Linear(3, 2), {"val": DataLoader(Endless())}, "val= is a DataLoader of a data set without a length"),
-        (nn.Linear(3, 2), {"val": (GOOD[0].double(), GOOD[1])}, r"float64; convert them to float32 \(x.float"),
+        (
+            nn.Linear(3, 2),
+            {"val": (GOOD[0].double(), GOOD[1])},
+            r"float64; convert them to float32 \(x.float\(\)\)$",
+        ),
+        (
+            nn.Linear(3, 2),
+            {"val": (GOOD[0].long(), GOOD[1])},
+            r"int64; convert .* tokens, .* makes x.long\(\) again$",
+        ),
         (
             nn.Linear(3, 2),
             {"val": DataLoader(TensorDataset(GOOD[0], GOOD[1].int()))},

@@ -181,7 +181,8 @@ def _table_labels(
             if row[i].strip() not in meaning:
                 raise ValueError(
                     f"{path}, line {number}: {header[i]!r} is {row[i]!r}; where there are several columns of "
-                    "labels each is 0 or 1 (--label names the columns that are labels)"
+                    f"labels, here {', '.join(header[k] for k in columns)}, each is 0 or 1 (--label names the "
+                    "columns that are labels)"
                 )
     y = torch.tensor([[meaning[row[i].strip()] for i in columns] for row in rows])
     return y, [header[i] for i in columns]
