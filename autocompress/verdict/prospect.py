@@ -56,12 +56,14 @@ def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
     meeting = f" and meets {' and '.join(one.text for one in required)}" if required else ""
     has = [one.shown for one in required if one.metric != "density"]  # the density is shown anyway
     besides = f" and has {' and '.join(has)}" if has else ""
-    looser = ", a looser constraint" if required else ""
+    changed = f"{'loses' if nearest.drop >= 0 else 'gains'} {100 * abs(nearest.drop):.2f}{unit}"
+    larger = "" if required and nearest.drop <= settings.bound.max_drop else "a larger drop, "
+    looser = "a looser constraint, " if required else ""
     longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
     return (
         f"Not met: no trial loses at most {bound}{meeting} on val; the nearest, of density "
-        f"{nearest.density:.3g}, loses {100 * nearest.drop:.2f}{unit}{besides}. What may help: a larger "
-        f"drop{looser}, {longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
+        f"{nearest.density:.3g}, {changed}{besides}. What may help: {larger}{looser}{longer}, another scheme than "
+        f"{settings.scheme}, or more trials than {settings.trials}."
     )
 
 
