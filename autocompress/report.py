@@ -108,6 +108,7 @@ def _content(record: Record, figures: Mapping[str, Figure]) -> dict[str, Any]:
         "trials_caption": _caption(record),
         "command": record.asked.get("provenance", {}).get("command"),
         "facts": list(_facts(record)),
+        "notes": found.get("notes") or (),
         "problems": record.problems,
     }
 

@@ -183,6 +183,14 @@ class Study:
         settings, identity = self.settings, self.settings.identity(self.task)
         shared = self.workplace.notes if self.timing else ()
         violated = (checked for checked in self.dense_checked if not checked.met and not checked.is_cost)
+        self.notes = (
+            *self.task.notes,
+            *self.notes,
+            *team().notes,
+            *shared,
+            *(checked.warning for checked in violated),
+            *prospect(settings, self.task),
+        )
         self.watcher.began(
             Beginning(
                 name=self.folder.path.name,
@@ -192,14 +200,7 @@ class Study:
                 dense=self.dense_cost,
                 dense_score=self.dense.score,
                 low=self.space.low,
-                notes=(
-                    *self.task.notes,
-                    *self.notes,
-                    *team().notes,
-                    *shared,
-                    *(checked.warning for checked in violated),
-                    *prospect(settings, self.task),
-                ),
+                notes=self.notes,
                 workers=self.workplace.size,
             )
         )
@@ -353,6 +354,7 @@ class Study:
             seconds=time.perf_counter() - self.began,
             resumed_with=self.resumed_with,
             folder=self.folder.path,
+            notes=self.notes,
             objectives=self.settings.objectives if has_front else (),
             front=tuple(t.number for t in front(self.study)) if has_front else (),
             **fields,

@@ -85,6 +85,10 @@ def test_constraints_are_shown_on_both_splits_and_violations_named(recorded):
     shown = rows(found)
     assert shown["sensitivity on val"] == ("", "0.9700", "")
     assert shown["sensitivity on test"] == ("", "0.9300", "violated")
+    found["constraints"][0]["dense"] = {"val": 0.98, "test": 0.94}
+    shown = rows(found)
+    assert shown["sensitivity on val"] == ("0.9800", "0.9700", "")
+    assert shown["sensitivity on test"] == ("0.9400", "0.9300", "violated")
 
 
 def test_a_class_that_is_sacrificed_is_named(recorded):

@@ -116,11 +116,15 @@ def test_a_class_that_val_or_test_lack_is_noted_as_for_a_task_of_tensors(tmp_pat
 
 def test_a_task_can_be_searched_saved_and_loaded_without_code(npz: str, tmp_path: Path) -> None:
     task = ac.make_task(data=npz, image_size="8", train_epochs=3, train_lr=0.01, batch_size=16)
+    constraints = ["sensitivity>=0.1", "size<=1GB"]
     result = ac.tune(
-        task, max_drop=0.5, trials=1, epochs=2, constraints=["sensitivity>=0.1"], out=tmp_path / "runs", name="s"
+        task, max_drop=0.5, trials=1, epochs=2, constraints=constraints, out=tmp_path / "runs", name="s"
     )
-    assert [one.text for one, _ in result.constraints] == ["sensitivity>=0.1"]
+    assert [one.text for one, _ in result.constraints] == constraints
     stored = result.to_json()
+    found_ill = np.array(stored["confusion"]["dense"])[1, 1] / stored["classes"][1]["support"]
+    assert stored["constraints"][0]["dense"]["test"] == pytest.approx(found_ill)
+    assert stored["constraints"][1]["dense"] is None
     assert stored["constraints"][0]["val"]["value"] >= 0.1
     assert len(stored["classes"]) == 2
     assert np.sum(stored["confusion"]["compressed"]) == 32

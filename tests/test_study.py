@@ -286,6 +286,20 @@ def test_nothing_within_the_bound_gives_the_dense_model_back(strict, out):
     assert f"the nearest, of density {row['density']:.3g}, loses {row['drop_pp']:.2f} pp." in result.sentence
 
 
+def test_a_constraint_that_alone_is_missed_is_what_the_sentence_and_the_notes_name(task, out):
+    result = ac.tune(task, max_drop=0.9, trials=1, epochs=0.01, constraints="f1>=1", out=out, name="floor")
+    (record,) = result.records
+    assert (
+        f"{'loses' if record.drop >= 0 else 'gains'} {100 * abs(record.drop):.2f} pp and has f1" in result.sentence
+    )
+    assert "What may help: a looser constraint, more epochs" in result.sentence
+    (missed,) = (note for note in result.notes if "f1" in note)
+    assert missed.startswith("the dense model itself has f1 0.") and missed.endswith("which violates f1>=1")
+    assert result.to_json()["notes"] == list(result.notes)
+    assert missed in (result.folder / "report.html").read_text(encoding="utf-8").replace("&gt;", ">")
+    assert "the dense model itself has f1" in (result.folder / "report.md").read_text(encoding="utf-8")
+
+
 def test_the_nearest_miss_of_limits_on_costs_reads_as_a_sentence(strict, out):
     limits = ["density<=0.9", "size<=1B", "macs<=1"]
     result = ac.tune(strict, "StructPrune", trials=1, out=out, name="limits", constraints=limits, **HOPELESS)

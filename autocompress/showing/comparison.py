@@ -28,7 +28,8 @@ def comparison(found: Found) -> list[tuple[str, ...]]:
             continue
         name = re.split(r"[<>]=?", text)[0].strip()
         for split, value, met in (("val", val["value"], val["excess"] <= 0), ("test", test["value"], test["met"])):
-            rows.append((f"{name} on {split}", "", f"{value:.4f}", "" if met else "violated"))
+            before = f"{constraint['dense'][split]:.4f}" if constraint.get("dense") else ""
+            rows.append((f"{name} on {split}", before, f"{value:.4f}", "" if met else "violated"))
     return rows + costs(measured)
 
 

@@ -136,6 +136,12 @@ class Conclusion:
             "exported": exported,
             "per_class": per_class(judgement.dense_test, judgement.test, task.classes),
             "constraints": tuple(zip(best.constraints, judgement.constraints, strict=True)),
+            "dense_constraints": tuple(
+                {"val": one.score(self.dense), "test": one.score(judgement.dense_test)}
+                if isinstance(one, Constraint)
+                else None
+                for one in settings.constraints
+            ),
             "answer": best.number,
             "layers": layers,
         }

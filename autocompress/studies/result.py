@@ -79,6 +79,10 @@ class Result:
         resumed_with: Number of trials that had finished before the study was resumed.
         front: With several objectives, the numbers of the Pareto-optimal trials among those feasible on val,
             ordered by the first objective.
+        notes: The notes given before the first trial: how the data were divided, constraints that the dense model
+            misses, layers that cannot be compressed.
+        dense_constraints: For each constraint, the dense model's score by split, such as
+            ``dense_constraints[0]["val"]``; None for a bound on a cost.
     """
 
     name: str
@@ -106,6 +110,8 @@ class Result:
     objectives: tuple[Objective, ...] = ()
     resumed_with: int = 0
     front: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    dense_constraints: tuple[Mapping[str, float] | None, ...] = ()
 
     def __repr__(self) -> str:
         """One line, because the trials and the posterior hold thousands of numbers."""
@@ -136,6 +142,7 @@ class Result:
             "name": self.name,
             "verdict": self.verdict,
             "sentence": self.sentence,
+            "notes": list(self.notes),
             "density": self.density,
             "drop_pp": {
                 "val": 100 * self.drop_val,
@@ -144,8 +151,8 @@ class Result:
             },
             "scores": self.scores,
             "constraints": [
-                {"constraint": val.text, "val": asdict(val), "test": asdict(test)}
-                for val, test in self.constraints
+                {"constraint": val.text, "dense": dense, "val": asdict(val), "test": asdict(test)}
+                for dense, (val, test) in zip(self.dense_constraints, self.constraints, strict=True)
             ],
             **(self.per_class.to_json() if self.per_class else {"classes": None, "confusion": None}),
             **{

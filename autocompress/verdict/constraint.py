@@ -141,16 +141,20 @@ class Constraint:
         # rounded, as drops are, so that a score of exactly 0.95 meets 0.95
         return round(self.value - score if self.at_least else score - self.value, 12)
 
+    def score(self, evaluation: Evaluation) -> float:
+        """The score of the constrained metric."""
+        return self.metric.score(evaluation.targets, evaluation.outputs)
+
     def check(self, evaluation: Evaluation) -> Checked:
         """Checks the constraint on a trial's evaluation on val."""
-        value = self.metric.score(evaluation.targets, evaluation.outputs)
+        value = self.score(evaluation)
         scores = _resampled(self.metric, evaluation, RESAMPLES_SE)
         se = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
         return Checked(self.text, value, se, self.excess(value))
 
     def judge(self, evaluation: Evaluation, confidence: float = 0.95) -> Judged:
         """Judges the constraint on the answer's evaluation on test, which is used once."""
-        value = self.metric.score(evaluation.targets, evaluation.outputs)
+        value = self.score(evaluation)
         lower, upper = self._bounds(evaluation, value, confidence)
         worse, better = (lower, upper) if self.at_least else (upper, lower)
         standing: Standing = "not certifiable"
