@@ -71,8 +71,8 @@ def channel_scores(
         return _summed(groups, filters, lambda s: _distances(weights[s.parameter], s))
     if criterion == "beta_rank":
         seen = required(observed, criterion)
-        heard = [[s for s in of_group if s.parameter in seen] for of_group in filters]
-        return _summed(groups, heard, lambda s: _along(weights[s.parameter].abs(), s) * seen[s.parameter])
+        rated = [[s for s in of_group if s.parameter in seen] for of_group in filters]
+        return _summed(groups, rated, lambda s: _along(weights[s.parameter].abs(), s) * seen[s.parameter])
     scores = entry_scores(criterion, weights, {s.parameter for g in groups for s in g.slices}, observed)
     return _summed(groups, [g.slices for g in groups], lambda s: _along(scores[s.parameter], s))
 

@@ -97,8 +97,8 @@ class Prune:
     """Sets the least important weights to zero: the smallest ones, or by another criterion.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015). Weights
-    of linear and convolutional layers are pruned. Under ``obd`` and ``taylor``, which measure all parameters in
-    what the loss loses, so are biases and normalisation; under other criteria these are kept. They count as
+    of linear and convolutional layers are pruned. Under ``obd`` and ``taylor``, which measure the effect of any
+    parameter on the loss, so are biases and normalisation; under other criteria these are kept. They count as
     parameters either way.
 
     Args:
@@ -140,7 +140,7 @@ class Prune:
         """Finds the weights of linear and convolutional layers, and what may be pruned beside them."""
         floors, floor_elsewhere = per_module(model, self.min_keep, 1, "min_keep")
         densities, _ = per_module(model, self.spread if isinstance(self.spread, Mapping) else {}, 1.0, "spread")
-        found = []
+        layers = []
         weights = prunable_weights(model, self.skip)
         others = other_parameters(model, self.skip) if self.criterion in IN_UNITS_OF_LOSS else {}
         for name, weight in (weights | others).items():
@@ -148,10 +148,10 @@ class Prune:
             floor = floors.get(layer, floor_elsewhere) if weight.dim() > 1 else 0
             if weight.numel() > floor:
                 density = relative_density(self.spread, [weight.shape], densities, [layer])
-                found.append((name, weight.numel(), floor, density))
-        if not found:
+                layers.append((name, weight.numel(), floor, density))
+        if not layers:
             raise ValueError("Prune finds no linear or convolutional weights in this model that it can prune")
-        names, sizes, kept, relative = zip(*found, strict=True)
+        names, sizes, kept, relative = zip(*layers, strict=True)
         return Layers(names, sizes, kept, relative, sum(p.numel() for p in model.parameters()) - sum(sizes))
 
     def observe(self, evidence: Evidence, facts: Layers) -> Layers:

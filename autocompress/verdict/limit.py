@@ -162,9 +162,9 @@ def _objective(name: str) -> Objective | None:
     if "(" in name and not is_in_file(name):
         return as_objective(name)
     if ":" in name or name.endswith(".py"):
-        found = load_from_file(name)
-        plain = Objective(name, found) if callable(found) and not isinstance(found, Objective) else found
-        takes_one = isinstance(plain, Objective) and (plain is found or plain.arguments == 1)
+        loaded = load_from_file(name)
+        plain = Objective(name, loaded) if callable(loaded) and not isinstance(loaded, Objective) else loaded
+        takes_one = isinstance(plain, Objective) and (plain is loaded or plain.arguments == 1)
         return as_objective(name) if takes_one else None
     if isinstance(objective := OBJECTIVES.find(name), Objective):
         return objective
