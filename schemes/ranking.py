@@ -61,7 +61,7 @@ def best_by_lamp(scores: Sequence[Tensor], n: int, floors: Sequence[int]) -> lis
             break
     assert kept is not None  # at the last margin every score is examined
     return [
-        _highest([s], contest.n_above + k, contest.rising[-k])[0] if k else torch.zeros_like(s, dtype=torch.bool)
+        _highest([s], contest.n_above + k, contest.rising[-k])[0] if k else best([s], contest.n_above)[0]
         for s, contest, k in zip(scores, contests, kept, strict=True)
     ]
 

@@ -136,6 +136,18 @@ def test_best_by_lamp_of_many_scores_is_what_sorting_them_says(order: str, floor
             assert torch.equal(mask, best([s], int(mask.sum()))[0])
 
 
+def test_a_layer_that_keeps_its_floor_alone_keeps_its_highest_scores() -> None:
+    """The sample misses scores that dwarf all others of their layer, and so takes these for too important."""
+    generator = torch.Generator().manual_seed(88)
+    dwarfed, other = torch.rand(8_192, generator=generator).pow(4) / 2, torch.empty(6_528)
+    dwarfed[::64] = torch.rand(128, generator=generator)
+    dwarfed[1:8] = 1e4
+    other.uniform_(generator=generator)
+    dwarfed_mask, other_mask = best_by_lamp([dwarfed, other], 3_185, [8, 1])
+    assert torch.equal(dwarfed_mask, best([dwarfed], 8)[0])
+    assert torch.equal(other_mask, best([other], 3_177)[0])
+
+
 def test_the_erdos_renyi_kernel() -> None:
     assert erdos_renyi_kernel([torch.Size([64, 16, 3, 3])]) == (64 + 16 + 3 + 3) / (64 * 16 * 9)
 
