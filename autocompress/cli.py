@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Nothing heavy is imported until a command runs."""
 
+import io
 import json
 import os
 import signal
@@ -364,6 +365,9 @@ def _main() -> None:
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     if not verbose:  # of other libraries; set before threads share the filters
         warnings.filterwarnings("ignore", module=r"(?!autocompress(\.|$))")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where ± or a path cannot be printed, the rest still can
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     try:
         status = cli(standalone_mode=False)

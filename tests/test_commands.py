@@ -1,6 +1,7 @@
 """The small commands, called in this process on studies that were made up."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def test_show_prints_the_result_again(home):
         assert "Met on validation, not certifiable." in done.output
         assert re.search(r"parameters +10,000 +400 +25\.00x", done.output)
     assert json.loads(call("show", "dig", "--out", home, "--json").output)["answer"] == 2
+
+
+def test_what_the_encoding_of_stdout_lacks_is_replaced(home):
+    home.rename(out := home.parent / "Präparate")
+    command = [sys.executable, "-m", "autocompress", "show", "digits-a", "--out", str(out)]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Pr?parate/digits-a" in done.stdout
 
 
 def test_show_of_a_study_without_a_result_says_what_to_do(home, monkeypatch):
