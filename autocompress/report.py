@@ -18,7 +18,7 @@ from autocompress.showing.comparison import (
     timed_together,
 )
 from autocompress.showing.figures import Figure, draw
-from autocompress.showing.words import at_most, headline, sentence, trials_in_time, words
+from autocompress.showing.words import at_least, at_most, headline, sentence, trials_in_time, words
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -149,7 +149,11 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         tiles.append((f"{abs(drops['test']):.2f}{record.unit}", f"{how} on test"))
     if drops["upper"] is not None and (certificate := found.get("certificate")):
         confidence = 100 * certificate["confidence"]
-        tiles.append((f"≤ {at_most(drops['upper'], record.unit)}", f"lost, with {confidence:g}% confidence"))
+        if drops["upper"] < 0:
+            bound, how = f"≥ {at_least(-drops['upper'], record.unit)}", "gained"
+        else:
+            bound, how = f"≤ {at_most(drops['upper'], record.unit)}", "lost"
+        tiles.append((bound, f"{how}, with {confidence:g}% confidence"))
     return tiles
 
 

@@ -162,6 +162,16 @@ def test_the_confidence_is_the_one_that_was_asked_for(recorded, tmp_path):
     assert "lost, with 90% confidence" in text and "95% confidence" not in text.replace("their 95%", "")
 
 
+def test_a_loss_that_is_a_gain_for_sure_is_called_one(recorded, tmp_path):
+    trials = recorded.three_trials()
+    result = recorded.found(trials)
+    result["certificate"] |= {"outcome": "certified", "upper": -0.0224}
+    result["drop_pp"]["upper"] = -2.24
+    text = read(recorded.write_study(tmp_path, trials=trials, result=result))[0].text
+    assert "With 95% confidence the true gain is at least 2.24 pp; a loss of 1 pp was allowed." in text
+    assert "≥ 2.24 pp gained, with 95% confidence" in text
+
+
 def test_what_is_needed_to_get_it_again_is_there(page):
     text = page[0].text
     assert "autocompress tune --scheme StructPrune --max-drop 1%" in text

@@ -73,7 +73,10 @@ def _lost(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
     allowed = f"{100 * certificate['max_drop']:g}{unit}"
     upper, lower = (None if certificate[end] is None else 100 * certificate[end] for end in ("upper", "lower"))
     most, least = at_most(upper, unit), at_least(lower, unit)
-    if certificate["outcome"] == "certified":
+    if certificate["outcome"] == "certified" and upper is not None and upper < 0:
+        gain = at_least(-upper, unit)
+        yield f"With {sure} confidence the true gain is at least {gain}; a loss of {allowed} was allowed."
+    elif certificate["outcome"] == "certified":
         yield f"With {sure} confidence the true loss is at most {most}; {allowed} was allowed."
     elif certificate["outcome"] == "not met":
         yield f"With {sure} confidence the true loss is at least {least}; only {allowed} was allowed."
