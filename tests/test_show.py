@@ -57,6 +57,15 @@ def test_a_result_that_is_not_met_shows_no_table_and_no_artifacts(recorded):
     assert "Next: autocompress ui --out /runs" in text
 
 
+def test_a_narrow_terminal_folds_names_and_cuts_none(recorded, tmp_path):
+    file = io.StringIO()
+    console = Console(file=file, width=40, highlight=False, force_terminal=True, color_system=None)
+    show_result(console, recorded.found(recorded.three_trials()), FOLDER)
+    recorded.write_study(tmp_path, "chest-xrays")
+    show_list(console, [read_record(tmp_path / "chest-xrays", journal=False)])
+    assert "…" not in file.getvalue()
+
+
 @pytest.mark.parametrize("answer", [2, None])
 def test_an_interrupted_result_says_how_to_go_on(recorded, answer):
     text = shown(recorded.found(recorded.three_trials(), answer, stopped="interrupted"))

@@ -54,7 +54,8 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     if lost := classes_that_lost(found):
         table = Table(box=None, padding=(0, 3, 0, 0))
         for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
-            table.add_column(column, justify="left" if column.startswith("classes") else "right")
+            left = column.startswith("classes")
+            table.add_column(column, justify="left" if left else "right", overflow="fold")
         for row in lost:
             table.add_row(*map(escape, row))
         console.print()
@@ -119,7 +120,7 @@ def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
     """Prints a table whose rows begin with a name."""
     table = Table(box=None, padding=(0, 3, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
@@ -140,7 +141,7 @@ def show_list(console: Console, records: Iterable[Record]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "begun (UTC)", "scheme", "state", "trials", "density", "drop", "verdict"):
         right = column in ("trials", "density", "drop")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for record in sorted(records, key=lambda record: (record.begun, record.name)):
         try:
             row = _row(record)
