@@ -49,14 +49,13 @@ def attentive() -> Task:
     return Task(Attentive(), (x[:30], y[:30]), (x[30:45], y[30:45]), (x[45:], y[45:]), name="tokens")
 
 
-def on_both(make_spec: MakeSpec, second_device: Second, task: Task, **asked: object) -> tuple[TrialResult, ...]:
-    """A trial on the CPU and one on the stand-in, each from its own analysis."""
-    # In 16 bits, as GPUs train by default, the two would differ.
+def on_both(
+    make_spec: MakeSpec, second_device: Second, task: Task, *, analyzed_on: str = "cuda", **asked: object
+) -> tuple[TrialResult, ...]:
+    """A trial on the CPU and one on the stand-in, with the facts of a model on ``analyzed_on``."""
     here = run_trial(make_spec(task=task, **asked))
     with second_device():
-        # What the study gives a trial: the task as it was made, and facts of the model on the device.
-        there = task.on("cuda")
-        facts = make_spec(task=there, **asked).facts
+        facts = make_spec(task=task.on(analyzed_on), **asked).facts
         return here, run_trial(make_spec(task=task, **asked, facts=facts, device="cuda"))
 
 
@@ -75,6 +74,7 @@ SCHEMES_OF = [
     *["StructPrune", "FilterPrune", "LowRank", "BlockPrune", "NMPrune"],
     *["Quantize16(dtype=bf16)", "Quantize8", "StructPrune+Quantize8"],
 ]
+# In 16 bits, as GPUs train by default, results would differ.
 EXACT = LearningCompression(epochs=4, c_steps=2, lr=0.05, precision="fp32")
 
 
@@ -85,6 +85,15 @@ def test_a_trial_is_the_one_of_the_cpu(
     parsed = parse_scheme(scheme)
     density = 0.5 if parsed.takes_density else 1.0
     assert_alike(*on_both(make_spec, second_device, tiny_task, scheme=parsed, density=density, recovery=EXACT))
+
+
+@pytest.mark.parametrize("scheme", ["StructPrune(criterion=hrank)", "LowRank", "PruneQuantize8"])
+def test_a_coordinator_without_a_gpu(
+    make_spec: MakeSpec, tiny_task: Task, second_device: Second, scheme: str
+) -> None:
+    """A cluster's workers may have the GPUs alone: the model is analyzed on the CPU then."""
+    asked = {"scheme": parse_scheme(scheme), "recovery": EXACT, "analyzed_on": "cpu"}
+    assert_alike(*on_both(make_spec, second_device, tiny_task, **asked))
 
 
 @pytest.mark.parametrize("scheme", ["StructPrune", "NeuronPrune", "Prune", "LowRank", "NMPrune"])
