@@ -71,6 +71,16 @@ def test_what_cannot_travel_is_named(make_spec: MakeSpec) -> None:
         pack_shared(vars(spec))
 
 
+def test_a_function_that_uses_torchs_backends_travels() -> None:
+    """They are modules of classes of their own, and a function of a script takes with it what it names."""
+
+    def in_full_precision() -> Any:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return torch.backends.cudnn
+
+    assert unpack(pack(in_full_precision))() is torch.backends.cudnn
+
+
 def test_what_cannot_be_made_again_is_said() -> None:
     with pytest.raises(ValueError, match=r"a worker cannot take the study over \(ModuleNotFoundError: .*nowhere"):
         unpack_shared(b"cnowhere\nthing\n.")

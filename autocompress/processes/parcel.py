@@ -5,10 +5,12 @@ not be importable in the other process. A pickle can execute code: it is only re
 has started, or from the cluster whose address it was given.
 """
 
+import importlib
 import io
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -20,7 +22,10 @@ from autocompress.task import Task
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """Pickles shared objects as their index, and objectives and metrics by value instead of by file."""
+    """Pickles shared objects as their index, and objectives and metrics by value instead of by file.
+
+    Modules of a class of their own, which cloudpickle cannot pickle, are imported by name.
+    """
 
     def __init__(self, file: io.BytesIO, shared: Sequence[object]) -> None:
         super().__init__(file)
@@ -32,6 +37,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
         """Pickles objectives and metrics by their fields: the other process may not have their file."""
         if isinstance(value, Objective | Metric):
             return type(value), tuple(getattr(value, field.name) for field in fields(value))
+        if isinstance(value, ModuleType) and type(value) is not ModuleType:  # as torch.backends; by its name
+            return importlib.import_module, (value.__name__,)
         return super().reducer_override(value)
 
 
