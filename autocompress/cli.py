@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Nothing heavy is imported until a command runs."""
+"""The command line: parses options, calls the Python API, prints results.
+
+Slow imports, such as torch, are made within the commands, so that ``--help`` is fast.
+"""
 
 import io
 import json
@@ -227,13 +230,13 @@ def tune(
     _check_options(ctx, options)
     if save_config is not None:
         write_config(ctx, save_config)
-    asked = take_options(options)
+    task_options = take_options(options)
     progress, results = make_console(stderr=as_json), make_console(stderr=False)
 
     def run(watcher: "Watcher") -> "Result":
-        where = {name: options[name] for name in ("out", "device", "constraints")}
-        task = None if asked.is_default else partial(make_task, asked, **where, progress=watcher.doing)
-        return tuning.tune(task, **options, watcher=watcher)
+        shared = {name: options[name] for name in ("out", "device", "constraints")}
+        make = partial(make_task, task_options, **shared, progress=watcher.doing)
+        return tuning.tune(None if task_options.is_default else make, **options, watcher=watcher)
 
     try:
         if quiet:
@@ -251,13 +254,18 @@ def tune(
 
 
 def _status(result: "Result") -> int:
+    """The exit status of `tune`."""
     if result.interrupted:
         return INTERRUPTED
     return 0 if result.met else NOT_MET
 
 
 def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Makes of the options what `autocompress.tune` takes; what is wrong with one is said with its name."""
+    """Checks the options of `tune` and turns them into arguments of `autocompress.tune`.
+
+    Raises:
+        click.UsageError: If an option is not usable; the message names it.
+    """
     from autocompress.disk.database import check_database
     from autocompress.disk.storage import prepare_out
     from autocompress.export import check_formats
@@ -275,7 +283,7 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
         checked("--storage", check_database, options["storage"])
     schemes = checked("--scheme", parse_schemes, options["scheme"])
     options["scheme"] = AUTO if options["scheme"] == AUTO else schemes
-    options["objective"] = [checked("--objective", as_objective, one) for one in options["objective"]]
+    options["objective"] = [checked("--objective", as_objective, spec) for spec in options["objective"]]
     options["formats"] = checked("--export", check_formats, options["formats"])
     checked("--search", parse_dimensions, options["search"], schemes, options["recovery"])
     if options["profile_device"]:
@@ -284,19 +292,23 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
 
 
 def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Fills in the options that were not given with those of the study that is resumed."""
+    """Fills in the options of the study that is resumed, except those given again.
+
+    Raises:
+        click.BadParameter: If an option was given that differs from the study's and is not one of `BUDGET`.
+    """
     from autocompress.notation import with_files
 
-    asked, given = take_resumed(ctx, options, "study")
-    recovery = asked["recovery"]
-    asked |= {name: recovery.get(name) for name in OF_RECOVERY} | {"recovery": recovery["method"]}
-    named = asked["objective"]
-    asked["objective"] = (named,) if isinstance(named, str) else tuple(named)
-    found = {
-        "scheme": with_files(asked["scheme"], asked["files"]),
-        "objective": tuple(found_again(one, asked["files"]) for one in asked["objective"]),
+    stored, given = take_resumed(ctx, options, "study")
+    recovery = stored["recovery"]
+    stored |= {name: recovery.get(name) for name in OF_RECOVERY} | {"recovery": recovery["method"]}
+    objective = stored["objective"]
+    stored["objective"] = (objective,) if isinstance(objective, str) else tuple(objective)
+    with_paths = {  # specs whose files are found from the current folder
+        "scheme": with_files(stored["scheme"], stored["files"]),
+        "objective": tuple(found_again(spec, stored["files"]) for spec in stored["objective"]),
     }
-    asked = {"search": "", "epochs_total": None} | asked  # of studies that knew neither
+    stored = {"search": "", "epochs_total": None} | stored  # studies of earlier versions have neither
     same = (
         "scheme",
         "max_drop",
@@ -312,19 +324,19 @@ def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
         "confidence",
     )
     for name in (*same, *BUDGET):
-        if name not in asked:  # an option that there was not when the study began
+        if name not in stored:  # the study is of a version without this option
             continue
         if name not in given:
-            options[name] = found.get(name, asked[name])
-        elif name not in BUDGET and (said := _as_kept(name, options[name])) != asked[name]:
-            before, now = (", ".join(one) if isinstance(one, tuple) else one for one in (asked[name], said))
-            was = f"the study {options['resume']!r} was made with {before!r}, not {now!r}"
+            options[name] = with_paths.get(name, stored[name])
+        elif name not in BUDGET and (value := _as_stored(name, options[name])) != stored[name]:
+            before, now = (", ".join(v) if isinstance(v, tuple) else v for v in (stored[name], value))
+            problem = f"the study {options['resume']!r} was made with {before!r}, not {now!r}"
             hint = f"'--{name.replace('_', '-')}'"
-            raise click.BadParameter(f"{was}; resume it as it was or begin a new one", param_hint=hint)
+            raise click.BadParameter(f"{problem}; resume it as it was or begin a new one", param_hint=hint)
 
 
-def _as_kept(name: str, given: Any) -> Any:
-    """An option as ``study.json`` keeps it; some may be written in several ways."""
+def _as_stored(name: str, given: Any) -> Any:
+    """The value of an option in the form of ``study.json``, as some can be written in several ways."""
     from autocompress.goal import as_objective
     from autocompress.plugins import name_of
     from autocompress.recovery import make_recovery
@@ -333,7 +345,7 @@ def _as_kept(name: str, given: Any) -> Any:
     if name == "scheme" and given != AUTO:
         return ", ".join(map(describe, checked("--scheme", parse_schemes, given)))
     if name == "objective":
-        return tuple(name_of(checked("--objective", as_objective, one)) for one in given)
+        return tuple(name_of(checked("--objective", as_objective, spec)) for spec in given)
     return make_recovery(given).method if name == "recovery" else given
 
 
@@ -343,7 +355,7 @@ for command in (sweep, *COMMANDS):
 
 
 def main() -> None:
-    """Runs the command line; of several processes that torchrun started in one, which the others help."""
+    """Runs the command line; under torchrun in the process of rank 0, whose training the others join."""
     if not ("TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1):
         return _main()
     from autocompress.learning.learner import Learner
@@ -354,21 +366,21 @@ def main() -> None:
             return _main()
         try:
             team.serve(Learner)
-        except LostProcessError:  # which the process that leads says, or it has ended itself
+        except LostProcessError:  # reported by the leading process, unless that itself has ended
             sys.exit(0)
         except Exception as error:
             _fail(f"process {team.rank}: {type(error).__name__}: {error}", 1)
 
 
 def _main() -> None:
-    """Runs the command line. Errors are one line on stderr; ``-v`` shows where they came from."""
+    """Runs the command line. Errors are printed as one line on stderr; ``-v`` shows tracebacks."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
-    if not verbose:  # of other libraries; set before threads share the filters
+    if not verbose:  # hides warnings of other libraries; before there are threads, which share the filters
         warnings.filterwarnings("ignore", module=r"(?!autocompress(\.|$))")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # where ± or a path cannot be printed, the rest still can
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cluster schedulers end jobs by SIGTERM
     try:
         status = cli(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -390,7 +402,7 @@ def _main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    if "://" in message:  # of a library, which may have an address from an option
+    if "://" in message:  # a library's message may quote an address with a password
         from autocompress.experiments.mlflow_store import without_secrets
 
         message = without_secrets(message)

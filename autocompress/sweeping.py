@@ -1,4 +1,4 @@
-"""A sweep: schemes × densities × repeats, each a trial of its own, as a table and a figure. Nothing is sought."""
+"""`autocompress.sweep`: runs a trial for each of schemes × densities × repeats, without a search."""
 
 import contextlib
 import functools
@@ -52,7 +52,7 @@ from autocompress.trial import Bound, RealizationError, TrialResult, TrialSpec, 
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
 COMPLETE = "the sweep is complete"
 GPU_EVERY_S = 0.5
-ANY_DROP = Bound(0.999)  # a sweep refuses no model
+ANY_DROP = Bound(0.999)  # all trials of a sweep are feasible
 
 
 @takes(
@@ -84,7 +84,7 @@ def sweep(
     out: str | Path = DEFAULT_OUT,
     name: str | None = None,
     resume: str | None = None,
-    progress: Callable[[str], None] = lambda said: None,
+    progress: Callable[[str], None] = lambda line: None,
     tracking_uri: str | None = None,
     command: str | None = None,
 ) -> Sweep:
@@ -94,25 +94,25 @@ def sweep(
         ``ac.sweep(task, ["Prune", "StructPrune"], [0.5, 0.1], repeats=3).table``
 
     Args:
-        task: What to compress, or what makes it, see `autocompress.tune`; by default the digits.
-        schemes: How to compress: names, sums of names, lists of these with commas, or schemes. One that takes no
-            density is run once a repeat.
-        densities: Parameters to keep over those of the dense model, each above 0 and at most 1.
-        repeats: Runs of each scheme and density, that differ in the seed. Run 1 of all of them shares one seed, so
-            do all run 2: what is compared had the same luck with the order of the data.
+        task: The task, or a function that makes it, see `autocompress.tune`; by default the digits.
+        schemes: The schemes: names, sums of names, comma-separated lists of these, or `Scheme` objects. One that
+            takes no density is run once per repeat.
+        densities: The target densities, each above 0 and at most 1.
+        repeats: Number of runs of each scheme and density, with different seeds. The first runs of all share one
+            seed, as do the second runs, and so on, so that compared models have seen the data in the same order.
         also: Further metrics to score, such as ``"sensitivity"``.
-        recovery: How a trial compresses and trains, see `autocompress.tune`. One with ``score_steps=True`` also
-            logs the score on val by L-C step.
-        epochs: Gradient steps of one recovery, in passes over the training data.
+        recovery: The recovery of each trial, see `autocompress.tune`. One with ``score_steps=True`` also logs the
+            score on val by L-C step.
+        epochs: Budget of one recovery, in passes over the training data.
         timing: Whether latency, memory and energy are measured, too.
         seed: Seeds the trials.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        out: The folder for all studies and sweeps; nothing is written outside it.
+        out: The folder of all studies and sweeps; nothing is written outside it.
         name: The sweep's name; by default made of the task and the time.
-        resume: The name of a sweep to go on with, in place of ``name``.
-        progress: Is told how it goes, a line at a time.
-        tracking_uri: An MLflow server to log to in place of the database in ``out``.
-        command: What was typed, for the record.
+        resume: The name of a sweep to resume; ``name`` is ignored then.
+        progress: Called with each line of progress.
+        tracking_uri: An MLflow server to log to instead of the database in ``out``.
+        command: The command line, for the record.
 
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
@@ -120,22 +120,29 @@ def sweep(
     if resume:
         write_files_as(study_settings(Path(out).resolve(), resume, "sweep").get("files", {}))
     recovery = as_recovery(recovery, epochs)
-    listed, levels = distinct_schemes(schemes), distinct_densities(densities)
-    settings = SweepSettings(listed, levels, repeats, recovery, timing, seed, usable_device(device))
+    settings = SweepSettings(
+        distinct_schemes(schemes),
+        distinct_densities(densities),
+        repeats,
+        recovery,
+        timing,
+        seed,
+        usable_device(device),
+    )
     home = prepare_out(Path(out))
     if name is not None and not resume:
         check_free(home, name)
-    for one in listing(also):
-        if isinstance(one, str) and "[" not in one:  # whether a class is known is not known yet
-            as_metric(one)
+    for metric in listing(also):
+        if isinstance(metric, str) and "[" not in metric:  # the classes in brackets are not known yet
+            as_metric(metric)
     task = checked_task(task, home, progress)
-    settings = replace(settings, metrics=_others(also, task))
+    settings = replace(settings, metrics=_further_metrics(also, task))
     identity = settings.identity(task)
     folder = resume_folder(home, resume, identity) if resume else new_folder(home, name, identity)
-    more = {"files": settings.files(task)}
+    further_settings = {"files": settings.files(task)}
     if not resume:
-        more |= {"provenance": provenance(task, command), "task_options": task.options}
-    folder.update_settings(more)
+        further_settings |= {"provenance": provenance(task, command), "task_options": task.options}
+    folder.update_settings(further_settings)
     tracker = functools.partial(
         Tracker, home, task.name, uri=tracking_uri, device=settings.device, on_warning=progress
     )
@@ -144,13 +151,13 @@ def sweep(
     finally:
         if resume or folder.has_begun:
             folder.close()
-        else:  # the name shall be free again
+        else:  # so that its name can be used again
             folder.discard()
 
 
-def _others(also: MetricLike | Sequence[MetricLike], task: Task) -> tuple[Metric, ...]:
-    """The further metrics, each once and beside the task's own: their columns are named by them."""
-    metrics = tuple(as_metric(one, task.classes) for one in listing(also))
+def _further_metrics(also: MetricLike | Sequence[MetricLike], task: Task) -> tuple[Metric, ...]:
+    """The metrics; ValueError if one is given twice or is the task's own, as they name the table's columns."""
+    metrics = tuple(as_metric(metric, task.classes) for metric in listing(also))
     names = [task.metric.name, *(metric.name for metric in metrics)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"the metric {twice!r} is asked for twice; name each once, and the task's own not again")
@@ -158,23 +165,23 @@ def _others(also: MetricLike | Sequence[MetricLike], task: Task) -> tuple[Metric
 
 
 class Sweeping:
-    """A sweep in its folder: each trial is on disk before the next begins.
+    """A sweep in its folder, in which each trial is stored before the next begins.
 
     Args:
-        task: What is compressed, its model on the device.
-        settings: What is asked.
-        folder: Where the sweep lives.
-        progress: Is told how it goes, a line at a time.
+        task: The task, its model on the sweep's device.
+        settings: The sweep's settings.
+        folder: The sweep's folder.
+        progress: Called with each line of progress.
     """
 
     def __init__(
         self, task: Task, settings: SweepSettings, folder: StudyFolder, progress: Callable[[str], None]
     ) -> None:
         self.task, self.settings, self.folder, self.progress = task, settings, folder, progress
-        self.run_id: str | None = None  # in MLflow, as the folder has it
+        self.run_id: str | None = None  # MLflow's parent run, as stored in the folder
 
     def run(self, make_tracker: Callable[[], Tracker]) -> Sweep:
-        """Runs what is not on disk yet, and writes the table and the figure of what there is."""
+        """Runs the trials that are not on disk yet, then writes the tables and the figure of all."""
         macs = count_macs(self.task.model, self.task.example_input) * self.task.train.batch_size
         with threads_for(macs, self.settings.device):
             facts = {}
@@ -188,12 +195,12 @@ class Sweeping:
             except BaseException as error:
                 self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 with contextlib.suppress(OSError):  # the disk may be what failed
-                    self._remember_run()
+                    self._save_run_id()
                 raise
 
     def _run(self, facts: Mapping[str, Facts]) -> Sweep:
         self._start_tracking()
-        found, (cells, failed) = [self._dense()], self._reachable(facts)
+        results, (cells, failed) = [self._dense()], self._reachable(facts)
         stopped = COMPLETE
         with gentle_interrupt(self.progress) as asked_to_stop:
             try:
@@ -201,33 +208,35 @@ class Sweeping:
                     if asked_to_stop():
                         raise KeyboardInterrupt
                     try:
-                        found.append(self._trial(cell, facts[cell.scheme]))
+                        results.append(self._trial(cell, facts[cell.scheme]))
                     except (RealizationError, FloatingPointError, torch.OutOfMemoryError) as error:
                         failed.append(self._failed(cell, str(error)))
                     else:
-                        left = np.mean([one["row"]["seconds"] for one in found[1:]]) * (len(cells) - done)
-                        self.progress(f"trial {cell.number:>3}  {self._line(found[-1])}  about {left:.0f} s left")
-                    self._remember_run()
+                        left = np.mean([result["row"]["seconds"] for result in results[1:]]) * (len(cells) - done)
+                        line = f"trial {cell.number:>3}  {self._line(results[-1])}  about {left:.0f} s left"
+                        self.progress(line)
+                    self._save_run_id()
             except KeyboardInterrupt:
                 stopped = INTERRUPTED
-        return self._conclude(found, failed, stopped)
+        return self._conclude(results, failed, stopped)
 
     def _reachable(self, facts: Mapping[str, Facts]) -> tuple[list[Cell], list[dict[str, Any]]]:
-        """The cells whose scheme can be so sparse, and of the others the first run as failed."""
+        """The cells whose scheme can reach the density; of the others, the first runs as failed cells."""
         cells, schemes = self.settings.cells, self.settings.schemes
         lowest = {name: scheme.lowest_density(facts[name]) for name, scheme in schemes.items()}
-        can = [c for c in cells if not schemes[c.scheme].takes_density or c.density >= lowest[c.scheme]]
-        cannot = [cell for cell in cells if cell not in can and cell.repeat == 1]
-        return can, [
+        reachable = [c for c in cells if not schemes[c.scheme].takes_density or c.density >= lowest[c.scheme]]
+        unreachable = [cell for cell in cells if cell not in reachable and cell.repeat == 1]
+        return reachable, [
             self._failed(cell, f"it cannot be reached; the lowest possible here is {lowest[cell.scheme]:.4g}")
-            for cell in cannot
+            for cell in unreachable
         ]
 
     def _failed(self, cell: Cell, reason: str) -> dict[str, Any]:
-        one = {**cell.key, "reason": reason}
-        self.progress(f"trial {cell.number:>3}  {Sweep.failure(one)}")
+        """Reports and logs a failed cell; returns its entry in `Sweep.failed`."""
+        failure = {**cell.key, "reason": reason}
+        self.progress(f"trial {cell.number:>3}  {Sweep.failure(failure)}")
         self.tracker.failed(cell.number, reason, {"scheme": cell.scheme, "repeat": cell.repeat})
-        return one
+        return failure
 
     def _line(self, cell: Mapping[str, Any]) -> str:
         row, name = cell["row"], self.task.metric.name
@@ -235,15 +244,15 @@ class Sweeping:
         return f"{row['scheme']}  density {row['density']:.4g}  {scores}  {row['seconds']:.1f} s"
 
     def _start_tracking(self) -> None:
-        asked = read_json(self.folder.settings_file)
-        others = ("provenance", "recovery", "mlflow_run", "kind", "files")
-        params = {k: v for k, v in asked.items() if k not in others}
-        params |= {f"recovery.{name}": value for name, value in asked["recovery"].items()}
-        data, run = asked.get("provenance", {}).get("data"), asked.get("mlflow_run")
-        self.tracker.start(self.folder.path.name, params, {"role": "sweep"}, data=data, run_id=run)
+        settings = read_json(self.folder.settings_file)
+        not_params = ("provenance", "recovery", "mlflow_run", "kind", "files")
+        params = {k: v for k, v in settings.items() if k not in not_params}
+        params |= {f"recovery.{name}": value for name, value in settings["recovery"].items()}
+        data, run_id = settings.get("provenance", {}).get("data"), settings.get("mlflow_run")
+        self.tracker.start(self.folder.path.name, params, {"role": "sweep"}, data=data, run_id=run_id)
 
-    def _remember_run(self) -> None:
-        """Writes down the run in MLflow, once it is known: a sweep that is resumed goes on with it."""
+    def _save_run_id(self) -> None:
+        """Stores the id of MLflow's parent run in the folder, so that the sweep continues it when resumed."""
         if self.run_id is None:
             self.tracker.flush()
             self.run_id = self.tracker.run_id
@@ -251,7 +260,7 @@ class Sweeping:
                 self.folder.update_settings({"mlflow_run": self.run_id})
 
     def _dense(self) -> dict[str, Any]:
-        """The dense model's cell; its number is 0."""
+        """Evaluates and measures the dense model; returns its cell, number 0, from disk if it is there."""
         self.progress("measuring the dense model")
         task = self.task
         self.dense = task.evaluate(task.model, task.val)
@@ -263,42 +272,44 @@ class Sweeping:
         return self._load(0) or self._save(0, {"row": row, "curves": {}, "timeline": []})
 
     def _trial(self, cell: Cell, facts: Facts) -> dict[str, Any]:
-        """A cell's trial: from disk, if it is there."""
-        if kept := self._load(cell.number):
-            self._log(cell, self.folder.load_trial(cell.number), kept["row"])
-            return kept
+        """Runs a cell's trial, or loads it if it is on disk; returns the cell as in `Sweep.cells`."""
+        if stored := self._load(cell.number):
+            self._log(cell, self.folder.load_trial(cell.number), stored["row"])
+            return stored
         self._settle()
         gpu = GpuWindow(torch.device(self.settings.device), every_s=GPU_EVERY_S)
-        with gpu as window, heard_by(self._now_and_then(f"trial {cell.number:>3}  {cell.scheme}")):
+        with gpu as window, heard_by(self._progress_lines(f"trial {cell.number:>3}  {cell.scheme}")):
             result = run_trial(self._spec(cell, facts))
         model = result.model
-        assert model is not None, "a trial that has just run has its model"
+        assert model is not None, "only a trial loaded from disk has none"
         on_device = model.to(self.settings.device)
         val, test = (self.task.evaluate(on_device, split) for split in (self.task.val, self.task.test))
         row = self._row(cell, result.measurement, val, test, result.seconds)
         self.folder.save_trial(replace(result, model=on_device.cpu()))
         self._log(cell, result, row)
-        timeline = [[at.seconds, at.free_bytes, at.utilization_pct] for at in window.usage.timeline]
+        timeline = [
+            [sample.seconds, sample.free_bytes, sample.utilization_pct] for sample in window.usage.timeline
+        ]
         curves = {name: list(values) for name, values in result.curves.items()}
         return self._save(cell.number, {"row": row, "curves": curves, "timeline": timeline})
 
     def _settle(self) -> None:
-        """Waits for MLflow, whose imports take Python from whatever is timed beside them."""
+        """Before timing, waits for MLflow's thread, whose imports would slow down what is timed."""
         if self.settings.timing:
             self.tracker.flush()
 
-    def _now_and_then(self, what: str) -> Listener:
-        """Says how far a long trial has come."""
-        footer, said_at = Footer(what), time.monotonic()
+    def _progress_lines(self, what: str) -> Listener:
+        """A listener that reports the progress of a long trial in a line from time to time."""
+        footer, printed_at = Footer(what), time.monotonic()
 
-        def heard(done: float) -> None:
-            nonlocal said_at
+        def listen(done: float) -> None:
+            nonlocal printed_at
             footer.advance(done)
-            if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:
-                said_at = time.monotonic()
+            if time.monotonic() - printed_at >= SECONDS_BETWEEN_LINES:
+                printed_at = time.monotonic()
                 self.progress(str(footer.__rich__()))
 
-        return heard
+        return listen
 
     def _spec(self, cell: Cell, facts: Facts) -> TrialSpec:
         return TrialSpec(
@@ -319,10 +330,11 @@ class Sweeping:
     def _row(
         self, cell: Cell, cost: Measurement, val: Evaluation, test: Evaluation, seconds: float
     ) -> dict[str, Any]:
+        """The row of a cell in `Sweep.trials`."""
         scores = {}
         for metric in (self.task.metric, *self.settings.metrics):
-            for split, seen in (("val", val), ("test", test)):
-                scores[f"{metric.name}_{split}"] = _finite(metric.score(seen.targets, seen.outputs))
+            for split, evaluation in (("val", val), ("test", test)):
+                scores[f"{metric.name}_{split}"] = _finite(metric.score(evaluation.targets, evaluation.outputs))
         costs = {name: getattr(cost, name) for name in COSTS}
         return {**cell.key, **scores, **costs, "device": cost.device, "seconds": seconds}
 
@@ -339,14 +351,15 @@ class Sweeping:
         return read_json(file) if file.is_file() else None
 
     def _save(self, number: int, cell: dict[str, Any]) -> dict[str, Any]:
-        """Writes a cell, after all else of its trial: where it is the trial is whole."""
+        """Writes a cell, as the last file of its trial: a trial that has this file is complete."""
         self.folder.trial(number).mkdir(parents=True, exist_ok=True)
         write_json(self._file(number), cell)
         return cell
 
     def _conclude(
-        self, found: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]], stopped: str
+        self, cells: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]], stopped: str
     ) -> Sweep:
+        """Writes the result and its files, and ends the tracking."""
         task = self.task
         result = Sweep(
             name=self.folder.path.name,
@@ -355,21 +368,21 @@ class Sweeping:
             higher_is_better=task.metric.higher_is_better,
             also=tuple(metric.name for metric in self.settings.metrics),
             n_test=task.test.n_samples,
-            cells=tuple(found),
+            cells=tuple(cells),
             failed=tuple(failed),
             stopped=stopped,
-            seconds=sum(cell["row"]["seconds"] for cell in found),
-            device=found[0]["row"]["device"],
+            seconds=sum(cell["row"]["seconds"] for cell in cells),
+            device=cells[0]["row"]["device"],
             folder=self.folder.path,
         )
         write_json(self.folder.result_file, result.to_json())
         files = write_sweep(result)
         self.tracker.finish(
             "KILLED" if result.interrupted else "FINISHED",
-            f"{len(found) - 1} models; {stopped}",
+            f"{len(cells) - 1} models; {stopped}",
             artifacts=[self.folder.result_file, *files],
         )
-        self._remember_run()
+        self._save_run_id()
         return result
 
 
@@ -382,8 +395,8 @@ def load_model(found: Sweep, number: int, task: Task) -> nn.Module:
 
     Args:
         found: The sweep.
-        number: Of the trial, as in `Sweep.trials`; 0 is the dense model.
-        task: What was compressed.
+        number: The number of the trial, as in `Sweep.trials`; 0 is the dense model.
+        task: The sweep's task.
 
     Raises:
         ValueError: If the trial is not on disk.
@@ -396,7 +409,7 @@ def load_model(found: Sweep, number: int, task: Task) -> nn.Module:
         trial, state = folder.load_trial(number), folder.load_weights(number)
     finally:
         folder.close()
-    written = next(cell["row"]["scheme"] for cell in found.cells if cell["row"]["number"] == number)
-    scheme = parse_scheme(written, run_files=False)
+    spec = next(cell["row"]["scheme"] for cell in found.cells if cell["row"]["number"] == number)
+    scheme = parse_scheme(spec, run_files=False)
     facts, _ = analyze(scheme, on_cpu)
     return rebuild(scheme, on_cpu.model, facts, trial.plan, trial.density, state)

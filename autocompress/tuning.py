@@ -1,4 +1,4 @@
-"""`autocompress.tune`: what is asked is checked, and a study made of it."""
+"""`autocompress.tune`: checks the arguments, opens the study's folder and runs the study."""
 
 import contextlib
 import errno
@@ -113,58 +113,57 @@ def tune(
     formats: str | Sequence[str] = (),
     command: str | None = None,
 ) -> Result:
-    """Finds the best compressed model that loses at most ``max_drop``, proves it on test, and saves it.
+    """Finds the best compressed model whose metric drops by at most ``max_drop``, judges it on test, and saves it.
 
     Args:
-        task: What to compress, or what makes it once all else is known to be usable; by default the digits, see
-            `autocompress.digits`.
-        scheme: How to compress: a name, a sum of names, or a `Scheme`; of several the search chooses one,
-            and ``"auto"`` is a choice of those that suit the model.
-        max_drop: What may be lost of the task's metric, as a fraction: 0.01 is one point.
-        constraints: What else the compressed model must reach, such as ``"sensitivity>=0.95"``, and what it may
-            cost: ``"latency<=5ms"``, ``"size<=1MB"``, any objective.
-        drop: Whether ``max_drop`` counts points or shares of the dense model's score.
-        objective: What to optimize: a name, ``file.py:name``, an `Objective` or a function of a `Measurement`; a
-            list of several for a Pareto front, of which the answer is the one with the smallest product; by
-            default the density, of several schemes the size, by which they compare.
-        trials: How many trials, at most.
+        task: The task, or a function that makes it, which is called after all other arguments have been checked;
+            by default the digits, see `autocompress.digits`.
+        scheme: The scheme: a name, a sum of names, or a `Scheme`. The search chooses one of several; ``"auto"``
+            stands for those that suit the model.
+        max_drop: The largest allowed drop of the task's metric, as a fraction: 0.01 is one point.
+        constraints: Further conditions on scores, such as ``"sensitivity>=0.95"``, and limits on costs, by any
+            objective: ``"latency<=5ms"``, ``"size<=1MB"``.
+        drop: Whether ``max_drop`` is in points of the metric, or relative to the dense model's score.
+        objective: The number to optimize: a name, ``file.py:name``, an `Objective` or a function of a
+            `Measurement`. With a list of several, the search seeks their Pareto front, and the answer is the trial
+            on it with the smallest product. By default the density; with several schemes the size, by which they
+            can be compared.
+        trials: The largest number of trials.
         timeout: Seconds after which no further trial begins.
-        epochs_total: Passes over the training data by all trials together after which no further one begins.
-        tolerance: The search ends when the lowest feasible density is known to within this share of it, with 80%
-            probability: 0.15 is 15%. Its last quarter of trials is not run where an answer is as near as that.
-        confidence: Of the verdict on test, between 0.5 and 1.
-        epochs: Gradient steps of one trial's recovery, in passes over the training data.
-        recovery: How a trial compresses and trains: a name of `autocompress.recovery.RECOVERIES`, or a
-            `LearningCompression` with settings of your own; ``epochs`` replaces its budget. ``"auto"`` is gradual
-            pruning where channels are removed, and learning-compression elsewhere.
-        cheap_trials: Whether a trial starts from the nearest denser model, with fewer steps, and gives up when it
-            cannot meet the bound any more. By default each recovers from the dense model, with the whole budget
-            and to its end.
-        search: What to vary beside the density: ``{"criterion": ["l1", "l2"], "lr": (0.01, 0.3),
-            "stage-density": None}`` with a list of values, a range, or None for those that make sense; or in a
-            line, ``"criterion=l1,l2; lr=0.01..0.3; stage-density"``.
-        sampler: What to try next: threshold, gp, tpe, bisection, grid or random; by default threshold, or gp where
-            ``search`` has a range.
+        epochs_total: Passes over the training data, by all trials together, after which no further trial begins.
+        tolerance: The search ends when the 80% interval of the lowest feasible density is relatively this narrow:
+            0.15 is 15%; in the last quarter of its trials also when an answer is as near to that density.
+        confidence: Confidence of the verdict on test, between 0.5 and 1.
+        epochs: Budget of one trial's recovery, in passes over the training data.
+        recovery: The recovery of each trial: a name of `autocompress.recovery.RECOVERIES`, or a
+            `LearningCompression` with your own settings, whose budget ``epochs`` replaces if given. ``"auto"`` is
+            gradual pruning for schemes that remove channels or with very few steps, else learning-compression.
+        cheap_trials: Whether a trial starts from the nearest denser model, with fewer steps, and gives up if it
+            can hardly meet the bound. By default each starts from the dense model and uses its whole budget.
+        search: Parameters to vary beside the density: ``{"criterion": ["l1", "l2"], "lr": (0.01, 0.3),
+            "stage-density": None}``, with a list of values, a range, or None for the usual values; or as text,
+            ``"criterion=l1,l2; lr=0.01..0.3; stage-density"``.
+        sampler: The sampler of configurations: threshold, gp, tpe, bisection, grid or random; by default
+            threshold, or gp if ``search`` has a range.
         seed: Seeds the search and the trials.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        workers: Trials at a time, each in a process of its own with a GPU or a share of the CPU's threads; 1 runs
-            them in this process.
+        workers: Number of trials at a time, each in a process with its own GPU or a share of the CPU's threads; 1
+            runs them in this process.
         cluster: The address of a Dask scheduler whose workers run the trials, such as ``"tcp://scheduler:8786"``.
-        storage: The address of a database, such as ``"postgresql://user@host/name"``, that keeps what the search
-            knows in place of a journal in the study's folder: processes on several machines, which share ``out``,
-            can then run one study together. The first one begins it, the others resume it.
-        runtime: What runs the model where objectives measure latency: ``"eager"``, ``"compile"`` or
-            ``"onnxruntime"``.
-        profile_device: Where latency, memory and energy are measured; by default ``device``.
-        out: The folder for all studies; nothing is written outside it.
+        storage: The address of a database for the Optuna study, such as ``"postgresql://user@host/name"``, instead
+            of a journal in the study's folder: processes on several machines, which share ``out``, can then run
+            one study together. The first one starts it, the others resume it.
+        runtime: The runtime in which objectives measure latency: ``"eager"``, ``"compile"`` or ``"onnxruntime"``.
+        profile_device: The device on which latency, memory and energy are measured; by default ``device``.
+        out: The folder of all studies; nothing is written outside it.
         name: The study's name; by default made of the task, the scheme and the time.
-        resume: The name of a study to go on with, in place of ``name``.
-        watcher: Is told how it goes.
-        tracking_uri: An MLflow server to log to in place of the database in ``out``. A study that is resumed
-            goes on with its own.
-        register: Registers the answer, which is logged as an MLflow model, under this name.
-        formats: In which formats to write the answer besides the usual ones: ``("executorch",)``.
-        command: What was typed, for the report.
+        resume: The name of a study to resume; ``name`` is ignored then.
+        watcher: Receives the study's progress; by default nothing is shown.
+        tracking_uri: An MLflow server to log to instead of the database in ``out``; by default, a study that is
+            resumed keeps its own.
+        register: The name under which MLflow registers the answer as a model.
+        formats: Formats to export in addition to the usual ones: ``("executorch",)``.
+        command: The command line, for the report.
 
     Raises:
         ValueError: If an argument is not usable; the message says what is allowed.
@@ -182,7 +181,8 @@ def tune(
         bound=Bound(max_drop, relative=_is_relative(drop)),
         objectives=objectives,
         is_auto=is_auto(scheme),
-        # An unknown name is refused before the training; what the space is on the model is not known yet.
+        # Refuses an unknown name before the dense model is trained; the densities here are placeholders, as the
+        # lowest ones depend on the model.
         sampler=check_sampler(
             sampler, Space(schemes, recovery, (0.5,) * len(schemes), dimensions), len(objectives)
         ),
@@ -214,22 +214,26 @@ def tune(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a study is kept: one that is begun, or one that goes on."""
+    """The place where a new study is stored, or a study that is resumed."""
 
-    home: Path  # of all studies
+    home: Path  # the folder of all studies
     name: str | None
     resume: str | None
     storage: str | None
 
     def database(self) -> contextlib.AbstractContextManager["RDBStorage | None"]:
-        """The database that keeps the study, if one does; a study that is resumed stays where it is."""
-        kept = study_settings(self.home, self.resume).get("storage") if self.resume else self.storage
-        if self.storage and not kept:
+        """A context with the database of the Optuna study, or with None if the study has a journal.
+
+        Raises:
+            ValueError: If a database is given for a study that is resumed and has a journal.
+        """
+        stored = study_settings(self.home, self.resume).get("storage") if self.resume else self.storage
+        if self.storage and not stored:
             raise ValueError(f"the study {self.resume!r} is kept in its folder and stays there; leave storage out")
-        address: str | None = self.storage or kept
+        address: str | None = self.storage or stored  # the stored one has no password
         if address is None:
             return contextlib.nullcontext()
-        from autocompress.disk.database import connected  # with SQLAlchemy, which takes a quarter of a second
+        from autocompress.disk.database import connected  # imports SQLAlchemy, which takes a quarter of a second
 
         return connected(address)
 
@@ -237,14 +241,14 @@ class _Place:
     def opened(
         self, settings: Settings, task: Task, watcher: Watcher, command: str | None
     ) -> Iterator[StudyFolder]:
-        """The study's folder. What ends the study early leaves its trials; before the first one, no folder."""
+        """A context with the study's folder, which is removed again if the study ends before its search begins."""
         folder = self._folder(settings, task, command)
         try:
             yield folder
         except KeyboardInterrupt:
             if self.resume or folder.has_begun:
-                again = f"autocompress tune --resume {called(folder.path)} goes on"
-                watcher.warned(f"stopped at once; every finished trial is kept, and {again}")
+                resume = f"autocompress tune --resume {called(folder.path)} goes on"
+                watcher.warned(f"stopped at once; every finished trial is kept, and {resume}")
             raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
@@ -256,20 +260,20 @@ class _Place:
         finally:
             if self.resume or folder.has_begun:
                 folder.close()
-            else:  # the name shall be free again
+            else:  # so that its name can be used again
                 folder.discard()
 
     def _folder(self, settings: Settings, task: Task, command: str | None) -> StudyFolder:
         identity = settings.identity(task)
-        asked = {**settings.budget(), "task_options": task.options, "files": settings.files(task)}
-        if not self.resume:
-            at = self.storage
-            kept = {"storage": without_secrets(at), "study_id": uuid.uuid4().hex} if at else {}
-            asked = {**identity, "provenance": provenance(task, command), **asked, **kept}
-            return new_folder(self.home, self.name, asked)
-        folder = resume_folder(self.home, self.resume, identity)
-        folder.update_settings(asked)
-        return folder
+        changeable = {**settings.budget(), "task_options": task.options, "files": settings.files(task)}
+        if self.resume:
+            folder = resume_folder(self.home, self.resume, identity)
+            folder.update_settings(changeable)
+            return folder
+        fixed = {**identity, "provenance": provenance(task, command)}
+        if self.storage:
+            fixed |= {"storage": without_secrets(self.storage), "study_id": uuid.uuid4().hex}
+        return new_folder(self.home, self.name, fixed | changeable)
 
 
 def _run(
@@ -282,7 +286,7 @@ def _run(
     register: str | None,
     command: str | None,
 ) -> Result:
-    """Makes the study that was asked for, or goes on with it."""
+    """Runs a new study, or one that is resumed."""
     with place.database() as database, place.opened(settings, task, watcher, command) as folder:
         uri = tracking_uri or read_json(folder.settings_file).get("tracking_uri")
         folder.update_settings({"tracking_uri": uri and without_secrets(uri)})
@@ -303,7 +307,7 @@ def _run(
 
 
 def _objectives(given: Asked | Sequence[Asked] | None, default: str) -> tuple[Objective, ...]:
-    return tuple(as_objective(one) for one in listing(given) or (default,))
+    return tuple(as_objective(objective) for objective in listing(given) or (default,))
 
 
 def _is_relative(drop: str) -> bool:

@@ -1,4 +1,4 @@
-"""What options of the command line mean: drops, durations, studies by name, and options kept in a file."""
+"""Types and checks of the command line's options, ``--resume``, and files of options (``--config``)."""
 
 import difflib
 import json
@@ -21,10 +21,10 @@ from autocompress.task_options import restore
 T = TypeVar("T")
 
 # Options that `tune` and `sweep` have in common.
-OF_RECOVERY = ("epochs", "lr", "optimizer", "distill", "rounds")  # what a trial's recovery is made with
+OF_RECOVERY = ("epochs", "lr", "optimizer", "distill", "rounds")  # settings of a trial's recovery
 OF_A_TRIAL = ("recovery", *OF_RECOVERY, "seed", "device")
 
-_NOT_KEPT = ("config", "save_config", "help")  # of the options, by their names in Python
+_NOT_KEPT = ("config", "save_config", "help")  # options that a file cannot hold, by their names in Python
 _OF_ONE_STUDY = ("name", "resume")  # not written by --save-config: the next study has another name
 EMPTY = "it is empty; give a value, or leave it out"
 
@@ -101,9 +101,9 @@ class Densities(click.ParamType[tuple[float, ...]]):
         """The densities as fractions."""
         if isinstance(value, tuple):
             return value
-        found = [re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", one) for one in value.split(",")]
-        densities = tuple(float(one[1]) / (100 if one[2] else 1) for one in found if one)
-        if len(densities) < len(found) or not all(0 < one <= 1 for one in densities):
+        matches = [re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", item) for item in value.split(",")]
+        densities = tuple(float(match[1]) / (100 if match[2] else 1) for match in matches if match)
+        if len(densities) < len(matches) or not all(0 < density <= 1 for density in densities):
             self.fail(f"{value!r} is not a list of densities above 0 and at most 1; write 0.5,0.1 or 50%,10%")
         if len(set(densities)) < len(densities):
             self.fail(f"{value!r} has a density twice")
@@ -126,9 +126,10 @@ class Shape(click.ParamType[tuple[int, ...]]):
 
 
 class Home(click.Path):
-    """The folder of all studies. An empty text, as of an unset variable of a shell, is not the current folder.
+    """The folder of all studies. An empty text, as an unset shell variable gives, is refused.
 
-    Looked at before it is a path, of which `_refuse_empty` cannot tell any more.
+    It is checked here because `_refuse_empty` cannot recognize it once it has become the path of the current
+    folder.
     """
 
     def __init__(self) -> None:
@@ -147,7 +148,7 @@ class Run(click.ParamType[str]):
     name = "run"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """The studies in ``--out`` that begin so."""
+        """The names of studies in ``--out`` that begin with ``incomplete``."""
         out = Path(ctx.params.get("out") or DEFAULT_OUT)
         names = sorted(file.parent.name for file in out.glob("*/study.json"))
         known = [name for name in ["last", *names] if re.fullmatch(NAME, name)]
@@ -170,7 +171,7 @@ TRACKING_URI = click.option(
 
 
 def resume_option(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The option ``--resume`` of a command that makes studies or sweeps, see `take_resumed`."""
+    """The option ``--resume`` of a command that runs studies or sweeps, see `take_resumed`."""
     return click.option(
         "--resume",
         type=Run(),
@@ -180,7 +181,11 @@ def resume_option(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def checked(option: str, check: Callable[..., T], *values: Any) -> T:
-    """What ``check`` makes of an option's value; its ValueError becomes one that names the option."""
+    """Calls ``check`` with an option's value and returns the result.
+
+    Raises:
+        click.BadParameter: If ``check`` raises a ValueError: its message, with the option's name.
+    """
     try:
         return check(*values)
     except ValueError as error:
@@ -188,12 +193,16 @@ def checked(option: str, check: Callable[..., T], *values: Any) -> T:
 
 
 def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -> None:
-    """Makes of the options that `tune` and `sweep` have in common what both take in Python.
+    """Checks the options that `tune` and `sweep` have in common, and turns them into arguments of their functions.
 
     Args:
-        ctx: Of the command.
-        options: Of the command; changed in place. What a recovery is made with becomes the recovery.
-        settings: More that it is made with.
+        ctx: The command's context.
+        options: The command's options by name; changed in place. Those of the recovery are replaced by the
+            recovery.
+        settings: Further settings of the recovery.
+
+    Raises:
+        click.BadParameter: If an option is not usable.
     """
     from autocompress.disk.storage import check_name
     from autocompress.experiments.mlflow_store import check_uri, without_secrets
@@ -205,7 +214,7 @@ def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -
         checked("--name", check_name, options["name"])
     if options["tracking_uri"]:
         checked("--tracking-uri", check_uri, options["tracking_uri"])
-    if options["recovery"] == "none":  # which trains nothing: of training there is only what was given, to refuse
+    if options["recovery"] == "none":  # it takes no settings, so defaults are dropped; given ones will be refused
         for name in OF_RECOVERY:
             if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
                 options[name] = ctx.params[name] = None
@@ -219,19 +228,20 @@ def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -
 def take_resumed(
     ctx: click.Context, options: dict[str, Any], kind: Literal["study", "sweep"]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Finds the study or sweep that ``--resume`` names, and takes its task's options where none are given.
+    """Finds the study or sweep that ``--resume`` names, and fills in its task's options except those given again.
 
     Args:
-        ctx: Of the command.
-        options: Of the command; changed in place: ``out`` and ``resume`` become the folder and the whole name.
-        kind: Which of the two the command resumes.
+        ctx: The command's context.
+        options: The command's options by name; changed in place. ``out`` and ``resume`` become the folder of the
+            studies and the full name.
+        kind: Whether the command resumes studies or sweeps.
 
     Returns:
-        The settings in its ``study.json``, whose ``files`` are those on this machine; the names of the options
-        that were given.
+        The settings in its ``study.json``, with those of its ``files`` that still exist; and the names of the
+        options that were given.
 
     Raises:
-        click.UsageError: If there is none, if it is of the other kind, or if ``--name`` is given as well.
+        click.UsageError: If there is no such study, it is of the other kind, or ``--name`` is given as well.
     """
     from autocompress.disk.record import find_study
     from autocompress.disk.storage import study_settings
@@ -249,7 +259,7 @@ def take_resumed(
 
 
 def _refuse_empty(ctx: click.Context) -> None:
-    """Refuses options without a value, as of a shell's variable that is not set; none was meant by default."""
+    """Refuses options with an empty value, as an unset shell variable gives, unless that is their default."""
     for param in ctx.command.params:
         value = ctx.params.get(param.name or "")
         given = value if isinstance(value, tuple) else (value,)
@@ -258,23 +268,23 @@ def _refuse_empty(ctx: click.Context) -> None:
 
 
 def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """Makes what a TOML file says the defaults of a command's options: an option that is given wins.
+    """Makes the values in a TOML file the defaults of a command's options; options on the command line win.
 
     Raises:
-        click.BadParameter: If the file cannot be read or has a key that is no option; the message names the
-            nearest one.
+        click.BadParameter: If the file cannot be read, or has a key that is not an option; the message suggests a
+            close match.
     """
     if path is None:
         return
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise click.BadParameter(f"cannot read {str(path)!r}: {error.strerror}") from None
     except ValueError as error:  # of TOML or of UTF-8
         raise click.BadParameter(f"{str(path)!r} is not TOML: {error}") from None
     known = options_of(ctx.command)
     defaults = {}
-    for key, value in said.items():
+    for key, value in content.items():
         option = known.get(key.replace("_", "-"))
         if option is None or option.name is None:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
@@ -296,13 +306,13 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
 
 
 def _as_typed(value: Any, option: click.Option, where: str) -> Any:
-    """A value as if it had been typed on the command line."""
+    """A value of a TOML file as click receives it from the command line: text, or a list of texts."""
     if option.is_flag:
         if isinstance(value, bool):
             return value
         raise click.BadParameter(f"{where}: {value!r} is not true or false")
     if option.multiple:
-        return [_plain(one, where) for one in (value if isinstance(value, list) else [value])]
+        return [_plain(item, where) for item in (value if isinstance(value, list) else [value])]
     return _plain(value, where)
 
 
@@ -313,9 +323,9 @@ def _plain(value: Any, where: str) -> str:
 
 
 def write_config(ctx: click.Context, path: Path) -> None:
-    """Writes the options that a command was called with, those of a file included, as TOML for `read_config`.
+    """Writes the options of a call, including those from a file, as TOML for `read_config`.
 
-    Defaults are written as well, so the file means the same when they change; a password in an address is not.
+    Defaults are written, too, so that the file means the same when they change; passwords in addresses are not.
 
     Raises:
         click.BadParameter: If the file cannot be written.

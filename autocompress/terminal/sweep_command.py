@@ -19,7 +19,7 @@ from autocompress.terminal.options import (
 )
 
 INTERRUPTED = 130
-SAME = ("densities", "repeats", "timing", "seed")  # of a sweep that is resumed, under their own names
+SAME = ("densities", "repeats", "timing", "seed")  # options that ``study.json`` stores under their own names
 
 
 @click.command()
@@ -75,34 +75,36 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     options["out"] = checked("--out", prepare_out, options["out"])
     options["schemes"] = list(checked("--scheme", distinct_schemes, options["schemes"]).values())
     check_shared(ctx, options, score_steps=options.pop("score_steps") or None)
-    asked = take_options(options)
+    task_options = take_options(options)
 
     def say(line: str) -> None:
         if not quiet:
             click.echo(line, err=as_json)
 
-    where = {name: options[name] for name in ("out", "device")}
-    task = None if asked.is_default else partial(make_task, asked, **where, progress=say)
-    found = sweeping.sweep(task, **options, progress=say)
+    shared = {name: options[name] for name in ("out", "device")}
+    task = None if task_options.is_default else partial(make_task, task_options, **shared, progress=say)
+    result = sweeping.sweep(task, **options, progress=say)
     if as_json:
-        click.echo(json.dumps(found.to_json(), allow_nan=False))
+        click.echo(json.dumps(result.to_json(), allow_nan=False))
     else:
-        show_sweep(make_console(stderr=False), found)
-    ctx.exit(INTERRUPTED if found.interrupted else 0)
+        show_sweep(make_console(stderr=False), result)
+    ctx.exit(INTERRUPTED if result.interrupted else 0)
 
 
 def _take_from_sweep(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Fills in the options that were not given with those of the sweep that is resumed; others must agree."""
+    """Fills in the options of the sweep that is resumed, except those given again.
+
+    Whether these are the same is checked by `autocompress.sweep`.
+    """
     from autocompress.notation import with_files
 
-    asked, given = take_resumed(ctx, options, "sweep")
-    files = asked["files"]
+    settings, given = take_resumed(ctx, options, "sweep")
+    files, recovery = settings["files"], settings["recovery"]
     del options["constraints"]
-    was = {name: asked[name] for name in SAME}
-    was["schemes"] = tuple(with_files(one, files) for one in asked["schemes"])
-    was["also"] = tuple(found_again(one, files) for one in asked["also"])
-    was["densities"] = tuple(asked["densities"])
-    recovery = asked["recovery"]
-    was |= {name: recovery.get(name) for name in OF_RECOVERY}
-    was |= {"recovery": recovery["method"], "score_steps": bool(recovery.get("score_steps"))}
-    options |= {name: value for name, value in was.items() if name not in given}
+    stored = {name: settings[name] for name in SAME}
+    stored["schemes"] = tuple(with_files(scheme, files) for scheme in settings["schemes"])
+    stored["also"] = tuple(found_again(metric, files) for metric in settings["also"])
+    stored["densities"] = tuple(settings["densities"])
+    stored |= {name: recovery.get(name) for name in OF_RECOVERY}
+    stored |= {"recovery": recovery["method"], "score_steps": bool(recovery.get("score_steps"))}
+    options |= {name: value for name, value in stored.items() if name not in given}
