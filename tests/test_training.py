@@ -285,11 +285,12 @@ def test_descent_with_adamw_follows_its_update_rule() -> None:
         assert float(w.weight.detach()) == pytest.approx(value, rel=1e-5)
 
 
-def test_descent_leaves_out_a_bad_step_once_and_slows_down() -> None:
+@pytest.mark.parametrize("is_fp16", [False, True])
+def test_descent_leaves_out_a_bad_step_once_and_slows_down(is_fp16: bool) -> None:
     w = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         w.weight.fill_(1.0)
-    descent = Descent(w, steps=10, lr=0.1)
+    descent = Descent(w, steps=10, lr=0.1, scaler=torch.amp.GradScaler("cpu", enabled=is_fp16))
     descent.step(w.weight.sum())
     before = float(w.weight.detach())
     descent.step(math.nan * w.weight.sum())
@@ -298,6 +299,15 @@ def test_descent_leaves_out_a_bad_step_once_and_slows_down() -> None:
     assert float(w.weight.detach()) < before
     with pytest.raises(FloatingPointError, match=r"diverged \(loss inf\); try a smaller learning rate"):
         descent.step(math.inf * w.weight.sum())
+
+
+def test_a_gradient_that_overflows_in_fp16_is_the_scalers_alone() -> None:
+    w = nn.Linear(1, 1, bias=False)
+    descent = Descent(w, steps=10, lr=0.1, scaler=torch.amp.GradScaler("cpu"))
+    before = float(w.weight.detach())
+    for _ in range(3):
+        descent.step((0 * w.weight).sqrt().sum())  # a finite loss, of an infinite slope
+    assert float(w.weight.detach()) == before and descent.slowed == 1
 
 
 @pytest.mark.parametrize("power", [1, 2])

@@ -65,7 +65,8 @@ class Descent:
     """SGD with Nesterov momentum, or AdamW, along one cycle of the learning rate.
 
     A step whose gradient is not finite is skipped, and the learning rate stays at a tenth from then on. A second
-    such gradient counts as divergence. In fp16 the scaler skips steps that overflow.
+    such gradient counts as divergence. In fp16 the gradients of a finite loss may overflow: the scaler skips that
+    step alone.
 
     Args:
         model: Its trainable parameters are updated in place.
@@ -144,15 +145,17 @@ class Descent:
         is_finite = math.isfinite(norm)
         if is_finite and self.remembers:
             self._remember_gradients(max(1.0, norm / self.max_gradient))
+        overflowed = self._scaler.is_enabled() and not is_finite and math.isfinite(float(loss.detach()))
         if is_finite or self._scaler.is_enabled():
-            self._scaler.step(self._optimizer)  # skips the step by itself after an overflow in fp16
+            self._scaler.step(self._optimizer)  # skips the step by itself if the gradient is not finite
             self._scaler.update()
-        elif self.slowed == 1.0:
-            self.slowed = SLOWER
-        else:
+        if is_finite or overflowed:
+            return lr
+        if self.slowed < 1:
             raise FloatingPointError(
                 f"the training diverged (loss {float(loss.detach())}); try a smaller learning rate"
             )
+        self.slowed = SLOWER
         return lr
 
     @torch.no_grad()
