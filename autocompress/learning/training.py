@@ -145,18 +145,20 @@ class Descent:
         is_finite = math.isfinite(norm)
         if is_finite and self.remembers:
             self._remember_gradients(max(1.0, norm / self.max_gradient))
-        overflowed = self._scaler.is_enabled() and not is_finite and math.isfinite(float(loss.detach()))
         if is_finite or self._scaler.is_enabled():
             self._scaler.step(self._optimizer)  # skips the step by itself if the gradient is not finite
             self._scaler.update()
-        if is_finite or overflowed:
-            return lr
-        if self.slowed < 1:
-            raise FloatingPointError(
-                f"the training diverged (loss {float(loss.detach())}); try a smaller learning rate"
-            )
-        self.slowed = SLOWER
+        if not is_finite:
+            self._slow_down(_mean(loss, average))
         return lr
+
+    def _slow_down(self, loss: float) -> None:
+        """Answers a gradient that is not finite: a lower learning rate, or an error the second time."""
+        if self._scaler.is_enabled() and math.isfinite(loss):
+            return  # it overflowed in fp16, and the scaler scales less from now on
+        if self.slowed < 1:
+            raise FloatingPointError(f"the training diverged (loss {loss}); try a smaller learning rate")
+        self.slowed = SLOWER
 
     @torch.no_grad()
     def _remember_gradients(self, clipped: float) -> None:
@@ -212,6 +214,14 @@ class Descent:
         state = {entry: fitted(entry.partition("/")[2], t) for entry, t in other.state_dict().items()}
         self.load_state_dict(state, other.taken, other.slowed)
         self.remembers = other.remembers
+
+
+def _mean(loss: Tensor, average: Callable[[Sequence[Tensor]], None] | None) -> float:
+    """The loss, averaged over the processes that share the batch: they must all decide alike."""
+    loss = loss.detach().clone()
+    if average is not None:
+        average([loss])
+    return float(loss)
 
 
 def fit(model: nn.Module, split: Split, loss: Loss, *, epochs: float, lr: float, seed: int) -> None:
