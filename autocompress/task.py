@@ -163,6 +163,20 @@ class Task:
             )
         self._check_labels(outputs.shape[1])
         self._check_loss(*first["train"])
+        if len(first["train"][0]) == 1:
+            self._check_batch_of_one(first["train"][0])
+
+    def _check_batch_of_one(self, x: Tensor) -> None:
+        """Checks that a batch of one sample can be trained on: BatchNorm may have one value per channel in it."""
+        in_training = copy.deepcopy(self.model).train()
+        try:
+            with torch.no_grad():
+                in_training(x.to(device_of(self.model)))
+        except ValueError as error:
+            raise ValueError(
+                f"train= serves batches of one sample, on which the model cannot be trained: {error}; make its "
+                "DataLoader with a larger batch_size"
+            ) from error
 
     def _check_loss(self, x: Tensor, y: Tensor) -> None:
         """Checks that the loss maps a batch's logits and targets to a scalar with a gradient."""

@@ -265,6 +265,11 @@ GOOD = (torch.zeros(6, 3), torch.arange(6) % 2)
             r"float64; convert them to float32 \(x.float\(\)\)$",
         ),
         (
+            nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)),
+            {"train": DataLoader(TensorDataset(*GOOD), batch_size=1)},
+            "train= serves batches of one sample, .* more than 1 value per channel .* a larger batch_size$",
+        ),
+        (
             nn.Linear(3, 2),
             {"val": (GOOD[0].long(), GOOD[1])},
             r"int64; convert .* tokens, .* makes x.long\(\) again$",
