@@ -43,7 +43,7 @@ from autocompress.task import Task
 from autocompress.tracking import Tracker, final_metrics
 from autocompress.trial import TrialResult, TrialSpec, can_be_cheap
 from autocompress.verdict.limit import Limit, check_all
-from autocompress.verdict.prospect import nearest_miss, prospect
+from autocompress.verdict.prospect import nearest_miss, one_answer, prospect
 
 
 class Study:
@@ -189,6 +189,7 @@ class Study:
             *team().notes,
             *shared,
             *(checked.warning for checked in violated),
+            *one_answer(self.dense, self.task),
             *prospect(settings, self.task),
         )
         self.watcher.began(

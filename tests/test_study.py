@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from autocompress.scheme import SCHEMES, describe
 from autocompress.studies.settings import Settings
 from autocompress.terminal.show import show_result
 from autocompress.trial import Bound
-from autocompress.verdict.prospect import prospect
+from autocompress.verdict.prospect import one_answer, prospect
 
 DENSE_PARAMS = 859
 SHORT = {"trials": 2, "epochs": 3.0, "max_drop": 0.2}
@@ -581,6 +582,18 @@ def test_what_is_on_test_and_not_held_out_is_said(task):
     x[:3], x[3:5] = task.train.x[:3], task.val.x[7]
     (note,) = prospect(settings, ac.Task(task.model, task.train, task.val, (x, y)))
     assert note.startswith("of 120 different test samples 3 of them in train and 1 of them in val as well")
+
+
+def test_a_dense_model_that_predicts_one_class_is_noted(task):
+    dense = task.evaluate(task.model, task.val)
+    assert one_answer(dense, task) == ()
+    constant = replace(dense, outputs=np.tile(np.eye(dense.outputs.shape[1])[1], (len(dense.targets), 1)))
+    (note,) = one_answer(constant, task)
+    assert note.startswith(f"the dense model predicts class 1 for each of the {len(dense.targets)} val samples")
+    kinds = [f"kind {k}" for k in range(constant.outputs.shape[1])]
+    named = ac.Task(task.model, task.train, task.val, task.test, classes=kinds)
+    assert "predicts class kind 1 for" in one_answer(constant, named)[0]
+    assert one_answer(replace(constant, targets=np.ones_like(dense.targets)), task) == ()
 
 
 @pytest.mark.parametrize(("max_drop", "said"), [(0.02, 1), (0.5, 0)])

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from autocompress.certify import certifiable_drop
+from autocompress.metrics import decisions
 from autocompress.recovery import settings_of
 from autocompress.splits import sample_digests
 from autocompress.studies.settings import Settings
-from autocompress.task import Task
+from autocompress.task import Evaluation, Task
 from autocompress.trial import TrialResult
 
 SMALL = 0.005  # a drop that counts as one bound where the bound is less
@@ -16,6 +19,20 @@ DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form
 def prospect(settings: Settings, task: Task) -> tuple[str, ...]:
     """What can be said in advance about the verdict, in sentences: test data seen in training, too few samples."""
     return (*_not_held_out(task), *_certifiable(settings, task))
+
+
+def one_answer(dense: Evaluation, task: Task) -> tuple[str, ...]:
+    """A sentence if the dense model predicts the same class for every val sample, although val has others."""
+    if dense.targets.ndim == 2 or len(np.unique(dense.targets)) == 1:
+        return ()
+    predicted = np.unique(decisions(dense.targets, dense.outputs))
+    if len(predicted) > 1:
+        return ()
+    named = task.classes[int(predicted[0])] if task.classes else f"{predicted[0]}"
+    return (
+        f"the dense model predicts class {named} for each of the {len(dense.targets)} val samples: look whether "
+        "it is trained, and on inputs like these",
+    )
 
 
 def _not_held_out(task: Task) -> tuple[str, ...]:
