@@ -1,4 +1,4 @@
-"""Optimize what matters to you: an objective is a function of a Measurement.
+"""An objective of your own: a function of a Measurement.
 
 Run it with:                python examples/custom_objective.py
 Use it on the command line: autocompress tune --objective examples/custom_objective.py:first_answer_s
@@ -11,7 +11,7 @@ BYTES_PER_S = 50_000  # of a slow radio link
 
 @ac.objective(direction="minimize", unit="s")
 def first_answer_s(measurement: ac.Measurement) -> float:
-    """From nothing to the first answer: download the weights, run once."""
+    """Seconds to the first prediction: download the weights, run once."""
     assert measurement.latency_ms is not None, "time is measured whenever an objective asks for it"
     return measurement.size_bytes / BYTES_PER_S + measurement.latency_ms / 1e3
 

@@ -13,8 +13,8 @@ import autocompress as ac
 
 torch.manual_seed(0)
 
-# Any data will do, as a pair of tensors (x, y) or a DataLoader of such batches. What matters is that there are
-# three parts: recovery trains on the first, the search is judged on the second, the verdict falls on the third.
+# Each part of the data is a pair of tensors (x, y) or a DataLoader of such batches. Three parts are needed:
+# recovery trains on the first, the search scores trials on the second, the answer is tested on the third.
 images, labels = load_digits(return_X_y=True)
 x = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
 y = torch.tensor(labels)
@@ -22,7 +22,7 @@ train, rest = train_test_split(range(len(y)), train_size=0.5, stratify=y, random
 val, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)
 loader = DataLoader(TensorDataset(x[train], y[train]), batch_size=64, shuffle=True, drop_last=True)
 
-# Any classifier will do. This one is trained here for a few seconds; yours has been trained long ago.
+# Any classifier works. This one is trained here for a few seconds; use your trained model instead.
 model = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1),
     nn.BatchNorm2d(32),

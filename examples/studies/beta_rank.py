@@ -1,8 +1,8 @@
-"""Beta-Rank against L1 and HRank where classes are unequal: accuracy, stability of the ranking, and Grad-CAM.
+"""Beta-Rank against L1 and HRank with imbalanced classes: accuracy, stability of the ranking, and Grad-CAM.
 
 After Homayounfar et al., "Beta-Rank: A Robust Convolutional Filter Pruning Method for Imbalanced Medical Image
-Analysis" (2023). The same network is pruned by three rankings of its filters and trained on, three times. Some of
-the paper's table, mean and standard deviation in percent, ResNet-56:
+Analysis" (2023). The same network is pruned by three rankings of its filters and then fine-tuned, three times.
+Part of the paper's table, mean and standard deviation in percent, ResNet-56:
 
     data   FLOPs  ranking    accuracy      precision     recall        specificity
     ISIC          dense      73.33         66.5          63.2          85.5

@@ -1,8 +1,7 @@
 """The Condensa study: schemes by densities, accuracy by L-C step, and the GPU's memory and utilization over time.
 
 After a thesis that compresses with Condensa for the NIH's malaria cells (two classes, 32 x 32) and chest X-rays
-(several labels, 64 x 64, patients kept apart, classes weighted), both with a ResNet-18. What it reports for the
-X-rays:
+(several labels, 64 x 64, split by patient, classes weighted), both with a ResNet-18. Its results for the X-rays:
 
     scheme           density  accuracy        class (density 0.1)   accuracy   class               accuracy
     Prune              0.1     0.27           Atelectasis             0.84     Hernia                0.90
@@ -13,9 +12,9 @@ X-rays:
     PruneQuantize32    0.5     0.32           Emphysema               0.97     Pneumonia             0.97
                                               Fibrosis                0.98     Pneumothorax          0.96
 
-Here PruneQuantize32 is Prune: weights are stored in 32 bits anyway. Lower densities left more memory free;
-accuracy fell and came back by L-C steps, the more erratic the lower the density. Without a GPU its memory and
-utilization are n/a, and the figure says so.
+Here PruneQuantize32 is Prune: weights are stored in 32 bits anyway. In the thesis, lower densities left more
+memory free; the accuracy fell and recovered over the L-C steps, less regularly at lower densities. Without a GPU,
+memory and utilization are n/a, and the figure says so.
 
 Run it with:  python examples/studies/condensa.py --data cells/ --augment cells
          or:  python examples/studies/condensa.py --data chest.csv --label Edema --label Hernia ... \\

@@ -1,4 +1,4 @@
-"""One-shot, iterative and layer-wise pruning, and how alike the layers of what comes out are.
+"""One-shot, iterative and layer-wise pruning, and the similarity of the layers of the pruned networks.
 
 After Akhtar and Bathula, "Exploring the Impact of Network Pruning Techniques on Model Efficiency and Layer
 Similarity in Medical Image Analysis": single weights by magnitude, at two levels; then linear CKA between all
@@ -31,7 +31,7 @@ from autocompress.learning.learner import Learner, Penalty
 from autocompress.recovery import make_recovery
 from autocompress.sweeping import load_model
 
-# The layer-wise one takes the same share of each layer, the others what is smallest anywhere.
+# Layer-wise pruning removes the same share of each layer, the others the smallest weights of the whole network.
 METHODS = {
     "iterative": ("iterative", "Prune(criterion=l1)"),
     "one-shot": ("rewind", "Prune(criterion=l1)"),

@@ -2,8 +2,8 @@
 
 After Montanez, "Trade-Offs Between Compression and Accuracy for Skin Disease Classification in Edge Devices"
 (2024): channels by Taylor importance over groups, the same share of every layer, then 15 epochs of AdamW at 0.001.
-A pruning ratio r takes the share r of the channels; a layer shrinks on both of its sides, so (1 - r)² of the
-parameters stay, and that is the density to ask for. The paper's table, 900 images in nine classes:
+A pruning ratio r removes the share r of the channels. A layer loses input and output channels, so (1 - r)² of the
+parameters remain, which is the density to ask for. The paper's table, 900 images in nine classes:
 
     ratio   accuracy  change   parameters [M]  change   MACs [M]  change
     dense    82.32               11.181                 1821.7

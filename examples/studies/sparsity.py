@@ -1,8 +1,8 @@
 """Sparsity against AUC, sensitivity and specificity, for large networks and a small one, on lesions of the skin.
 
-After Jun, "Pruned Neural Networks for Skin Cancer Detection": of each network the share of frozen layers and the
-learning rate are sought first, by AUC on val; then 25 to 90% of its weights go by magnitude and the rest is
-trained on. The paper's table of the dense networks, 3,908 images of HAM10000, half of them malignant:
+After Jun, "Pruned Neural Networks for Skin Cancer Detection": for each network, the share of frozen layers and the
+learning rate are searched first, by AUC on val; then 25 to 90% of its weights are pruned by magnitude and the rest
+is fine-tuned. The paper's table of the dense networks, 3,908 images of HAM10000, half of them malignant:
 
     model         AUC     accuracy  sensitivity  specificity  % TP  % TN  % FP  % FN
     MobileNet v2  0.8853   81.9%     84.4%        79.6%       41.5  40.5  10.4   7.7
@@ -11,7 +11,7 @@ trained on. The paper's table of the dense networks, 3,908 images of HAM10000, h
     ResNet-152    0.9050   83.9%     86.7%        81.1%       42.6  41.2   9.6   6.5
 
 All did best with every layer trained and a learning rate of 1e-4. Up to 75% sparsity the large networks kept their
-AUC, in part gained; MobileNet v2 lost from the start, and was still better than large ones of as many non-zeros.
+AUC or gained; MobileNet v2 lost from the start, but was better than large networks with as many non-zeros.
 
 Run it with:  python examples/studies/sparsity.py --data ham10000/
 where ham10000/ holds the folders benign/ and malignant/. Freezing is of use with trained weights: torchvision's,
@@ -32,7 +32,7 @@ SIZES = {"inception_v3": "299"}
 
 
 def make_best_task(args: argparse.Namespace, model: str) -> ac.Task:
-    """The network trained as suits it best: Optuna seeks the share of frozen layers and the learning rate."""
+    """The network with its best training: Optuna searches the share of frozen layers and the learning rate."""
 
     def trained(frozen: float, lr: float) -> ac.Task:
         size = args.image_size or SIZES.get(model, "224")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _with_shares(at: pd.Series) -> list[float]:
-    """The scores, and what share of the images is found, cleared, alarmed and missed, in percent."""
+    """The scores, and the shares of true and false positives and negatives among the images, in percent."""
     sensitivity, specificity = at["sensitivity"], at["specificity"]
     apart = sensitivity - specificity
     # accuracy = ill x sensitivity + (1 - ill) x specificity, which says how many are ill

@@ -1,11 +1,12 @@
-"""Structured pruning of every family of classifiers, at full image size with random weights: one row a density.
+"""Structured pruning of every family of classifiers, at full image size with random weights: one row per density.
 
     python tests/benchmarks/architectures.py [NAME ...]
 
-`plan s` is what analyze, pi and realize take together, in processor seconds on one thread; 1 is promised of
-resnet50. `error` is the largest difference of the realized model's outputs from the masked one's, over what those
-of two images differ by. `ok` says that it is below 3e-3, that the parameters are as predicted, and that the model
-trains, copies and loads. Exits with 1 where one is not ok, or a promise is not kept.
+`plan s` is the time of analyze, pi and realize together, in processor seconds on one thread; the limit for
+resnet50 is 1. `error` is the largest difference between the outputs of the realized and the masked model, divided
+by the difference of the outputs for two images. `ok` means that the error is below 3e-3, that the number of
+parameters is as predicted, and that the model trains, copies and loads. Exits with 1 if a row is not ok or a limit
+is exceeded.
 """
 
 import sys
@@ -36,7 +37,7 @@ def main(names: list[str]) -> int:
 
 
 def row(name: str) -> bool:
-    """Prints a model's rows and what is left whole of it; whether all is well."""
+    """Prints a model's rows and the layers left whole; returns whether all rows are ok."""
     torch.manual_seed(0)
     side = ARCHITECTURES[name].full_side
     x = images(side)
@@ -74,7 +75,7 @@ def row(name: str) -> bool:
 
 
 def seconds(action: Callable[[], Result], tries: int = 1) -> tuple[float, Result]:
-    """Processor seconds of the shortest of some runs, and what the last one returned."""
+    """Returns the processor seconds of the fastest of some runs, and the last run's result."""
     taken = []
     for _ in range(tries):
         began = time.process_time()

@@ -1,11 +1,11 @@
-"""What a C step costs beside the L step that follows it: ResNet-18 on 1,000 images of 32 x 32, on one core.
+"""Cost of a C step relative to the L step that follows it: ResNet-18 on 1,000 images of 32 x 32, on one core.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/c_step.py [SCHEME ...]
 
-Promised: at most 5% of the L step, which is one epoch under the scheme's own penalty. A C step is all that there
-is between two L steps: looking at data, Π and Δ. Both are the shortest of some rounds in turn, in processor
-seconds, so that whatever else the machine does weighs on both alike. The first round is left out: in it a scheme
-may look at data for what training gathers from then on. Exits with 1 where a scheme takes more.
+The limit is 5% of the L step, which is one epoch under the scheme's own penalty. A C step is all work between two
+L steps: observing data, Π and Δ. Both are timed in turns, in processor seconds, so that other load on the machine
+affects both alike, and the shortest of some rounds counts. The first round is left out: in it a scheme may observe
+data for statistics that training gathers later on. Exits with 1 if a scheme takes more.
 """
 
 import copy
@@ -56,7 +56,7 @@ class Seconds:
 
 
 def rounds(scheme: Scheme, task: Task) -> list[Seconds]:
-    """Trains for some rounds; what each took, its L step as long as an epoch."""
+    """Trains for some rounds and returns the times of each, its L step scaled to an epoch."""
     recipe = LearningCompression(epochs=1, lr=0.01, distill=0.0).suiting(scheme, task.train)
     facts = scheme.analyze(task.model, task.example_input)
     learner = Learner(recipe, copy.deepcopy(task.model), task, seed=0)

@@ -1,11 +1,11 @@
-"""The default job, seed by seed: wall time, density and drops. Fails where it misses what is promised.
+"""The default job, seed by seed: wall time, density and drops. Fails if a limit is missed.
 
     python tests/benchmarks/default_job.py [SEEDS [SCHEME ...]]
 
-Promised on two CPU cores: the search finds density 0.04 or less by StructPrune, in at most 60 s of wall time, and
-0.02 or less by Prune, with at most 1 point lost on val. What it finds is within the bound with a probability of
-90%; beside it stands the sparsest trial that was within the bound on val, by luck or not. The answer is a denser
-trial where that one is certified and what the search found is not, which 450 test samples decide.
+The limits on two CPU cores: the search finds a density of at most 0.04 with StructPrune, in at most 60 s of wall
+time, and of at most 0.02 with Prune, with at most 1 point lost on val. The search's answer is within the bound
+with 90% probability; the sparsest trial within the bound on val, which may be there by luck, is printed beside it.
+The study's answer is a denser trial if the 450 test samples certify that one but not the search's answer.
 """
 
 import json
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def job(scheme: str, seed: int) -> bool:
-    """Runs the job in a fresh folder, in which the dense model is trained; prints its row, says if all is held."""
+    """Runs the job with its dense model in a fresh folder; prints its row, returns whether it passed."""
     program = str(Path(sys.executable).with_name("autocompress"))
     with tempfile.TemporaryDirectory() as out:
         began = time.monotonic()

@@ -1,21 +1,21 @@
-"""Latency that is promised: torchvision's resnet18 at 224 x 224 dense, at half width, in bf16 and in integers.
+"""Limits on latency: torchvision's resnet18 at 224 x 224 dense, at half width, in bf16 and in integers.
 
     python tests/benchmarks/latency.py [THREADS] [SECONDS]
 
-First two controls, which must come out at 1: the dense model beside itself (within 3%), and beside one that is
-only masked, with 95% zeros. Then, as shares of what the ratio of the MACs allows:
+First two controls, whose ratio must be 1: the dense model against itself (within 3%), and against a model that is
+only masked, with 95% zeros. Then the required speed-ups, as shares of the ratio of the MACs:
 
 - PyTorch, half width: 75% at batch 1 and 90% at batch 16; in bf16 a further 1.5 times as fast
 - ONNX Runtime, half width: 95%; half width in integers 6 times as fast as dense at batch 1, 7.5 times at batch 16
 
 On two cores of an EPYC with VNNI and bf16 dot products, without AMX, batch 1 and 16: PyTorch 0.83 and 0.99, in
-bf16 1.52 and 1.74 times as fast; ONNX Runtime 0.97 and 1.00, in integers 8.2 and 7.8. Beside noisy neighbours ONNX
-Runtime came to 0.90 and 1.00, in integers 5.5 and 6.4 times as fast. With a single sample PyTorch takes a slower
-convolution of its own for what is small in float32, and in bf16 spends most of a pass in some twenty short
-convolutions, each of which puts its weights in order anew.
+bf16 1.52 and 1.74 times as fast; ONNX Runtime 0.97 and 1.00, in integers 8.2 and 7.8. On a busy machine ONNX
+Runtime reached 0.90 and 1.00, in integers 5.5 and 6.4 times as fast. With a single sample PyTorch uses its own,
+slower convolution for small inputs in float32, and in bf16 spends most of a pass in some twenty short
+convolutions, each of which reorders its weights again.
 
-Weights are random: time does not depend on them. Exits with 1 where something is missed. Run it on a machine that
-does nothing else. SECONDS of timing for each model and batch; 10 by default.
+Weights are random: time does not depend on them. Exits with 1 if a limit is missed. Run it on a machine that does
+nothing else. SECONDS is the time for each model and batch; 10 by default.
 """
 
 import sys
@@ -54,7 +54,7 @@ def masked() -> nn.Module:
 
 
 def times(runtime: str, seconds: float, *models: nn.Module) -> list[list[float]]:
-    """For each batch size, how many times as fast as the first model each of them is."""
+    """Returns, for each batch size, the speed of each model relative to the first."""
     measured = compare(models, torch.zeros(SHAPE), batch_sizes=BATCHES, budget_s=seconds, runtimes=(runtime,))
     for i, one in enumerate(measured):
         said = [f"{at.p50_ms:8.2f} ms ± {100 * (at.interval or 0):.1f}%" for at in one.latency]

@@ -1,16 +1,16 @@
-"""What C steps, penalty and multipliers cost beside plain training: resnet18 on 1,000 images of 32 x 32.
+"""Overhead of C steps, penalty and multipliers over plain training: resnet18 on 1,000 images of 32 x 32.
 
     python tests/benchmarks/lc_overhead.py [STEPS]
 
-Runs a recovery by L-C of as many gradient steps, with C steps as often as in the default budget of epochs, and
-takes the processor time of what plain training does not do: penalty and running means of gradients after each
-step, C steps with their multipliers, and what begins and ends a recovery. All the rest of the same minutes is the
-plain training that it is compared with, so that what else the machine does falls on both alike; the pass that
-calibrates BatchNorm is not counted, as whoever trains has it. The polish trains the masked network here: steps on
-the one without what is gone, as they are otherwise, would not be plain training. Prints milliseconds and the
-overhead over the default budget, in which the beginning and the end come once; exits with 1 where it exceeds 10%.
+Runs an L-C recovery of STEPS gradient steps, with C steps as frequent as in the default budget of epochs, and
+measures the processor time of everything that plain training does not do: the penalty and the running means of
+gradients after each step, C steps with their multipliers, and the start and end of a recovery. The rest of the
+same run is the plain training that it is compared with, so that other load on the machine affects both alike. The
+pass that calibrates BatchNorm is not counted, as plain training needs it as well. The polish trains the masked
+network here, as steps on the network without the removed channels would not be plain training. Prints milliseconds
+and the overhead over the default budget, in which the start and the end come once; exits with 1 if it exceeds 10%.
 
-With fewer than the 126 steps that are the default, what the first C steps pay for fresh memory counts too much.
+With fewer than the default of 126 steps, the memory that the first C steps allocate counts too much.
 """
 
 import copy
@@ -42,7 +42,7 @@ TAKEN: dict[str, list[float]] = defaultdict(list)
 
 
 def clocked(owner: Any, name: str) -> None:
-    """Has a function's processor time taken at every call."""
+    """Wraps a function so that the processor time of every call is recorded."""
     work: Callable[..., Any] = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""What a study of many recorded trials costs: opening, proposing, resuming, reporting.
+"""Time that a study with many recorded trials takes to open, propose, resume and report.
 
     python tests/benchmarks/many_trials.py [TRIALS]
 
-The trials are made up. Prints processor seconds of each step, and exits with 1 where resuming takes more than 5 of
-them, the report more than 20, or a density more than 0.05, be it the first after a new result or one more: the
-least of five, for what else the machine does.
+The trials are synthetic. Prints the processor seconds of each step, and exits with 1 if resuming takes more than
+5, the report more than 20, or the proposal of a density more than 0.05, for the first one after a new result as
+for further ones. Each is the shortest of five runs, to exclude other load on the machine.
 """
 
 import runpy
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def ask(study: optuna.Study, plan: Plan) -> tuple[optuna.Trial, Configuration]:
-    """What a search does before each trial: whether to go on, and if so, where."""
+    """The search's work before each trial: it decides whether to stop and proposes a density."""
     study.sampler.done(study.get_trials(deepcopy=False), plan.tolerance)
     trial = study.ask()
     return trial, SPACE.suggest(trial)

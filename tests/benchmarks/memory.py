@@ -2,9 +2,9 @@
 
     python tests/benchmarks/memory.py [TRIALS]
 
-Real trials of the digits without recovery, 200 unless told otherwise, through the whole of `tune`
-without its conclusion: folder, journal, MLflow. Prints the resident set as it goes and the growth since trial 20;
-exits with 1 where that is more than 5%.
+Runs real trials of the digits without recovery, 200 by default, through all of `tune` but its conclusion: folder,
+journal, MLflow. Prints the resident set after some trials and its growth since trial 20; exits with 1 if that is
+more than 5%.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ WARM, MOST = 20, 0.05
 
 
 class Enough(Exception):
-    """All trials have finished: the conclusion, which exports and draws, is not measured."""
+    """Raised when all trials have finished: the conclusion, which exports and draws, is not measured."""
 
 
 class Sizes(Silent):

@@ -2,17 +2,19 @@
 
     python tests/benchmarks/overhead.py [EPOCHS]
 
-Overhead is what plain fine-tuning of the same models would not have taken: all but the imports that it needs as
-well, the training (dense, or a trial's recovery with its C steps, whose own cost lc_overhead.py shows) and the
-evaluation of models. To these it counts nothing but what the main thread computes: where they wait, it is for
-another thread of ours, or the machine is busy. On a busy one the other columns say more: the second has the
-seconds that the main thread computes, the third (Linux) those in which it was ready to and had no core. Where it
-waits for the process beside it, which logs, exports and draws, that counts for the part that does; exporting is
-nothing but this wait, and next to none where the answer was known before the last trials.
+The overhead is the time that plain fine-tuning of the same models would not take: everything but the imports that
+fine-tuning needs as well, the training (of the dense model, or a trial's recovery with its C steps, whose cost
+lc_overhead.py measures) and the evaluation of models. These three count only while the main thread computes: if it
+waits in them, it waits for another thread of autocompress, or the machine is busy. On a busy machine the other
+columns are more informative: the second has the seconds in which the main thread computes, the third (Linux) those
+in which it was ready but had no core. Waiting for the background process, which logs, exports and draws, counts
+for the part that waits; exporting consists of this wait only, which is almost zero if the answer was known before
+the last trials.
 
-Promised: at most 5% of the wall time, and 2% where trials take longer than 30 s; peak memory of the process that
-trains at most 1.25 times that of fine-tuning the same model. The process beside it comes on top, as large for a
-model of any size. Exits with 1 where it is more. EPOCHS of each trial, in place of the default.
+Limits: 5% of the wall time, or 2% if trials take longer than 30 s; peak memory of the process that trains 1.25
+times that of fine-tuning the same model. The memory of the background process, which does not depend on the
+model's size, comes on top. Exits with 1 if a limit is exceeded. EPOCHS is the budget of each trial, instead of the
+default.
 """
 
 import functools

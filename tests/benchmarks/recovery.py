@@ -1,9 +1,9 @@
 """The default recovery against the others at equal gradient steps: ``python tests/benchmarks/recovery.py``.
 
-Prints, for every scheme, budget and density, the mean over seeds of what the compressed models score on val and
-test together, with its standard error: L-C and the plain recoveries with the scheme's own criterion, and the plain
-ones with another. Exit status 1 if what ships, ``auto`` with the scheme's own criterion, is worse than the best of
-the others by more than one standard error of the difference anywhere.
+Prints, for every scheme, budget and density, the compressed models' score on val and test together, as mean and
+standard error over seeds: L-C and the other recoveries with the scheme's default criterion, and the other
+recoveries with another criterion. Exit status 1 if the default, ``auto`` with the scheme's default criterion, is
+worse than the best of the others by more than one standard error of the difference in any row.
 
 Give the path of a ``.npz`` file in MedMNIST's layout, such as PneumoniaMNIST, for a second task.
 """
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def cell(self) -> tuple[str, str, float, float]:
-        """What it is compared within."""
+        """The cell of the comparison that the run belongs to."""
         return self.task, self.scheme, self.epochs, self.density
 
 
@@ -147,7 +147,7 @@ def main() -> int:
 
 
 def shipped(run: Run) -> str:
-    """What ``auto`` is in a run's cell."""
+    """The method that ``auto`` selects in a run's cell."""
     train = dense_task(run.task, run.data, 0).train
     return suiting(make_recovery("auto", epochs=run.epochs), parse_scheme(SCHEMES[run.scheme][0]), train).method
 

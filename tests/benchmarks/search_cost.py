@@ -1,19 +1,20 @@
 """The search against an exhaustive grid: ``python tests/benchmarks/search_cost.py``.
 
 For every seed, of data split, dense network, search and training, the digits are compressed twice: by an
-exhaustive grid of 20 densities, each recovered from the dense model with the whole budget, and by the search as it
-ships, or with ``--cheap`` by cheap trials. Printed are what the search cost, as a share of the grid's gradient
-steps (all trials, the answer's among them), and the density of its answer over that of
+exhaustive grid of 20 densities, each recovered from the dense model with the whole budget, and by the default
+search, or with ``--cheap`` by cheap trials. Prints the cost of the search as a share of the grid's gradient steps
+(all trials, including the answer's), and the density of its answer divided by that of
 
 - the grid's answer: the same rule, 90% probability to be within the bound, given the grid's 20 trials;
-- the oracle: the lowest density of the grid whose network was observed within the bound on val. Knowing all
-  twenty it takes the luckiest.
+- the oracle: the lowest density of the grid whose network was observed within the bound on val, the luckiest of
+  the twenty.
 
 The goal: a share of at most 0.125, and a median density of at most 1.15 times the oracle's. Exit status 1 if not.
 
-At the end stands what any search could have known: how steeply the drop of the grids' trials rises around the
-threshold, how they scatter about that, and so how much denser than the threshold an answer must be that is within
-the bound with 90% probability after as many trials, had all been at the threshold and the slope been known.
+At the end it prints the limit for any search: the slope of the drop of the grids' trials around the threshold,
+their scatter about that line, and how much denser than the threshold an answer has to be that is within the bound
+with 90% probability after the same number of trials, if all of them were at the threshold and the slope were
+known.
 """
 
 import argparse
@@ -34,7 +35,7 @@ Z_90 = 1.2816
 
 
 def study(out: Path, name: str, seed: int, scheme: str, **settings: object) -> ac.Result:
-    """The study of that name: gone on with where it exists."""
+    """The study of that name, continued if it exists."""
     which = "resume" if (out / name / "journal.log").exists() else "name"
     task = ac.digits(seed=seed, cache=out / "cache")
     return ac.tune(task, scheme, seed=seed, out=out, **{which: name}, **settings)  # type: ignore[arg-type]  # settings
@@ -98,7 +99,7 @@ def steepness(grids: list[ac.Result]) -> tuple[float, float]:
 
 
 def drops(result: ac.Result) -> str:
-    """What the answer loses on val and on test, in points."""
+    """The answer's drop on val and on test, in points."""
     on_test = 100 * result.certificate.drop if result.certificate else float("nan")
     return f"{100 * result.drop_val:9.2f} {on_test:9.2f}  "
 

@@ -1,11 +1,12 @@
-"""How much sooner two workers finish a fixed set of trials than one: the digits, on the CPU.
+"""Speed-up of two workers over one on a fixed set of trials: the digits, on the CPU.
 
     python tests/benchmarks/workers.py [TRIALS [EPOCHS]]
 
-The same trials in one process and in two, one CPU thread each, turn about; the time to start the processes counts.
-Prints the seconds of each turn and the ratio of the fastest; exits with 1 where it is below 1.6. For a machine of
-two cores that has nothing else to do. It prints a trial's mean seconds, too: where they are more beside another
-trial, the cores share something, or others use them; what is left of a turn is ours, and starts processes.
+Runs the same trials in one process and in two, in turns, with one CPU thread each; the time to start the processes
+counts. Prints the seconds of each turn and the ratio of the fastest; exits with 1 if the ratio is below 1.6. It
+needs a machine with two cores and no other load. It also prints a trial's mean seconds: if these are larger with
+two workers, the cores share a resource or other programs use them; the rest of a turn is the start of the
+processes and the work of the coordinator.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def made(epochs: int) -> TrialSpec:
 
 
 def finish(spec: TrialSpec, trials: int, workers: int) -> tuple[float, float]:
-    """Seconds that so many workers take for all trials, and that a trial takes in the mean."""
+    """Returns the seconds that these workers take for all trials, and the mean seconds of a trial."""
     began = time.perf_counter()
     shared, payload = pack_shared(vars(spec))
     with Remote(LocalWorkers(workers, payload, threads=1), shared) as executor:
