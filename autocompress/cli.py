@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autocompress.task_options import found_again, take_options, task_options
+from autocompress.task_options import CONSTRAINT, found_again, take_options, task_options
 from autocompress.terminal.commands import COMMANDS
 from autocompress.terminal.options import (
     OF_A_TRIAL,
@@ -25,6 +25,7 @@ from autocompress.terminal.options import (
     Duration,
     MaxDrop,
     Positive,
+    Sectioned,
     Share,
     check_shared,
     checked,
@@ -53,54 +54,80 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(
+    cls=Sectioned,
+    sections={
+        "scheme": "Goal",
+        "trials": "Search",
+        "epochs": "Recovery of each trial",
+        "device": "Where it runs",
+        "model": "Model, data and metric",
+        "out": "Study and output",
+    },
+)
 @click.option(
     "--scheme",
     default="StructPrune",
     show_default=True,
-    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; A,B or auto for the best of several.",
+    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; A,B or auto to choose the best of several.",
 )
 @click.option(
     "--max-drop",
     type=MaxDrop(),
     default="1%",
     show_default=True,
-    help="What may be lost of the metric: 1%, 1pp and 0.01 all mean one point. See --drop.",
+    help="Largest drop of the metric: 1%, 1pp and 0.01 all mean one point. See --drop.",
 )
 @click.option(
     "--drop",
     type=click.Choice(["absolute", "relative"]),
     default="absolute",
     show_default=True,
-    help="Count --max-drop in points of the metric, or relative to the dense model's score.",
+    help="Whether --max-drop is in points of the metric or relative to the dense model's score.",
 )
 @click.option(
     "--objective",
     multiple=True,
-    help="What to optimize: NAME, FILE.py:NAME, or several as product(size, latency); given twice, a "
+    help="Quantity to optimize: NAME, FILE.py:NAME, or several as product(size, latency); repeat it for a "
     "Pareto front.  [default: density; size where schemes are compared]",
 )
-@click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Trials at most.")
-@click.option("--timeout", type=Duration(), help="No trial begins after this: 90s, 15m, 2h.")
+@CONSTRAINT
+@click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Most trials to run.")
+@click.option("--timeout", type=Duration(), help="Begin no trial after this time: 90s, 15m, 2h.")
 @click.option(
     "--epochs-total",
     type=Positive(),
-    help="No trial begins after so many epochs of recovery, all trials together.",
+    help="Begin no trial after this many epochs of recovery, over all trials.",
 )
 @click.option(
     "--tolerance",
     type=Share(0, 1),
     default="15%",
     show_default=True,
-    help="Stop when the lowest density within the bound is known to within this share of it, or, in the last "
-    "quarter of the trials, an answer is as near.",
+    help="Stop when the lowest density within the bound is known to this relative precision, or, in the last "
+    "quarter of the trials, when an answer is as near to it.",
 )
 @click.option(
     "--confidence",
     type=Share(0.5, 1),
     default="95%",
     show_default=True,
-    help="Of the verdict on test.",
+    help="Confidence level of the verdict on test.",
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(["threshold", "gp", "tpe", "bisection", "grid", "random"]),
+    help="Search algorithm.  [default: threshold; gp where --search has a range]",
+)
+@click.option(
+    "--search",
+    default="",
+    metavar="NAMES",
+    help="Search more than the density: 'criterion=l1,l2; stage-density; lr=0.01..0.3; lc.mu'. "
+    "A name alone stands for its usual values.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the search and the trials."
 )
 @click.option(
     "--epochs",
@@ -114,23 +141,27 @@ def cli() -> None:
     type=click.Choice(["auto", "lc", "gradual", "iterative", "layerwise", "rewind", "finetune", "none"]),
     default="auto",
     show_default=True,
-    help="How a trial compresses and trains: learning-compression (lc), or a plain way; auto is gradual where "
-    "channels are removed or steps are very few, lc elsewhere.",
+    help="Method: learning-compression (lc) or a simpler one; auto is gradual where channels are removed or "
+    "steps are very few, lc elsewhere.",
 )
 @click.option(
     "--lr",
     type=Positive(),
-    help="Peak learning rate of a trial's recovery.  [default: 0.1, with adamw 0.001; finetune: a tenth]",
+    help="Peak learning rate.  [default: 0.1, with adamw 0.001; finetune: a tenth]",
 )
 @click.option(
-    "--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="Of a trial."
+    "--optimizer",
+    type=click.Choice(["sgd", "adamw"]),
+    default="sgd",
+    show_default=True,
+    help="Optimizer of the gradient steps.",
 )
 @click.option(
     "--distill",
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
-    help="Weight of the dense model's outputs against the labels in a trial's loss.",
+    help="Weight of distillation from the dense model in the loss; the labels have the rest.",
 )
 @click.option(
     "--rounds",
@@ -140,28 +171,18 @@ def cli() -> None:
 @click.option(
     "--cheap-trials",
     is_flag=True,
-    help="Start trials from the nearest denser model with fewer steps, and give up what cannot meet the bound.",
+    help="Start each trial from the nearest denser model, with fewer steps, and give up trials that cannot meet "
+    "the bound.",
 )
 @click.option(
-    "--sampler",
-    type=click.Choice(["threshold", "gp", "tpe", "bisection", "grid", "random"]),
-    help="What to try next.  [default: threshold; gp where --search has a range]",
+    "--device", default="auto", show_default=True, help="Device of the trials: auto, cpu, cuda or cuda:N."
 )
-@click.option(
-    "--search",
-    default="",
-    metavar="NAMES",
-    help="Vary more than the density: 'criterion=l1,l2; stage-density; lr=0.01..0.3; lc.mu'. "
-    "A name alone has its usual values.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds search and trials.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Trials at a time, each in a process with a GPU or a share of the CPU of its own.",
+    help="Trials to run at a time, each in a process with its own GPU or share of the CPU.",
 )
 @click.option(
     "--cluster", metavar="ADDRESS", help="Run the trials on a Dask cluster, such as tcp://scheduler:8786."
@@ -169,16 +190,18 @@ def cli() -> None:
 @click.option(
     "--storage",
     metavar="URL",
-    help="Keep the search in postgresql://USER@HOST/DATABASE: others may join in by --resume.",
+    help="Keep the search in postgresql://USER@HOST/DATABASE, so that other machines can join by --resume.",
 )
 @click.option(
     "--runtime",
     type=click.Choice(["eager", "compile", "onnxruntime"]),
     default="eager",
     show_default=True,
-    help="What runs the model where objectives measure latency.",
+    help="Runtime in which objectives measure latency.",
 )
-@click.option("--profile-device", help="Where latency, memory and energy are measured.  [default: as --device]")
+@click.option(
+    "--profile-device", help="Device on which latency, memory and energy are measured.  [default: as --device]"
+)
 @task_options
 @OUT
 @click.option("--name", help="The study's name.  [default: from task, scheme and time]")
@@ -189,7 +212,7 @@ def cli() -> None:
     "formats",
     type=click.Choice(["executorch"]),
     multiple=True,
-    help="Write the answer in this format, too; repeatable.",
+    help="Write the answer in this format as well; repeatable.",
 )
 @click.option("--register", metavar="NAME", help="Register the answer as a model in MLflow under this name.")
 @click.option(
@@ -214,7 +237,7 @@ def tune(
 ) -> None:
     """Find the smallest model within the bound.
 
-    It is searched for on val, proven on test, and saved.
+    The search scores models on val; its answer is proven on test, and saved.
 
     Without --model and --data it runs on scikit-learn's scanned digits and a small ResNet.
 

@@ -147,66 +147,77 @@ _OPTIONS = (
         metavar="MODEL",
         help="small_resnet, a torchvision name (resnet18), timm/NAME, file.py:factory or package.module:factory.",
     ),
-    click.option("--model-args", multiple=True, metavar="KEY=VALUE", help="For the model's factory; repeatable."),
+    click.option(
+        "--model-args", multiple=True, metavar="KEY=VALUE", help="Argument of the model's factory; repeatable."
+    ),
     click.option(
         "--weights",
         default="auto",
         show_default=True,
         metavar="FILE",
-        help=".pt or .safetensors; none; auto: torchvision's, if they are on this machine.",
+        help="Trained weights: .pt or .safetensors file; none; auto: torchvision's, if they are on this machine.",
     ),
     click.option(
         "--data",
         metavar="DATA",
-        help="digits, file.npz as MedMNIST's, a folder of images, labels.csv, cifar10:FOLDER, file.py:factory.",
+        help="digits, .npz file as MedMNIST's, a folder of images, labels.csv, cifar10:FOLDER, file.py:factory.",
     ),
-    click.option("--data-args", multiple=True, metavar="KEY=VALUE", help="For the data's factory; repeatable."),
-    click.option("--label", multiple=True, metavar="COLUMN", help="A column of labels in a .csv; repeatable."),
+    click.option(
+        "--data-args", multiple=True, metavar="KEY=VALUE", help="Argument of the data's factory; repeatable."
+    ),
+    click.option(
+        "--label", multiple=True, metavar="COLUMN", help="Column of labels in the .csv file; repeatable."
+    ),
     click.option(
         "--group",
         default="",
         metavar="REGEX",
-        help="Keeps images of which it finds the same in a path in one part.",
+        help="Regular expression: images whose paths have the same match, as a patient's, stay in the same part.",
     ),
     click.option(
-        "--split", default="70/15/15", show_default=True, help="train/val/test, where the data does not say."
+        "--split",
+        default="70/15/15",
+        show_default=True,
+        help="Shares of train/val/test, if the data are not divided.",
     ),
-    click.option("--image-size", metavar="N|HxW", help="Brings the images to this size in pixels."),
+    click.option("--image-size", metavar="N|HxW", help="Resize images to this size in pixels."),
     click.option(
         "--channels",
         type=click.Choice(["1", "3"]),
         callback=lambda ctx, param, value: None if value is None else int(value),
-        help="Grey or RGB.  [default: as the data, or as the weights need]",
+        help="Channels of the images: grey or RGB.  [default: as the data, or as the weights need]",
     ),
     click.option(
         "--normalize",
         type=click.Choice(["auto", "imagenet", "data", "none"]),
         default="auto",
         show_default=True,
-        help="Mean and deviation; auto: imagenet with torchvision's weights, data otherwise.",
+        help="Mean and standard deviation; auto: imagenet with torchvision's weights, data otherwise.",
     ),
     click.option(
         "--augment",
         multiple=True,
         metavar="NAME",
-        help="skin, xray, cells, natural, rotation, flip, vertical-flip, crop, jitter; repeatable.",
+        help="Augmentation: skin, xray, cells, natural, rotation, flip, vertical-flip, crop, jitter; repeatable.",
     ),
     click.option(
         "--balance",
         type=click.Choice(["none", "weights", "sampler"]),
         default="none",
         show_default=True,
-        help="Makes rare classes count as much: weights in the loss, or drawing them more often.",
+        help="Make rare classes count as much as others, by weights in the loss or by drawing them more often.",
     ),
-    click.option("--batch-size", type=click.IntRange(min=1), help="[default: 64]"),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Samples in a batch.  [default: 64]"),
     click.option(
         "--data-workers",
         type=click.IntRange(min=0),
         default=2,
         show_default=True,
-        help="Processes that read images which are not held in memory.",
+        help="Processes that read images from files if they do not fit in memory.",
     ),
-    click.option("--strict", is_flag=True, help="An image that cannot be read is an error; else it is left out."),
+    click.option(
+        "--strict", is_flag=True, help="Fail on an image that cannot be read, instead of leaving it out."
+    ),
     click.option(
         "--label-smoothing",
         type=click.FloatRange(0, 1, max_open=True),
@@ -217,35 +228,39 @@ _OPTIONS = (
     click.option(
         "--train-epochs",
         type=click.IntRange(min=0),
-        help="Epochs of the dense model, at most; 0: take it as it is.  [default: 30, or 0 with trained weights]",
+        help="Most epochs of the dense model's training; 0 leaves the model as it is.  [default: 30, or 0 with "
+        "trained weights]",
     ),
     click.option(
         "--train-optimizer",
         type=click.Choice(["adamw", "sgd"]),
         default="adamw",
         show_default=True,
-        help="Of the dense model's training.",
+        help="Optimizer of the dense model's training.",
     ),
     click.option(
         "--train-lr",
         type=click.FloatRange(min=0, min_open=True),
-        help="Its peak learning rate.  [default: 0.001 with adamw, 0.05 with sgd]",
+        help="Peak learning rate of the dense model's training.  [default: 0.001 with adamw, 0.05 with sgd]",
     ),
     click.option(
         "--patience",
         type=click.IntRange(min=1),
         default=8,
         show_default=True,
-        help="Epochs without a better score on val after which the dense training ends.",
+        help="Epochs without a better score on val after which the dense model's training ends.",
     ),
     click.option(
-        "--freeze", multiple=True, metavar="SHARE|NAME", help="Layers that the dense training leaves; repeatable."
+        "--freeze",
+        multiple=True,
+        metavar="SHARE|NAME",
+        help="Layers that the dense model's training does not change; repeatable.",
     ),
     click.option(
         "--metric",
         default="accuracy",
         show_default=True,
-        help="accuracy, balanced_accuracy, auc, average_precision, sensitivity, specificity, "
+        help="Metric: accuracy, balanced_accuracy, auc, average_precision, sensitivity, specificity, "
         "precision, f1, kappa, log_loss, recall[CLASS], or file.py:name.",
     ),
     click.option(
@@ -253,7 +268,7 @@ _OPTIONS = (
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Seeds the split and the dense training.",
+        help="Seed of the split and of the dense model's training.",
     ),
 )
 CONSTRAINT = click.option(
@@ -261,18 +276,12 @@ CONSTRAINT = click.option(
     "constraints",
     multiple=True,
     metavar="NAME>=VALUE",
-    help="What the compressed model must reach besides, or may cost: sensitivity>=0.95, latency<=5ms, size<=1MB; "
-    "repeatable.",
+    help="Further requirement, on a metric or a cost: sensitivity>=0.95, latency<=5ms, size<=1MB; repeatable.",
 )
 
 
 def task_options(command: F) -> F:
-    """Adds the options of `TaskOptions`, and ``--constraint``, to a command."""
-    return without_constraint(CONSTRAINT(command))
-
-
-def without_constraint(command: F) -> F:
-    """Adds the options of `TaskOptions` to a command, without ``--constraint``."""
+    """Adds the options of `TaskOptions` to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

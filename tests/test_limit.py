@@ -125,5 +125,6 @@ def test_a_count_is_certain() -> None:
     judged = limit("size<=4kB").judge(timed(5.0))
     assert (judged.standing, judged.lower, judged.upper) == ("certified", 4000, 4000)
     assert judged.sentence == "Its size is 4.0 kB (required: size<=4kB)."
+    assert limit("params<=3k").judge(cost()).sentence.startswith("It has ")
     assert limit("size<=3kB").judge(cost()).standing == "not met"
     assert as_objective("size").unit == "bytes"

@@ -212,3 +212,12 @@ def test_an_out_without_a_value_is_not_the_current_folder(tmp_path, monkeypatch,
         done.output.split()
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tune", "sweep"])
+def test_the_help_has_every_option_under_a_heading(name: str) -> None:
+    command = cli.commands[name]
+    shown = CliRunner().invoke(command, ["--help"]).output
+    assert all(f"\n{heading}:\n" in shown for heading in command.sections.values())
+    assert "\nOptions:" not in shown
+    assert all(option.opts[-1] in shown for option in command.params if isinstance(option, click.Option))

@@ -162,11 +162,14 @@ def constrained(text: str) -> str:
     return re.split("[<>]=", text)[0].replace("_", " ")
 
 
+COUNTED = ("MACs", "parameters")  # units that are counts
+
+
 def in_unit(value: float, unit: str) -> str:
     """A value with its unit: bytes and counts in multiples of a thousand, scores to four decimals."""
     if unit == "bytes":
         return as_bytes(value)
-    if unit in ("MACs", "parameters"):
+    if unit in COUNTED:
         return f"{as_count(value)} {unit}"
     return f"{value:.4g} {unit}" if unit else f"{value:.4f}"
 

@@ -19,7 +19,7 @@ FAILED = 1
 
 @click.command()
 @OUT
-@click.option("--port", type=click.IntRange(1, 65535), help="[default: a free one]")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the server.  [default: a free one]")
 def ui(out: Path, port: int | None) -> None:
     """Open MLflow on the studies, to compare schemes and trials."""
     from autocompress.experiments.ui import serve_ui

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -153,6 +153,30 @@ class Run(click.ParamType[str]):
         names = sorted(file.parent.name for file in out.glob("*/study.json"))
         known = [name for name in ["last", *names] if re.fullmatch(NAME, name)]
         return [CompletionItem(name) for name in known if name.startswith(incomplete)]
+
+
+class Sectioned(click.Command):
+    """A command whose help lists the options under headings.
+
+    Args:
+        sections: The headings, by the Python name of the first option under each.
+    """
+
+    def __init__(self, *args: Any, sections: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options; called by click."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        heading = "Options"
+        for param in self.get_params(ctx):
+            heading = self.sections.get(param.name or "", heading)
+            if record := param.get_help_record(ctx):
+                rows.setdefault(heading, []).append(record)
+        for heading, records in rows.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 OUT = click.option(

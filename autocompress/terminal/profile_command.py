@@ -19,23 +19,47 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", type=Run(), required=False)
 @OUT
-@click.option("--model", metavar="MODEL", help="A model by name or file.py:factory in place of a study's answer.")
-@click.option("--model-args", multiple=True, metavar="KEY=VALUE", help="For the model's factory; repeatable.")
-@click.option("--input", "shape", type=Shape(), default="3x224x224", show_default=True, help="Of --model's input.")
-@click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True, help="Of --model.")
-@click.option("--scheme", help="Compress --model so, without training, to see what it would cost.")
-@click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True)
+@click.option(
+    "--model", metavar="MODEL", help="Measure this model, by name or file.py:factory, instead of a study's answer."
+)
+@click.option(
+    "--model-args", multiple=True, metavar="KEY=VALUE", help="Argument of the model's factory; repeatable."
+)
+@click.option(
+    "--input", "shape", type=Shape(), default="3x224x224", show_default=True, help="Shape of --model's input."
+)
+@click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True, help="Classes of --model.")
+@click.option("--scheme", help="Compress --model by this scheme, without training, to see what it would cost.")
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.25,
+    show_default=True,
+    help="Density for --scheme.",
+)
 @click.option(
     "--runtime",
     "runtimes",
     type=click.Choice(["eager", "compile", "onnxruntime"]),
     multiple=True,
-    help="Repeatable.  [default: all that are installed]",
+    help="Runtime to measure in; repeatable.  [default: all that are installed]",
 )
-@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 16), show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option(
-    "--budget", type=Positive(), default=5.0, show_default=True, help="Seconds a model, runtime and batch."
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 16),
+    show_default=True,
+    help="Batch size to measure; repeatable.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Device to measure on: cpu, cuda or cuda:N.")
+@click.option(
+    "--budget",
+    type=Positive(),
+    default=5.0,
+    show_default=True,
+    help="Seconds for each model, runtime and batch size.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def profile(run: str | None, out: Path, as_json: bool, **options: Any) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from autocompress.task_options import found_again, take_options, without_constraint
+from autocompress.task_options import found_again, take_options, task_options
 from autocompress.terminal.options import (
     OF_RECOVERY,
     OUT,
     TRACKING_URI,
     Densities,
+    Sectioned,
     check_shared,
     checked,
     resume_option,
@@ -22,7 +23,16 @@ INTERRUPTED = 130
 SAME = ("densities", "repeats", "timing", "seed")  # options that ``study.json`` stores under their own names
 
 
-@click.command()
+@click.command(
+    cls=Sectioned,
+    sections={
+        "schemes": "Models to compare",
+        "epochs": "Recovery of each trial",
+        "device": "Measurements",
+        "model": "Model, data and metric",
+        "out": "Sweep and output",
+    },
+)
 @click.option(
     "--scheme",
     "schemes",
@@ -36,18 +46,24 @@ SAME = ("densities", "repeats", "timing", "seed")  # options that ``study.json``
     type=Densities(),
     default="0.5,0.25,0.1,0.05",
     show_default=True,
-    help="Shares of the parameters to keep.",
+    help="Densities to compress to: shares of the parameters that are kept.",
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, by seed.")
-@click.option("--also", multiple=True, metavar="METRIC", help="A further metric to score; repeatable.")
-@click.option("--score-steps", is_flag=True, help="Score on val after each L-C step, too, for the figure.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs of each scheme and density, by seed.",
+)
+@click.option("--also", multiple=True, metavar="METRIC", help="Another metric to score; repeatable.")
+@click.option("--score-steps", is_flag=True, help="Also score on val after each L-C step, for the figure.")
 @click.option(
     "--timing/--no-timing",
     default=True,
     show_default=True,
-    help="Measure latency, memory and energy, too.",
+    help="Whether to measure latency, memory and energy.",
 )
-@without_constraint
+@task_options
 @OUT
 @click.option("--name", help="The sweep's name.  [default: from task and time]")
 @resume_option("sweep")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.metrics import Metric, as_metric, classes_present, smallest_class
-from autocompress.showing.comparison import constrained, in_unit
+from autocompress.showing.comparison import COUNTED, constrained, in_unit
 from autocompress.task import Evaluation
 
 Standing: TypeAlias = Literal["certified", "not certifiable", "not met"]
@@ -103,7 +103,9 @@ class Judged:
                 ends = f"{in_unit(self.lower, self.unit)} to {in_unit(self.upper, self.unit)}"
                 known = f", {ends} with {self.confidence:.0%} confidence"
             required = f"(required: {self.text})" if self.met else f", which violates {self.text}"
-            return f"Its {constrained(self.text)} is {value}{known} {required}.".replace(" ,", ",")
+            is_count = self.unit in COUNTED  # the unit names what is counted
+            subject = "It has" if is_count else f"Its {constrained(self.text)} is"
+            return f"{subject} {value}{known} {required}.".replace(" ,", ",")
         at_least = ">=" in self.text
         lower, upper = f"at least {self.lower:.4f}", f"at most {self.upper:.4f}"
         violated = "" if self.met else f"which violates {self.text}, "
