@@ -183,6 +183,8 @@ def become(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT), fd)
+        # One of a new process: the old one may take a pipe for a file, which it was.
+        setattr(sys, name, os.fdopen(fd, "w", 1, "utf-8", closefd=False))
     program, *_ = sys.argv = request["argv"]
     if program == "autocompress":
         from autocompress.cli import main
