@@ -2,8 +2,11 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Thread
 from types import FrameType
+
+NOTE = "interrupted: the search ends with what runs now; Ctrl-C again stops it at once"
 
 
 @contextmanager
@@ -14,19 +17,25 @@ def gentle_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]
     has a handler other than Python's default.
 
     Args:
-        say: Called at the first Ctrl-C, with a sentence on what happens now.
+        say: Called at the first Ctrl-C, in a thread of its own, with a sentence on what happens now.
 
     Yields:
         A function that returns whether Ctrl-C was pressed.
     """
     asked = False
 
+    def tell() -> None:
+        with suppress(OSError):  # the terminal may be gone
+            say(NOTE)
+
+    teller = Thread(target=tell, daemon=True)
+
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
             signal.default_int_handler(number, frame)
         asked = True
-        say("interrupted: the search ends with what runs now; Ctrl-C again stops it at once")
+        teller.start()  # the interrupted thread may be in the middle of a print, which is not reentrant
 
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
@@ -38,3 +47,5 @@ def gentle_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]
     finally:
         if previous is not None:
             signal.signal(signal.SIGINT, previous)
+        if asked:
+            teller.join()
