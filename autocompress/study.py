@@ -78,7 +78,7 @@ class Study:
         watcher.doing("analyzing the dense model")
         self.analyses = Analyses(task)
         # Before the tracker, whose thread may import MLflow: both change the warning filters, which are global.
-        self.space, self.notes = self.analyses.open_space(settings)
+        self.space, self.analysis_notes = self.analyses.open_space(settings)
         self.tracker = make_tracker(self.aside)
         self.run_id: str | None = None  # MLflow's parent run, as stored in the folder
 
@@ -185,7 +185,7 @@ class Study:
         violated = (checked for checked in self.dense_checked if not checked.met and not checked.is_cost)
         self.notes = (
             *self.task.notes,
-            *self.notes,
+            *self.analysis_notes,
             *team().notes,
             *shared,
             *(checked.warning for checked in violated),

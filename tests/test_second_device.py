@@ -25,8 +25,8 @@ CRITERIA = ("l1", "lamp", "taylor", "bn_scale", "fpgm", "activation", "hrank", "
 
 
 @pytest.fixture
-def attentive() -> Task:
-    """Rows of images as tokens: a convolution, attention, LayerNorm, a hidden layer; classes by stripes."""
+def attentive(tiny_task: Task) -> Task:
+    """The tiny task's images, their rows as tokens: a convolution, attention, LayerNorm, a hidden layer."""
 
     class Attentive(nn.Module):
         def __init__(self) -> None:
@@ -43,10 +43,7 @@ def attentive() -> Task:
             return self.head((tokens + self.mlp(tokens)).mean(1))
 
     torch.manual_seed(0)
-    x, y = torch.randn(60, 1, 8, 8), torch.arange(60) % 3
-    x[y == 0, :, ::2] += 1.5
-    x[y == 1, :, :, ::2] += 1.5
-    return Task(Attentive(), (x[:30], y[:30]), (x[30:45], y[30:45]), (x[45:], y[45:]), name="tokens")
+    return Task(Attentive(), tiny_task.train, tiny_task.val, tiny_task.test, name="tokens")
 
 
 def on_both(
