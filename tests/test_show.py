@@ -39,6 +39,25 @@ def test_a_result_is_a_table_the_verdict_and_what_is_next(recorded, tmp_path):
     assert f"Next: {folder}/best/README.md   (how to load it)\nNext: autocompress ui --out {tmp_path}  " in text
 
 
+@pytest.mark.parametrize(
+    ("uri", "next_step"),
+    [
+        (None, "autocompress ui --out {home}"),
+        ("sqlite:///{home}/mlflow.db", "autocompress ui --out {home}"),
+        ("sqlite:////elsewhere/all runs.db", "mlflow ui --backend-store-uri 'sqlite:////elsewhere/all runs.db'"),
+        ("postgresql://host/runs", "mlflow ui --backend-store-uri postgresql://host/runs"),
+        ("http://mlflow.example:5000", "http://mlflow.example:5000"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_what_is_next_shows_the_trials_where_they_were_logged(recorded, tmp_path, uri, next_step):
+    settings = recorded.asked(tracking_uri=uri and uri.format(home=tmp_path))
+    found = recorded.found(recorded.three_trials())
+    folder = recorded.write_study(tmp_path, settings=settings, result=found)
+    last = shown(found, folder).splitlines()[-1]
+    assert last == f"Next: {next_step.format(home=tmp_path)}   (compare the trials in MLflow)"
+
+
 @pytest.mark.parametrize(("before", "new"), [(2, "1"), (3, "none")])
 def test_of_a_resumed_study_the_time_is_said_to_be_since_then(recorded, before, new):
     text = shown(recorded.found(recorded.three_trials(), resumed_with=before))

@@ -1,5 +1,6 @@
 """Prints results in the terminal: one study's, one sweep's, or the list of all studies."""
 
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from autocompress.disk.files import called, out_option, short
+from autocompress.disk.files import called, out_option, read_json, short
 from autocompress.disk.record import Record
+from autocompress.experiments.mlflow_store import DATABASE
 from autocompress.showing.comparison import (
     Found,
     as_bytes,
@@ -133,7 +135,19 @@ def _next(found: Found, folder: Path) -> list[str]:
     steps = [f"{short(folder / 'report.html')}   (look at it in a browser)"] * (folder / "report.html").is_file()
     if found["verdict"] != "not met":
         steps.append(f"{short(folder / 'best' / 'README.md')}   (how to load it)")
-    return [*steps, f"autocompress ui{out_option(folder.parent)}   (compare the trials in MLflow)"]
+    return [*steps, f"{_mlflow(folder)}   (compare the trials in MLflow)"]
+
+
+def _mlflow(folder: Path) -> str:
+    """The command, or the address of the server, that shows a study's trials in MLflow."""
+    try:
+        uri = read_json(folder / "study.json").get("tracking_uri")
+    except (OSError, ValueError):  # an absent or damaged file must not hide the result
+        uri = None
+    if not uri or uri == f"sqlite:///{(folder.parent / DATABASE).as_posix()}":
+        return f"autocompress ui{out_option(folder.parent)}"
+    served = uri.startswith(("http://", "https://", "databricks"))
+    return str(uri) if served else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def show_list(console: Console, records: Iterable[Record]) -> None:
