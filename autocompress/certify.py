@@ -171,6 +171,8 @@ def paired_bounds(lost: int, gained: int, n: int, confidence: float) -> tuple[fl
 
         p1 - p2  -/+  z sqrt((p1 + p2 - (p1 - p2)^2) / (n + 2))
 
+    where that lies between -1 and 1, as any difference of two proportions does.
+
     Source: Bonett and Price (2012), Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data, Journal of Educational and Behavioral Statistics 37(4).
 
@@ -187,7 +189,7 @@ def paired_bounds(lost: int, gained: int, n: int, confidence: float) -> tuple[fl
     """
     p1, p2 = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     margin = float(ndtri(confidence)) * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
-    return p1 - p2 - margin, p1 - p2 + margin
+    return max(-1.0, p1 - p2 - margin), min(1.0, p1 - p2 + margin)
 
 
 def drop_standard_error(
@@ -272,7 +274,8 @@ def _bootstrap_bounds(
     # class has, which is conservative.
     n = smallest_class(dense.targets)
     margin = paired_bounds(0, 0, n, confidence)[1]
-    return lower - margin, upper + margin
+    most = math.inf if relative else metric.high - metric.low  # that a score can change by
+    return max(-most, lower - margin), min(most, upper + margin)
 
 
 def _bootstrap_drops(

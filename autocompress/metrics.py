@@ -6,9 +6,10 @@ positive.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Real
 from typing import Any, TypeAlias
@@ -38,6 +39,11 @@ class Metric:
         description: One line that explains it.
         source: ``file.py:name`` as the user wrote it, if it comes from a file.
         whole: ``file.py:name`` with the file's absolute path, which finds it again in any folder.
+        low: The smallest score that there can be: confidence bounds on the true score never go below it.
+        high: The largest score that there can be.
+
+    Raises:
+        ValueError: If ``low`` is not below ``high``.
     """
 
     name: str
@@ -47,13 +53,18 @@ class Metric:
     description: str = ""
     source: str = ""
     whole: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"the metric {self.name!r} has low={self.low} and high={self.high}; low must be less")
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Pickles a metric from a file as that file's path: another process cannot import its module."""
         if self.whole:
             return as_metric, (self.whole,)
-        fields = (self.name, self.score, self.higher_is_better, self.correct, self.description)
-        return Metric, fields
+        return Metric, tuple(getattr(self, field.name) for field in fields(self))
 
     def drop(self, dense: float, compressed: float, *, relative: bool = False) -> float:
         """How much worse the compressed score is; with ``relative``, as a fraction of the dense score."""
@@ -219,28 +230,36 @@ def _precision_of(k: int, targets: Targets, outputs: Outputs) -> float:
     return float(c[1, 1] / max(1, c[:, 1].sum()))
 
 
-accuracy = Metric(
+_share = partial(Metric, low=0.0, high=1.0)
+
+accuracy = _share(
     "accuracy", _accuracy, correct=_is_correct, description="Share of samples with every answer right."
 )
-balanced_accuracy = Metric("balanced_accuracy", _balanced_accuracy, description="Mean recall over the classes.")
+balanced_accuracy = _share("balanced_accuracy", _balanced_accuracy, description="Mean recall over the classes.")
 
 METRICS = {
     metric.name: metric
     for metric in (
         accuracy,
         balanced_accuracy,
-        Metric("auc", partial(_macro, _auc), description="Area under the ROC curve; macro, one-vs-rest."),
-        Metric(
+        _share("auc", partial(_macro, _auc), description="Area under the ROC curve; macro, one-vs-rest."),
+        _share(
             "average_precision",
             partial(_macro, _average_precision),
             description="Area under the precision-recall curve; macro, one-vs-rest.",
         ),
-        Metric("sensitivity", _sensitivity, description="Recall of the second of two classes; macro for more."),
-        Metric("specificity", _specificity, description="Recall of the others; macro for more than two classes."),
-        Metric("precision", _precision, description="Share of the finds that are right; macro for more than two."),
-        Metric("f1", _f1, description="Harmonic mean of precision and recall; macro over the classes."),
-        Metric("kappa", _kappa, description="Cohen's kappa: agreement beyond chance."),
-        Metric("log_loss", _log_loss, higher_is_better=False, description="Mean negative log-likelihood."),
+        _share("sensitivity", _sensitivity, description="Recall of the second of two classes; macro for more."),
+        _share("specificity", _specificity, description="Recall of the others; macro for more than two classes."),
+        _share("precision", _precision, description="Share of the finds that are right; macro for more than two."),
+        _share("f1", _f1, description="Harmonic mean of precision and recall; macro over the classes."),
+        Metric("kappa", _kappa, description="Cohen's kappa: agreement beyond chance.", low=-1.0, high=1.0),
+        Metric(
+            "log_loss",
+            _log_loss,
+            higher_is_better=False,
+            description="Mean negative log-likelihood.",
+            low=0.0,
+        ),
     )
 }
 OF_ONE_CLASS: dict[str, Callable[[int, Targets, Outputs], float]] = {
@@ -298,7 +317,7 @@ def _of_class(kind: str, which: str, classes: Sequence[str]) -> Metric:
     else:
         known = f"it is one of {', '.join(classes)}" if classes else "write its number, from 0"
         raise ValueError(f"{kind}[{which}]: there is no class {which!r}; {known}")
-    return Metric(f"{kind}[{which}]", partial(OF_ONE_CLASS[kind], k), description=f"{kind} of class {which}")
+    return _share(f"{kind}[{which}]", partial(OF_ONE_CLASS[kind], k), description=f"{kind} of class {which}")
 
 
 def _from_file(spec: str) -> Metric:

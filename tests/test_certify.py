@@ -194,6 +194,16 @@ def test_nothing_is_certified_when_most_resamples_have_no_score(few_resamples: N
     assert "at most an unknown amount" in result.sentence
 
 
+@pytest.mark.parametrize("metric", [accuracy, balanced_accuracy])
+def test_no_drop_exceeds_what_the_metric_can_lose(metric: Metric, few_resamples: None) -> None:
+    targets = np.arange(6) % 2
+    same = evaluation(metric, targets, targets)
+    swapped = evaluation(metric, targets, 1 - targets)
+    lost, gained = certify(metric, same, swapped, 0.01), certify(metric, swapped, same, 0.01)
+    assert (lost.drop, lost.upper, gained.drop, gained.lower) == (1, 1, -1, -1)
+    assert lost.lower < 1 and gained.upper > -1
+
+
 def test_agreement_on_a_few_samples_does_not_certify(few_resamples: None) -> None:
     few = pair(40, lost=0, gained=0, metric=balanced_accuracy)
     assert certify(balanced_accuracy, *few, max_drop=0.01).outcome == "not certifiable"

@@ -83,6 +83,13 @@ def test_a_perfect_score_of_few_samples_certifies_little() -> None:
     assert judged.standing == "not certifiable"
 
 
+@pytest.mark.parametrize("found", [0, 10])
+def test_the_bounds_lie_where_the_metric_does(found) -> None:
+    judged = parse_constraint("sensitivity>=0.95").judge(evaluation(10, found, negatives=40, refused=40))
+    assert judged.lower < judged.upper
+    assert (judged.lower, judged.upper)[found == 10] == found / 10
+
+
 def test_the_bounds_hold_as_often_as_they_say() -> None:
     rng = np.random.default_rng(1)
     constraint, true, missed = Constraint(METRICS["sensitivity"], True, 0.9), 0.9, 0

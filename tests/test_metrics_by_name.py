@@ -100,6 +100,17 @@ def test_only_log_loss_is_better_when_lower_and_only_accuracy_counts_right_answe
     assert right.shape == (90,) and right.mean() == score("accuracy", LABELS, LABEL_LOGITS)
 
 
+def test_scores_lie_in_the_range_that_the_metric_declares() -> None:
+    of_class = [as_metric(f"{kind}[1]") for kind in ("recall", "sensitivity", "specificity", "precision")]
+    for metric in (*METRICS.values(), *of_class):
+        right, wrong = (sign * 1e4 * np.eye(2, dtype=np.float32)[BINARY] for sign in (1, -1))
+        best, worst = (metric.score(BINARY, logits) for logits in (right, wrong))
+        assert best == pytest.approx(metric.high if metric.higher_is_better else metric.low)
+        assert metric.low <= min(best, worst) <= max(best, worst) <= metric.high
+    with pytest.raises(ValueError, match="low=1 and high=0; low must be less"):
+        Metric("mine", accuracy.score, low=1, high=0)
+
+
 def test_what_cannot_be_scored_says_so_and_what_can_is_finite() -> None:
     ones = np.ones(5, dtype=np.int64)
     logits = np.tile(np.array([0.0, 1.0], dtype=np.float32), (5, 1))
@@ -120,6 +131,7 @@ def test_every_metric_survives_pickling(tmp_path: Path) -> None:
         again = pickle.loads(pickle.dumps(metric))
         assert again.score(BINARY, BINARY_LOGITS) == metric.score(BINARY, BINARY_LOGITS)
         assert (again.name, again.higher_is_better) == (metric.name, metric.higher_is_better)
+        assert (again.low, again.high) == (metric.low, metric.high)
 
 
 def test_a_metric_of_ones_own(tmp_path: Path) -> None:

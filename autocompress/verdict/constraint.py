@@ -178,7 +178,7 @@ class Constraint:
         if scores.min() < scores.max():
             return float(np.quantile(scores, 1 - confidence)), float(np.quantile(scores, confidence))
         margin = 1 - (1 - confidence) ** (1 / smallest_class(evaluation.targets))
-        return value - margin, value + margin
+        return max(self.metric.low, value - margin), min(self.metric.high, value + margin)
 
 
 def parse_constraint(text: str, classes: Sequence[str] = ()) -> Constraint:
