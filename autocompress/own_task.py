@@ -20,7 +20,7 @@ from autocompress.reading.images import FileImages, HeldImages, Sampling
 from autocompress.reading.readers import read
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
 from autocompress.reading.transforms import IMAGENET, Preprocessing, parse_augmentations
-from autocompress.splits import Data, Split, TensorSplit, as_split, held_labels, labels_of
+from autocompress.splits import Data, Split, TensorSplit, as_split, held_labels, labels_of, row_hashes
 from autocompress.task import Task, classification_loss, predict
 from autocompress.task_options import TaskOptions
 from autocompress.verdict.constraint import Constraint
@@ -175,12 +175,13 @@ def _from_images(options: TaskOptions, progress: Progress) -> _Parts:
 def _split(samples: Samples, preprocessing: Preprocessing, sampling: Sampling) -> Split:
     """Samples as a split: preprocessed in memory if they fit and are not augmented; else as pixels or files."""
     if samples.pixels is None:
-        return FileImages(samples.files, samples.y, preprocessing, sampling)
+        return FileImages(samples.files, samples.y, preprocessing, sampling, hashes=samples.hashes)
     height, width = preprocessing.size
     floats_bytes = 4 * len(samples) * preprocessing.channels * height * width
     if sampling.augmentations or sampling.weights is not None or floats_bytes > FLOATS_BYTES:
         return HeldImages(samples.pixels, samples.y, preprocessing, sampling)
-    return TensorSplit(preprocessing(samples.pixels), samples.y, sampling.batch_size)
+    hashes = row_hashes(samples.pixels)  # as `HeldImages` has them: parts may be held in different forms
+    return TensorSplit(preprocessing(samples.pixels), samples.y, sampling.batch_size, hashes)
 
 
 def _model(options: TaskOptions, classes: int, channels: int) -> Made:

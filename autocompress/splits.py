@@ -3,14 +3,16 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+Hashes: TypeAlias = NDArray[np.uint64]  # of samples, shape ``(n,)``
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -34,11 +36,15 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """Data held as two tensors: ``x`` of shape ``(n, ...)``, ``y`` of shape ``(n,)`` or ``(n, labels)``."""
+    """Data held as two tensors: ``x`` of shape ``(n, ...)``, ``y`` of shape ``(n,)`` or ``(n, labels)``.
+
+    ``hashes`` are those of the samples before they were preprocessed, see `row_hashes`, if they were.
+    """
 
     x: Tensor
     y: Tensor
     batch_size: int = 64
+    hashes: Hashes | None = None
 
     def __post_init__(self) -> None:
         if self.y.ndim == 2 and self.y.shape[1] == 1 and not self.y.is_floating_point():  # as MedMNIST has them
@@ -198,13 +204,49 @@ def fingerprint(split: Split) -> bytes:
     return own() if callable(own) else hashlib.sha256(str(split.n_samples).encode()).digest()
 
 
-def sample_digests(split: Split) -> set[bytes]:
-    """The hashes of the distinct inputs of a split that holds its samples in memory; an empty set for others."""
-    inputs = split.x if isinstance(split, TensorSplit) else getattr(split, "pixels", None)
-    if not isinstance(inputs, Tensor):
-        return set()
-    rows = inputs.detach().cpu().contiguous().reshape(len(inputs), -1).view(torch.uint8).numpy()
-    return {hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows}
+def row_hashes(x: Tensor) -> Hashes:
+    """A hash of 64 bits of each sample ``x[i]``; equal samples of one type and shape have the same.
+
+    It is multilinear: the sum of its words of 64 bits, each times an odd random number, modulo 2^64 (Lemire and
+    Kaser 2014, Strongly universal string hashing is fast), which runs at about the speed of memory.
+    """
+    rows = x.detach().cpu().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
+    if missing := -rows.shape[1] % 8:
+        rows = np.pad(rows, ((0, 0), (0, missing)))
+    factors, others = _odd_numbers(rows.shape[1] // 8)
+    sums = np.einsum("ij,j->i", rows.view(np.uint64), factors)
+    # A word's upper bytes reach only the upper bits of its product, so they are the lower bytes of another word.
+    shifted = np.einsum("ij,j->i", rows[:, 4:-4].view(np.uint64), others[1:])
+    return np.asarray(sums ^ shifted, dtype=np.uint64)
+
+
+@lru_cache(maxsize=4)
+def _odd_numbers(n: int) -> Hashes:
+    """Two independent rows of ``n`` random odd numbers."""
+    return np.random.default_rng(0).integers(2**64, size=(2, n), dtype=np.uint64) | np.uint64(1)
+
+
+def _hashes_of(split: Split) -> Hashes:
+    """The hashes of the distinct samples of a split; none of one that would have to read its samples."""
+    own: Hashes | None = getattr(split, "hashes", None)
+    if own is None and isinstance(split, TensorSplit):
+        own = row_hashes(split.x)
+    return np.unique(own) if own is not None else np.empty(0, dtype=np.uint64)
+
+
+def overlaps(train: Split, val: Split, test: Split) -> Iterator[str]:
+    """A sentence each if val samples are in train as well, and if test samples are in train or val.
+
+    Splits without hashes, such as DataLoaders, are left out.
+    """
+    hashes = {"train": _hashes_of(train), "val": _hashes_of(val), "test": _hashes_of(test)}
+    for name, others, effect in (
+        ("val", ("train",), "the search is not on data held out from training"),
+        ("test", ("train", "val"), "the verdict is not on data held out"),
+    ):
+        common = {other: len(np.intersect1d(hashes[name], hashes[other], assume_unique=True)) for other in others}
+        if found := [f"{n:,} {'is' if n == 1 else 'are'} in {other}" for other, n in common.items() if n]:
+            yield f"of {len(hashes[name]):,} different {name} samples {' and '.join(found)} as well: {effect}"
 
 
 def as_bytes(tensor: Tensor) -> bytes:

@@ -30,6 +30,7 @@ from autocompress.splits import (
     held_labels,
     kept_on,
     labels_of,
+    overlaps,
 )
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -63,8 +64,8 @@ class Task:
     """A trained model, its data, its loss and its metric.
 
     Train must have samples of every class that val and test have. A class without samples in val or test is
-    reported in `notes`: a loss of accuracy on it goes unseen. DataLoaders are exempt from both, as they would have
-    to be read as a whole.
+    reported in `notes`: a loss of accuracy on it goes unseen. So are samples that two of the three have in common.
+    DataLoaders are exempt from all this, as they would have to be read as a whole.
 
     Args:
         model: The trained dense model; it maps a batch to logits of shape ``(n, classes)``.
@@ -117,7 +118,7 @@ class Task:
         self.preprocessing = preprocessing
         self.input = dict(input or {})
         self.options = dict(options or {})
-        self.notes = (*listing(notes), *self._absences())
+        self.notes = (*listing(notes), *self._absences(), *overlaps(self.train, self.val, self.test))
 
     def check(self) -> None:
         """Checks one batch of each split, and the model and the loss on it, before hours are spent on them.

@@ -576,14 +576,6 @@ def test_auto_compares_schemes_by_size(strict, out):
     assert result.trials["value"][0] == result.trials["size_bytes"][0]
 
 
-def test_what_is_on_test_and_not_held_out_is_said(task):
-    settings = Settings((ac.parse_scheme("StructPrune"),), Bound(0.5), (as_objective("density"),))
-    x, y = task.test.x.clone(), task.test.y
-    x[:3], x[3:5] = task.train.x[:3], task.val.x[7]
-    (note,) = prospect(settings, ac.Task(task.model, task.train, task.val, (x, y)))
-    assert note.startswith("of 120 different test samples 3 of them in train and 1 of them in val as well")
-
-
 def test_a_dense_model_that_predicts_one_class_is_noted(task):
     dense = task.evaluate(task.model, task.val)
     assert one_answer(dense, task) == ()

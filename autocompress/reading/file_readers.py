@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from autocompress.reading.images import BadImageError, decode, is_deep, shape_of, without_warnings
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
 from autocompress.reading.transforms import Size
+from autocompress.splits import row_hashes
 
 PART_NAMES = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
@@ -253,19 +255,22 @@ def _decoded(samples: Samples, size: Size, channels: int, held: bool) -> tuple[S
     """The samples that can be decoded, with pixels if they are to be held, and the errors of the others."""
     pixels = torch.empty((len(samples) if held else 0, channels, *size), dtype=torch.uint8)
     peaks = torch.zeros(len(samples), dtype=torch.uint8)
+    hashes = np.zeros(len(samples), dtype=np.uint64)
 
     def load(i: int) -> int:
         image = decode(samples.files[i], size, channels)
         peaks[i] = image.max()
         if held:
             pixels[i] = image
+        else:
+            hashes[i] = row_hashes(image[None])[0]
         return i
 
     done = _in_threads(load, range(len(samples)))
     bad = [error for error in done if isinstance(error, BadImageError)]
     good = [i for i in done if not isinstance(i, BadImageError)]
     _refuse_dim([samples.files[i] for i in good], peaks[good])
-    held_samples = replace(samples, pixels=pixels if held else None)
+    held_samples = replace(samples, pixels=pixels if held else None, hashes=None if held else hashes)
     return (held_samples.take(good) if bad else held_samples), bad
 
 

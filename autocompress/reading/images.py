@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autocompress.reading.transforms import Preprocessing, Size, augment, resize, with_channels
-from autocompress.splits import Batch, as_bytes
+from autocompress.splits import Batch, Hashes, as_bytes, row_hashes
 
 CPU = torch.device("cpu")
 Sampled = tuple[Tensor, Tensor]  # indices of samples, and a seed for each
@@ -86,6 +86,11 @@ class HeldImages:
         """Samples in a full batch."""
         return self.sampling.batch_size
 
+    @property
+    def hashes(self) -> Hashes:
+        """The hashes of the images, see `autocompress.splits.row_hashes`."""
+        return row_hashes(self.pixels)
+
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """One pass, see `autocompress.splits.Split.batches`; with a generator the samples are augmented."""
         names = self.sampling.augmentations
@@ -122,6 +127,7 @@ class FileImages:
         preprocessing: Applied batch by batch.
         sampling: How they are served.
         device: The device to preprocess them on. They are copied to a GPU as bytes, from pinned memory.
+        hashes: Of the decoded images, see `autocompress.splits.row_hashes`; None if that is not known.
     """
 
     files: Sequence[Path]
@@ -129,6 +135,7 @@ class FileImages:
     preprocessing: Preprocessing
     sampling: Sampling
     device: torch.device = CPU
+    hashes: Hashes | None = None
 
     @property
     def n_samples(self) -> int:

@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from torch import Tensor
 
 from autocompress.reading.transforms import Size
+from autocompress.splits import Hashes
 
 PARTS = ("train", "val", "test")
 HELD_BYTES = 2_000_000_000  # decoded images are held in memory up to this size
@@ -28,12 +29,14 @@ class Samples:
         pixels: The images as stored, ``(n, channels, height, width)``; None where they stay in files.
         files: One file per sample; empty where they are not from files.
         groups: The group of each sample, such as its patient, which must not be in two parts; empty for none.
+        hashes: Of decoded images that are not held, see `autocompress.splits.row_hashes`; else None.
     """
 
     y: Tensor
     pixels: Tensor | None = None
     files: tuple[Path, ...] = ()
     groups: tuple[str, ...] = ()
+    hashes: Hashes | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -44,7 +47,8 @@ class Samples:
         pixels = None if self.pixels is None else self.pixels[index]
         files = tuple(self.files[i] for i in chosen) if self.files else ()
         groups = tuple(self.groups[i] for i in chosen) if self.groups else ()
-        return Samples(self.y[index], pixels, files, groups)
+        hashes = None if self.hashes is None else self.hashes[index.numpy()]
+        return Samples(self.y[index], pixels, files, groups, hashes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import numpy as np
 from autocompress.certify import certifiable_drop
 from autocompress.metrics import decisions
 from autocompress.recovery import settings_of
-from autocompress.splits import sample_digests
 from autocompress.studies.settings import Settings
 from autocompress.task import Evaluation, Task
 from autocompress.trial import TrialResult
@@ -17,35 +16,6 @@ DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form
 
 
 def prospect(settings: Settings, task: Task) -> tuple[str, ...]:
-    """What can be said in advance about the verdict, in sentences: test data seen in training, too few samples."""
-    return (*_not_held_out(task), *_certifiable(settings, task))
-
-
-def one_answer(dense: Evaluation, task: Task) -> tuple[str, ...]:
-    """A sentence if the dense model predicts the same class for every val sample, although val has others."""
-    if dense.targets.ndim == 2 or len(np.unique(dense.targets)) == 1:
-        return ()
-    predicted = np.unique(decisions(dense.targets, dense.outputs))
-    if len(predicted) > 1:
-        return ()
-    named = task.classes[int(predicted[0])] if task.classes else f"{predicted[0]}"
-    return (
-        f"the dense model predicts class {named} for each of the {len(dense.targets)} val samples: look whether "
-        "it is trained, and on inputs like these",
-    )
-
-
-def _not_held_out(task: Task) -> tuple[str, ...]:
-    """A sentence if test samples are in train or val as well; only of splits that hold their samples in memory."""
-    test = sample_digests(task.test)
-    seen = {name: n for name in ("train", "val") if (n := len(test & sample_digests(getattr(task, name))))}
-    if not seen:
-        return ()
-    where = " and ".join(f"{n} of them in {name}" for name, n in seen.items())
-    return (f"of {len(test)} different test samples {where} as well: the verdict is not on data held out",)
-
-
-def _certifiable(settings: Settings, task: Task) -> tuple[str, ...]:
     """A sentence on the drop on test that can be certified, if that is below the bound."""
     n, bound, confidence = task.test.n_samples, settings.bound, settings.confidence
     if task.metric.correct is None or bound.relative:
@@ -60,6 +30,20 @@ def _certifiable(settings: Settings, task: Task) -> tuple[str, ...]:
     must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
     within = f"to be certified within {100 * bound.max_drop:g} pp with {100 * confidence:g}% confidence"
     return (f"{where}, the answer must {must} on test {within}",)
+
+
+def one_answer(dense: Evaluation, task: Task) -> tuple[str, ...]:
+    """A sentence if the dense model predicts the same class for every val sample, although val has others."""
+    if dense.targets.ndim == 2 or len(np.unique(dense.targets)) == 1:
+        return ()
+    predicted = np.unique(decisions(dense.targets, dense.outputs))
+    if len(predicted) > 1:
+        return ()
+    named = task.classes[int(predicted[0])] if task.classes else f"{predicted[0]}"
+    return (
+        f"the dense model predicts class {named} for each of the {len(dense.targets)} val samples: look whether "
+        "it is trained, and on inputs like these",
+    )
 
 
 def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
