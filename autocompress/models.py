@@ -90,24 +90,34 @@ def make_named(name: str, classes: int, in_channels: int) -> nn.Module:
     Raises:
         ValueError: If the name is unknown; the message suggests close matches.
     """
+    name = known_name(name)
     if name == "small_resnet":
         return SmallResNet(in_channels, classes)
     if name.startswith("timm/"):
         network: nn.Module = _create_timm(name.removeprefix("timm/"), classes, in_channels)
         return network
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known and _is_timm(name):
-        return make_named(f"timm/{name}", classes, in_channels)
-    if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"unknown model {name!r}{hint} (small_resnet, a classifier of torchvision, timm/NAME, "
-            "file.py:factory or package.module:factory)"
-        )
     auxiliary = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **auxiliary)
     return with_first_conv(model, in_channels)
+
+
+def known_name(name: str) -> str:
+    """The name of a network that `make_named` makes; of timm's with ``timm/`` before it.
+
+    Raises:
+        ValueError: If the name is unknown; the message suggests close matches.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name == "small_resnet" or name.startswith("timm/") or name in known:
+        return name
+    if _is_timm(name):
+        return f"timm/{name}"
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(
+        f"unknown model {name!r}{hint} (small_resnet, a classifier of torchvision, timm/NAME, "
+        "file.py:factory or package.module:factory)"
+    )
 
 
 def _is_timm(name: str) -> bool:

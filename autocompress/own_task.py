@@ -15,7 +15,14 @@ from autocompress.arguments import function, path, several, takes
 from autocompress.data import digits
 from autocompress.metrics import Metric, as_metric
 from autocompress.networks.dense import ClassLoss, DenseTraining, balancing_weights, train_dense
-from autocompress.networks.own_model import Made, call_factory, load_factory, make_model, parse_arguments
+from autocompress.networks.own_model import (
+    Made,
+    call_factory,
+    find_model,
+    load_factory,
+    make_model,
+    parse_arguments,
+)
 from autocompress.reading.images import FileImages, HeldImages, Sampling
 from autocompress.reading.readers import read
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
@@ -26,6 +33,7 @@ from autocompress.task_options import TaskOptions
 from autocompress.verdict.constraint import Constraint
 from autocompress.verdict.limit import REQUIREMENT, parse_constraints
 
+DEFAULT_MODEL = "small_resnet"
 TRAIN_EPOCHS = 30
 BATCH_SIZE = 64
 FLOATS_BYTES = 1_000_000_000  # up to this size, inputs without augmentation are held preprocessed, in float32
@@ -65,7 +73,13 @@ def make_task(
         task = digits(cache=cache)
         task.classes = tuple(str(k) for k in range(10))
         return _with_options(task, options, constraints)
-    parts = _from_factory(options) if _is_factory(options.data) else _from_images(options, progress)
+    found = find_model(
+        options.model or DEFAULT_MODEL,
+        arguments=parse_arguments(options.model_args),
+        weights=options.weights,
+        seed=options.task_seed,
+    )
+    parts = _from_factory(options, found) if _is_factory(options.data) else _from_images(options, found, progress)
     if isinstance(parts, Task):
         return _with_options(parts, options, constraints)
     task = _assemble(parts, options, constraints)
@@ -136,8 +150,8 @@ def _is_factory(data: str | None) -> bool:
     return bool(data and (data.endswith(".py") or data.rpartition(":")[0].endswith(".py")))
 
 
-def _from_images(options: TaskOptions, progress: Progress) -> _Parts:
-    """Reads images and builds a model that fits them."""
+def _from_images(options: TaskOptions, factory: Any, progress: Progress) -> _Parts:
+    """Reads images and builds a model that fits them, by a factory if that is not None."""
     if options.data_args:
         raise ValueError(f"--data-args go to a factory, and {options.data or 'digits'!r} is none; leave them out")
     augmentations = parse_augmentations(options.augment)
@@ -151,7 +165,7 @@ def _from_images(options: TaskOptions, progress: Progress) -> _Parts:
         progress=progress,
     )
     found = read(options.data or "digits", reading)
-    model = _model(options, len(found.classes), found.channels)
+    model = _model(options, factory, len(found.classes), found.channels)
     train = found.parts["train"]
     preprocessing = Preprocessing(found.size, model.channels, found.scale, *_normalization(options, found, model))
     floats = train.pixels if train.pixels is not None and train.pixels.is_floating_point() else torch.zeros(1)
@@ -184,15 +198,16 @@ def _split(samples: Samples, preprocessing: Preprocessing, sampling: Sampling) -
     return TensorSplit(preprocessing(samples.pixels), samples.y, sampling.batch_size, hashes)
 
 
-def _model(options: TaskOptions, classes: int, channels: int) -> Made:
+def _model(options: TaskOptions, factory: Any, classes: int, channels: int) -> Made:
     return make_model(
-        options.model or "small_resnet",
+        options.model or DEFAULT_MODEL,
         arguments=parse_arguments(options.model_args),
         weights=options.weights,
         classes=classes,
         data_channels=channels,
         channels=options.channels,
         seed=options.task_seed,
+        factory=factory,
     )
 
 
@@ -263,8 +278,8 @@ def _try_metric(metric: Metric, y: Tensor, classes: int) -> None:
         raise ValueError(f"the metric {metric.name} cannot be scored on val: {error}") from error
 
 
-def _from_factory(options: TaskOptions) -> _Parts | Task:
-    """Calls ``file.py:factory``, which returns a task, or train, val and test."""
+def _from_factory(options: TaskOptions, factory: Any) -> _Parts | Task:
+    """Calls ``file.py:factory``, which returns a task, or train, val and test; ``factory`` makes the model."""
     spec = options.data
     assert spec is not None
     result = call_factory(spec, load_factory(spec), parse_arguments(options.data_args))
@@ -287,7 +302,7 @@ def _from_factory(options: TaskOptions) -> _Parts | Task:
     x, _ = next(splits["train"].batches())
     classes = _classes(result[0], splits["train"])
     channels = x.shape[1] if x.ndim == 4 else 3
-    model = _model(replace(options, channels=channels), len(classes), channels)
+    model = _model(replace(options, channels=channels), factory, len(classes), channels)
     return _Parts(Path(spec.rpartition(":")[0]).stem, splits, classes, model, None, ())
 
 

@@ -281,6 +281,41 @@ def test_what_does_not_fit_is_refused_in_one_line(npz: str, code: str, options, 
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "absent.py:net"}, "there is no file 'absent.py'"),
+        ({"model": "MINE:absent"}, "has no 'absent'; it has"),
+        ({"model": "MINE:net", "model_args": ("depth=3",)}, "cannot be called with the arguments"),
+        ({"model": "resnet81"}, "unknown model 'resnet81'"),
+        ({"weights": "absent.pt"}, "there is no weights file 'absent.pt'"),
+    ],
+)
+@pytest.mark.parametrize("data", ["no-such.npz", "MINE:fails"])
+def test_a_model_that_is_not_there_is_found_out_before_the_data_are_read(
+    code: str, options, message: str, data: str
+) -> None:
+    named = {k: v.replace("MINE", code) if isinstance(v, str) else v for k, v in {**options, "data": data}.items()}
+    with pytest.raises(ValueError, match=message):
+        ac.make_task(**named)
+
+
+def test_a_model_that_its_file_makes_is_seeded(npz: str, tmp_path: Path) -> None:
+    (tmp_path / "made.py").write_text("from autocompress.models import SmallResNet\nnet = SmallResNet(1, 2)\n")
+    seeds = [
+        ac.make_task(data=npz, model=f"{tmp_path / 'made.py'}:net", train_epochs=0, task_seed=seed).fingerprint()
+        for seed in (0, 0, 1)
+    ]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_a_model_s_file_is_run_once(npz: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "from autocompress.models import SmallResNet\nprint('run')\ndef net(): return SmallResNet(1, 2)\n"
+    (tmp_path / "loud.py").write_text(code)
+    ac.make_task(data=npz, model=f"{tmp_path / 'loud.py'}:net", train_epochs=0)
+    assert capsys.readouterr().out == "run\n"
+
+
 def test_weights_that_are_pickled_objects_or_damaged_or_of_another_model(tmp_path: Path) -> None:
     torch.save(SmallResNet(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"loading it could run code\. If you trust it, convert it once"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.formats import weights as weights_files
-from autocompress.models import build, classifier, first_conv, with_classes, with_first_conv
+from autocompress.models import build, classifier, first_conv, known_name, with_classes, with_first_conv
 from autocompress.plugins import import_from_here, load_from_file
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which checkpoints keep a state dict
@@ -37,6 +37,39 @@ class Made:
     notes: tuple[str, ...]
 
 
+def find_model(spec: str, *, arguments: Mapping[str, Any], weights: str, seed: int = 0) -> Any:
+    """Looks for the model of a name, so that a wrong name is found out before any data are read.
+
+    Args:
+        spec: See `make_model`, as for the other arguments.
+        arguments: The arguments of the factory.
+        weights: The source of the weights.
+        seed: Seeds the weights of a model that the file itself makes.
+
+    Returns:
+        The factory, or the model, that ``file.py:name`` or ``package.module:name`` names; None for other names.
+
+    Raises:
+        ValueError: If there is no such model or file of weights, or the factory does not take the arguments.
+    """
+    if weights not in ("auto", "none"):
+        _check_file(Path(weights))
+    if not _names_factory(spec):
+        if arguments:
+            raise ValueError(f"model arguments go to a factory, and {spec!r} is a name; leave them out")
+        known_name(spec)
+        return None
+    torch.manual_seed(seed)
+    factory = load_factory(spec)
+    if not isinstance(factory, nn.Module):
+        _check_call(spec, factory, arguments)
+    return factory
+
+
+def _names_factory(spec: str) -> bool:
+    return ":" in spec or spec.endswith(".py")
+
+
 def make_model(
     spec: str,
     *,
@@ -46,6 +79,7 @@ def make_model(
     data_channels: int,
     channels: int | None = None,
     seed: int = 0,
+    factory: Any = None,
 ) -> Made:
     """Makes the model of a name, with its classifier and first convolution adapted to the data.
 
@@ -60,18 +94,19 @@ def make_model(
         channels: The number of channels that the model is to take; None for as many as its weights expect, or
             without weights as many as the images have.
         seed: Seeds weights that are initialized anew.
+        factory: What `find_model` has found; by default it is looked for.
 
     Raises:
         ValueError: If there is no such model, or the weights do not fit it.
     """
+    if factory is None:
+        factory = find_model(spec, arguments=arguments, weights=weights, seed=seed)
     torch.manual_seed(seed)
     notes: list[str] = []
-    if ":" in spec or spec.endswith(".py"):
-        model, wanted, architecture = _from_factory(spec, arguments, classes, notes), channels, None
+    if _names_factory(spec):
+        model, wanted, architecture = _from_factory(spec, factory, arguments, classes, notes), channels, None
         state, source = (None, "") if weights in ("auto", "none") else (read_weights(Path(weights)), weights)
     else:
-        if arguments:
-            raise ValueError(f"model arguments go to a factory, and {spec!r} is a name; leave them out")
         state, source = _state_for(spec, weights, notes)
         wanted = channels or (_channels_of(state) if state else None) or data_channels
         architecture = {"model": spec, "classes": classes, "in_channels": wanted}
@@ -91,9 +126,10 @@ def make_model(
     return Made(model, wanted, architecture, is_trained, tuple(notes))
 
 
-def _from_factory(spec: str, arguments: Mapping[str, Any], classes: int, notes: list[str]) -> nn.Module:
+def _from_factory(
+    spec: str, factory: Any, arguments: Mapping[str, Any], classes: int, notes: list[str]
+) -> nn.Module:
     """The model of a factory, with a new classifier if it has another number of classes."""
-    factory = load_factory(spec)
     model = factory if isinstance(factory, nn.Module) else call_factory(spec, factory, arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec!r} gives a {type(model).__name__}; it must give a torch.nn.Module")
@@ -140,6 +176,16 @@ def call_factory(spec: str, factory: Any, arguments: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: If it cannot be called with these arguments, or raises.
     """
+    _check_call(spec, factory, arguments)
+    try:
+        return factory(**arguments)
+    except (Exception, SystemExit) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{spec!r} raised {type(error).__name__}: {reason}") from error
+
+
+def _check_call(spec: str, factory: Any, arguments: Mapping[str, Any]) -> None:
+    """Checks that a factory is a function that takes the arguments."""
     if not callable(factory):
         raise ValueError(f"{spec!r} is a {type(factory).__name__}, not a function")
     try:
@@ -148,11 +194,6 @@ def call_factory(spec: str, factory: Any, arguments: Mapping[str, Any]) -> Any:
         raise ValueError(f"{spec!r} cannot be called with the arguments {dict(arguments)}: {error}") from None
     except ValueError:  # a callable without a known signature
         pass
-    try:
-        return factory(**arguments)
-    except (Exception, SystemExit) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{spec!r} raised {type(error).__name__}: {reason}") from error
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -210,8 +251,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file does not exist, or holds no state dict.
     """
-    if not file.is_file():
-        raise ValueError(f"there is no weights file {str(file)!r}")
+    _check_file(file)
     if file.suffix == ".safetensors":
         return weights_files.load(file)
     try:
@@ -231,6 +271,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{file} holds no state dict; save it with torch.save(model.state_dict(), FILE)")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _check_file(weights: Path) -> None:
+    if not weights.is_file():
+        raise ValueError(f"there is no weights file {str(weights)!r}")
 
 
 def _channels_of(state: Mapping[str, Tensor]) -> int | None:
