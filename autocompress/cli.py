@@ -15,24 +15,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autocompress.task_options import CONSTRAINT, found_again, take_options, task_options
+from autocompress.task_options import CONSTRAINT, take_options, task_options
 from autocompress.terminal.commands import COMMANDS
 from autocompress.terminal.options import (
-    OF_A_TRIAL,
-    OF_RECOVERY,
-    OUT,
-    TRACKING_URI,
     Duration,
     MaxDrop,
     Positive,
     Sectioned,
     Share,
-    check_shared,
     checked,
     read_config,
-    resume_option,
-    take_resumed,
     write_config,
+)
+from autocompress.terminal.resuming import take_from_study
+from autocompress.terminal.shared_options import (
+    AS_JSON,
+    DEVICE,
+    HOW_TO_COMPRESS,
+    QUIET,
+    SECTIONS,
+    SEED,
+    check_shared,
+    recovery_options,
+    study_options,
 )
 from autocompress.terminal.sweep_command import sweep
 
@@ -41,8 +46,6 @@ if TYPE_CHECKING:
     from autocompress.studies.watcher import Watcher
 
 NOT_MET, USAGE, INTERRUPTED = 3, 2, 130
-# Options that may change when a study is resumed.
-BUDGET = ("trials", "timeout", "epochs_total", "tolerance", "device", "profile_device", "workers", "formats")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,11 +60,10 @@ def cli() -> None:
 @cli.command(
     cls=Sectioned,
     sections={
+        **SECTIONS,
         "scheme": "Goal",
         "trials": "Search",
-        "epochs": "Recovery of each trial",
         "device": "Where it runs",
-        "model": "Model, data and metric",
         "out": "Study and output",
     },
 )
@@ -69,7 +71,7 @@ def cli() -> None:
     "--scheme",
     default="StructPrune",
     show_default=True,
-    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; A,B or auto to choose the best of several.",
+    help=f"{HOW_TO_COMPRESS}; A,B or auto to choose the best of several.",
 )
 @click.option(
     "--max-drop",
@@ -126,57 +128,15 @@ def cli() -> None:
     help="Search more than the density: 'criterion=l1,l2; stage-density; lr=0.01..0.3; lc.mu'. "
     "A name alone stands for its usual values.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the search and the trials."
-)
-@click.option(
-    "--epochs",
-    type=Positive(),
-    default=45.0,
-    show_default=True,
-    help="Recovery budget of one trial, in passes over the training data.",
-)
-@click.option(
-    "--recovery",
-    type=click.Choice(["auto", "lc", "gradual", "iterative", "layerwise", "rewind", "finetune", "none"]),
-    default="auto",
-    show_default=True,
-    help="Method: learning-compression (lc) or a simpler one; auto is gradual where channels are removed or "
-    "steps are very few, lc elsewhere.",
-)
-@click.option(
-    "--lr",
-    type=Positive(),
-    help="Peak learning rate.  [default: 0.1, with adamw 0.001; finetune: a tenth]",
-)
-@click.option(
-    "--optimizer",
-    type=click.Choice(["sgd", "adamw"]),
-    default="sgd",
-    show_default=True,
-    help="Optimizer of the gradient steps.",
-)
-@click.option(
-    "--distill",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="Weight of distillation from the dense model in the loss; the labels have the rest.",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    help="Rounds of --recovery iterative.  [default: 4]",
-)
+@SEED
+@recovery_options
 @click.option(
     "--cheap-trials",
     is_flag=True,
     help="Start each trial from the nearest denser model, with fewer steps, and give up trials that cannot meet "
     "the bound.",
 )
-@click.option(
-    "--device", default="auto", show_default=True, help="Device of the trials: auto, cpu, cuda or cuda:N."
-)
+@DEVICE
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -203,10 +163,7 @@ def cli() -> None:
     "--profile-device", help="Device on which latency, memory and energy are measured.  [default: as --device]"
 )
 @task_options
-@OUT
-@click.option("--name", help="The study's name.  [default: from task, scheme and time]")
-@resume_option("study")
-@TRACKING_URI
+@study_options("study", named_after="task, scheme and time")
 @click.option(
     "--export",
     "formats",
@@ -228,8 +185,8 @@ def cli() -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the options of this call to a TOML file for --config.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, progress on stderr.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@AS_JSON
+@QUIET
 @click.option("-v", "--verbose", is_flag=True, help="Show more, and tracebacks of errors.")
 @click.pass_context
 def tune(
@@ -299,7 +256,7 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
     from autocompress.searching.dimensions import parse_dimensions
 
     if options["resume"]:
-        _take_from_study(ctx, options)
+        take_from_study(ctx, options)
     options["out"] = checked("--out", prepare_out, options["out"])
     check_shared(ctx, options)
     if options["storage"]:
@@ -314,65 +271,6 @@ def _check_options(ctx: click.Context, options: dict[str, Any]) -> None:
     checked("--runtime", check_runtime, options["runtime"], options["profile_device"] or options["device"])
 
 
-def _take_from_study(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Fills in the options of the study that is resumed, except those given again.
-
-    Raises:
-        click.BadParameter: If an option was given that differs from the study's and is not one of `BUDGET`.
-    """
-    from autocompress.notation import with_files
-
-    stored, given = take_resumed(ctx, options, "study")
-    recovery = stored["recovery"]
-    stored |= {name: recovery.get(name) for name in OF_RECOVERY} | {"recovery": recovery["method"]}
-    objective = stored["objective"]
-    stored["objective"] = (objective,) if isinstance(objective, str) else tuple(objective)
-    with_paths = {  # specs whose files are found from the current folder
-        "scheme": with_files(stored["scheme"], stored["files"]),
-        "objective": tuple(found_again(spec, stored["files"]) for spec in stored["objective"]),
-    }
-    stored = {"search": "", "epochs_total": None} | stored  # studies of earlier versions have neither
-    same = (
-        "scheme",
-        "max_drop",
-        "drop",
-        "objective",
-        "recovery",
-        *OF_RECOVERY,
-        "runtime",
-        "search",
-        "sampler",
-        "seed",
-        "cheap_trials",
-        "confidence",
-    )
-    for name in (*same, *BUDGET):
-        if name not in stored:  # the study is of a version without this option
-            continue
-        if name not in given:
-            options[name] = with_paths.get(name, stored[name])
-        elif name not in BUDGET and (value := _as_stored(name, options[name])) != stored[name]:
-            before, now = (", ".join(v) if isinstance(v, tuple) else v for v in (stored[name], value))
-            problem = f"the study {options['resume']!r} was made with {before!r}, not {now!r}"
-            hint = f"'--{name.replace('_', '-')}'"
-            raise click.BadParameter(f"{problem}; resume it as it was or begin a new one", param_hint=hint)
-
-
-def _as_stored(name: str, given: Any) -> Any:
-    """The value of an option in the form of ``study.json``, as some can be written in several ways."""
-    from autocompress.goal import as_objective
-    from autocompress.plugins import name_of
-    from autocompress.recovery import make_recovery
-    from autocompress.scheme import AUTO, describe, parse_schemes
-
-    if name == "scheme" and given != AUTO:
-        return ", ".join(map(describe, checked("--scheme", parse_schemes, given)))
-    if name == "objective":
-        return tuple(name_of(checked("--objective", as_objective, spec)) for spec in given)
-    return make_recovery(given).method if name == "recovery" else given
-
-
-sweep.params[3:3] = [option for option in tune.params if option.name in OF_A_TRIAL]
 for command in (sweep, *COMMANDS):
     cli.add_command(command)
 

@@ -280,11 +280,16 @@ CONSTRAINT = click.option(
 )
 
 
-def task_options(command: F) -> F:
-    """Adds the options of `TaskOptions` to a command."""
-    for option in reversed(_OPTIONS):
+def add_options(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    """Adds options to a command, in their order."""
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def task_options(command: F) -> F:
+    """Adds the options of `TaskOptions` to a command."""
+    return add_options(command, _OPTIONS)
 
 
 def take_options(options: dict[str, Any]) -> TaskOptions:

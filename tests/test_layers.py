@@ -67,7 +67,9 @@ ENGINE = (
     ("study", "display", "replay", "sweep_files", "profile"),
     ("tuning", "sweeping"),
     ("options", "testing_tools"),
-    ("sweep_command", "profile_command"),
+    ("shared_options",),
+    ("resuming", "profile_command"),
+    ("sweep_command",),
     ("commands",),
     ("cli", "testing", "__init__"),  # what others call; nothing else imports it
     ("__main__",),

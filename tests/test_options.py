@@ -14,7 +14,8 @@ from autocompress.cli import cli
 from autocompress.learning.training import Optimizer
 from autocompress.recovery import RECOVERIES
 from autocompress.searching.samplers import SAMPLERS
-from autocompress.terminal.options import check_shared, options_of, write_config
+from autocompress.terminal.options import options_of, write_config
+from autocompress.terminal.shared_options import check_shared
 
 TUNE = cli.commands["tune"]
 
@@ -221,3 +222,14 @@ def test_the_help_has_every_option_under_a_heading(name: str) -> None:
     assert all(f"\n{heading}:\n" in shown for heading in command.sections.values())
     assert "\nOptions:" not in shown
     assert all(option.opts[-1] in shown for option in command.params if isinstance(option, click.Option))
+
+
+def test_options_of_tune_and_sweep_differ_only_in_what_they_run() -> None:
+    tune, sweep = (
+        {option.name: option.to_info_dict() for option in cli.commands[name].params} for name in ("tune", "sweep")
+    )
+    shared = tune.keys() & sweep.keys()
+    assert {"out", "epochs", "recovery", "seed", "device", "model", "metric", "as_json", "quiet"} <= shared
+    assert {name for name in shared if tune[name] != sweep[name]} == {"name", "resume", "verbose"}
+    for name in ("name", "resume"):
+        assert tune[name] | {"help": ""} == sweep[name] | {"help": ""}

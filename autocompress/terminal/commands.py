@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from autocompress.disk.files import called, short
-from autocompress.terminal.options import OUT, RUN, TRACKING_URI, checked
+from autocompress.terminal.options import checked
 from autocompress.terminal.profile_command import profile
+from autocompress.terminal.shared_options import OUT, RUN, TRACKING_URI
 
 if TYPE_CHECKING:
     from autocompress.disk.record import Record

@@ -1,28 +1,20 @@
-"""Types and checks of the command line's options, ``--resume``, and files of options (``--config``)."""
+"""Types of the command line's options, headings of their help, and files of options (``--config``)."""
 
 import difflib
 import json
 import math
 import re
-import shlex
-import sys
 import tomllib
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from autocompress.disk.files import DEFAULT_OUT, NAME
-from autocompress.task_options import restore
 
 T = TypeVar("T")
-
-# Options that `tune` and `sweep` have in common.
-OF_RECOVERY = ("epochs", "lr", "optimizer", "distill", "rounds")  # settings of a trial's recovery
-OF_A_TRIAL = ("recovery", *OF_RECOVERY, "seed", "device")
 
 _NOT_KEPT = ("config", "save_config", "help")  # options that a file cannot hold, by their names in Python
 _OF_ONE_STUDY = ("name", "resume")  # not written by --save-config: the next study has another name
@@ -128,7 +120,7 @@ class Shape(click.ParamType[tuple[int, ...]]):
 class Home(click.Path):
     """The folder of all studies. An empty text, as an unset shell variable gives, is refused.
 
-    It is checked here because `_refuse_empty` cannot recognize it once it has become the path of the current
+    It is checked here because `check_shared` cannot recognize it once it has become the path of the current
     folder.
     """
 
@@ -179,31 +171,6 @@ class Sectioned(click.Command):
                 formatter.write_dl(records)
 
 
-OUT = click.option(
-    "--out",
-    type=Home(),
-    default=DEFAULT_OUT,
-    show_default=True,
-    help="Folder for all studies; nothing is written outside it.",
-)
-RUN = click.argument("run", type=Run(), default="last")
-TRACKING_URI = click.option(
-    "--tracking-uri",
-    metavar="URI",
-    help="Log to this MLflow server, such as http://host:5000.  [default: the study's, or the database in --out]",
-)
-
-
-def resume_option(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The option ``--resume`` of a command that runs studies or sweeps, see `take_resumed`."""
-    return click.option(
-        "--resume",
-        type=Run(),
-        metavar="NAME",
-        help=f"Go on with a {kind} (name, a beginning of it, path, or last); options not given are as they were.",
-    )
-
-
 def checked(option: str, check: Callable[..., T], *values: Any) -> T:
     """Calls ``check`` with an option's value and returns the result.
 
@@ -214,81 +181,6 @@ def checked(option: str, check: Callable[..., T], *values: Any) -> T:
         return check(*values)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
-
-
-def check_shared(ctx: click.Context, options: dict[str, Any], **settings: Any) -> None:
-    """Checks the options that `tune` and `sweep` have in common, and turns them into arguments of their functions.
-
-    Args:
-        ctx: The command's context.
-        options: The command's options by name; changed in place. Those of the recovery are replaced by the
-            recovery.
-        settings: Further settings of the recovery.
-
-    Raises:
-        click.BadParameter: If an option is not usable.
-    """
-    from autocompress.disk.storage import check_name
-    from autocompress.experiments.mlflow_store import check_uri, without_secrets
-    from autocompress.gauges.devices import usable_device
-    from autocompress.recovery import make_recovery
-
-    _refuse_empty(ctx)
-    if options["name"] is not None:
-        checked("--name", check_name, options["name"])
-    if options["tracking_uri"]:
-        checked("--tracking-uri", check_uri, options["tracking_uri"])
-    if options["recovery"] == "none":  # it takes no settings, so defaults are dropped; given ones will be refused
-        for name in OF_RECOVERY:
-            if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
-                options[name] = ctx.params[name] = None
-    settings |= {name: options.pop(name) for name in OF_RECOVERY}
-    given = {name: value for name, value in settings.items() if value is not None}
-    options["recovery"] = checked("--recovery", partial(make_recovery, **given), options["recovery"])
-    options["device"] = checked("--device", usable_device, options["device"])
-    options["command"] = without_secrets(shlex.join(["autocompress", *sys.argv[1:]]))
-
-
-def take_resumed(
-    ctx: click.Context, options: dict[str, Any], kind: Literal["study", "sweep"]
-) -> tuple[dict[str, Any], list[str]]:
-    """Finds the study or sweep that ``--resume`` names, and fills in its task's options except those given again.
-
-    Args:
-        ctx: The command's context.
-        options: The command's options by name; changed in place. ``out`` and ``resume`` become the folder of the
-            studies and the full name.
-        kind: Whether the command resumes studies or sweeps.
-
-    Returns:
-        The settings in its ``study.json``, with those of its ``files`` that still exist; and the names of the
-        options that were given.
-
-    Raises:
-        click.UsageError: If there is no such study, it is of the other kind, or ``--name`` is given as well.
-    """
-    from autocompress.disk.record import find_study
-    from autocompress.disk.storage import study_settings
-    from autocompress.plugins import write_files_as
-
-    if options["name"]:
-        raise click.UsageError(f"--name and --resume cannot be given together; --resume names the {kind}")
-    folder = checked("--resume", find_study, options["out"], options["resume"])
-    options["out"], options["resume"] = folder.parent.resolve(), folder.name
-    settings = checked("--resume", study_settings, folder.parent, folder.name, kind)
-    settings["files"] = write_files_as(settings.get("files", {}))
-    given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
-    restore(options, given, settings)
-    return settings, given
-
-
-def _refuse_empty(ctx: click.Context) -> None:
-    """Refuses options with an empty value, as an unset shell variable gives, unless that is their default."""
-    for param in ctx.command.params:
-        value = ctx.params.get(param.name or "")
-        given = value if isinstance(value, tuple) else (value,)
-        if "" in given and param.default != "":
-            raise click.BadParameter(EMPTY, param_hint=f"'{param.opts[0]}'")
 
 
 def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:

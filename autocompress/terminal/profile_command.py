@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autocompress.terminal.options import OUT, Positive, Run, Shape, checked
+from autocompress.terminal.options import Positive, Run, Shape, checked
+from autocompress.terminal.shared_options import OUT
 
 if TYPE_CHECKING:
     from torch import nn

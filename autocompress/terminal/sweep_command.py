@@ -6,30 +6,30 @@ from typing import Any
 
 import click
 
-from autocompress.task_options import found_again, take_options, task_options
-from autocompress.terminal.options import (
-    OF_RECOVERY,
-    OUT,
-    TRACKING_URI,
-    Densities,
-    Sectioned,
+from autocompress.task_options import take_options, task_options
+from autocompress.terminal.options import Densities, Sectioned, checked
+from autocompress.terminal.resuming import take_from_sweep
+from autocompress.terminal.shared_options import (
+    AS_JSON,
+    DEVICE,
+    HOW_TO_COMPRESS,
+    QUIET,
+    SECTIONS,
+    SEED,
     check_shared,
-    checked,
-    resume_option,
-    take_resumed,
+    recovery_options,
+    study_options,
 )
 
 INTERRUPTED = 130
-SAME = ("densities", "repeats", "timing", "seed")  # options that ``study.json`` stores under their own names
 
 
 @click.command(
     cls=Sectioned,
     sections={
+        **SECTIONS,
         "schemes": "Models to compare",
-        "epochs": "Recovery of each trial",
         "device": "Measurements",
-        "model": "Model, data and metric",
         "out": "Sweep and output",
     },
 )
@@ -39,7 +39,7 @@ SAME = ("densities", "repeats", "timing", "seed")  # options that ``study.json``
     multiple=True,
     default=("StructPrune",),
     show_default=True,
-    help="How to compress: NAME, NAME(key=value), FILE.py:NAME, A+B; several with commas, or repeated.",
+    help=f"{HOW_TO_COMPRESS}; several with commas, or repeated.",
 )
 @click.option(
     "--densities",
@@ -55,6 +55,9 @@ SAME = ("densities", "repeats", "timing", "seed")  # options that ``study.json``
     show_default=True,
     help="Runs of each scheme and density, by seed.",
 )
+@SEED
+@recovery_options
+@DEVICE
 @click.option("--also", multiple=True, metavar="METRIC", help="Another metric to score; repeatable.")
 @click.option("--score-steps", is_flag=True, help="Also score on val after each L-C step, for the figure.")
 @click.option(
@@ -64,12 +67,9 @@ SAME = ("densities", "repeats", "timing", "seed")  # options that ``study.json``
     help="Whether to measure latency, memory and energy.",
 )
 @task_options
-@OUT
-@click.option("--name", help="The sweep's name.  [default: from task and time]")
-@resume_option("sweep")
-@TRACKING_URI
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, progress on stderr.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@study_options("sweep", named_after="task and time")
+@AS_JSON
+@QUIET
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors.")
 @click.pass_context
 def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
@@ -87,7 +87,7 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     from autocompress.terminal.show import make_console, show_sweep
 
     if options["resume"]:
-        _take_from_sweep(ctx, options)
+        take_from_sweep(ctx, options)
     options["out"] = checked("--out", prepare_out, options["out"])
     options["schemes"] = list(checked("--scheme", distinct_schemes, options["schemes"]).values())
     check_shared(ctx, options, score_steps=options.pop("score_steps") or None)
@@ -105,22 +105,3 @@ def sweep(ctx: click.Context, /, as_json: bool, quiet: bool, verbose: bool, **op
     else:
         show_sweep(make_console(stderr=False), result)
     ctx.exit(INTERRUPTED if result.interrupted else 0)
-
-
-def _take_from_sweep(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Fills in the options of the sweep that is resumed, except those given again.
-
-    Whether these are the same is checked by `autocompress.sweep`.
-    """
-    from autocompress.notation import with_files
-
-    settings, given = take_resumed(ctx, options, "sweep")
-    files, recovery = settings["files"], settings["recovery"]
-    del options["constraints"]
-    stored = {name: settings[name] for name in SAME}
-    stored["schemes"] = tuple(with_files(scheme, files) for scheme in settings["schemes"])
-    stored["also"] = tuple(found_again(metric, files) for metric in settings["also"])
-    stored["densities"] = tuple(settings["densities"])
-    stored |= {name: recovery.get(name) for name in OF_RECOVERY}
-    stored |= {"recovery": recovery["method"], "score_steps": bool(recovery.get("score_steps"))}
-    options |= {name: value for name, value in stored.items() if name not in given}
