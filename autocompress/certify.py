@@ -11,6 +11,7 @@ from scipy.special import ndtri
 
 from autocompress.metrics import Metric, classes_present, smallest_class
 from autocompress.task import Evaluation
+from autocompress.verdict.change import loss_or_gain
 from autocompress.verdict.constraint import Judged
 
 Outcome: TypeAlias = Literal["certified", "not certifiable", "not met"]
@@ -58,15 +59,14 @@ class Verdict:
     def sentence(self) -> str:
         """The verdict in one sentence, with its numbers."""
         worse, better = ("drops", "gains") if self.higher_is_better else ("worsens by", "improves by")
-        change = f"{better if self.drop < 0 else worse} {_amount(abs(self.drop), self.relative)}"
-        observed = f"{self.metric.replace('_', ' ')} {change}"
+        change, size = loss_or_gain(self.drop, worse, better)
+        observed = f"{self.metric.replace('_', ' ')} {change} {_amount(size, self.relative)}"
         # The upper bound is rounded up, the lower one down, so that the sentence never claims too much.
         sure = f"with {self.confidence * 100:g}% confidence"
         bound = f"(bound {_amount(self.max_drop, self.relative)})"
-        at_most = f"at most {_amount(self.upper, self.relative, math.ceil)} {sure}"
-        if self.upper < 0:
-            at_most = f"at least {_amount(-self.upper, self.relative, math.floor)} {sure}"
-        elif self.drop < 0:
+        (limit, rounding), size = loss_or_gain(self.upper, ("at most", math.ceil), ("at least", math.floor))
+        at_most = f"{limit} {_amount(size, self.relative, rounding)} {sure}"
+        if self.drop < 0 <= self.upper:
             at_most = f"and {worse} {at_most}"
         if self.outcome == "certified":
             return f"Certified: on {self.n} test samples {observed}, {at_most} {bound}."

@@ -19,6 +19,7 @@ from autocompress.showing.comparison import (
 )
 from autocompress.showing.figures import Figure, draw
 from autocompress.showing.words import at_least, at_most, headline, sentence, trials_in_time, words
+from autocompress.verdict.change import loss_or_gain
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -145,15 +146,13 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         tiles.append((f"{before['p50_ms'] / after['p50_ms']:.2f}×", f"as fast, batch of {after['batch']}"))
     drops = found["drop_pp"]
     if drops["test"] is not None:
-        how = "lost" if drops["test"] >= 0 else "gained"
-        tiles.append((f"{abs(drops['test']):.2f}{record.unit}", f"{how} on test"))
+        how, size = loss_or_gain(drops["test"], "lost", "gained")
+        tiles.append((f"{size:.2f}{record.unit}", f"{how} on test"))
     if drops["upper"] is not None and (certificate := found.get("certificate")):
         confidence = 100 * certificate["confidence"]
-        if drops["upper"] < 0:
-            bound, how = f"≥ {at_least(-drops['upper'], record.unit)}", "gained"
-        else:
-            bound, how = f"≤ {at_most(drops['upper'], record.unit)}", "lost"
-        tiles.append((bound, f"{how}, with {confidence:g}% confidence"))
+        loss, gain = ("≤", at_most, "lost"), ("≥", at_least, "gained")
+        (sign, rounded, how), size = loss_or_gain(drops["upper"], loss, gain)
+        tiles.append((f"{sign} {rounded(size, record.unit)}", f"{how}, with {confidence:g}% confidence"))
     return tiles
 
 

@@ -15,6 +15,7 @@ from autocompress.certify import (
 )
 from autocompress.metrics import Metric, Outputs, Targets, accuracy, balanced_accuracy
 from autocompress.task import Evaluation
+from autocompress.verdict.change import loss_or_gain
 
 # The same score without `correct`, so that the bootstrap has a closed form to agree with.
 resampled_accuracy = replace(accuracy, name="resampled_accuracy", correct=None)
@@ -144,6 +145,12 @@ def verdict(**changes: object) -> Verdict:
 )
 def test_the_sentence(given: Verdict, sentence: str) -> None:
     assert given.sentence == sentence
+
+
+@pytest.mark.parametrize(("drop", "called"), [(0.25, "loses"), (0.0, "loses"), (-0.0, "loses"), (-0.25, "gains")])
+def test_a_negative_drop_is_a_gain_and_has_a_size_without_a_sign(drop: float, called: str) -> None:
+    change, size = loss_or_gain(drop, "loses", "gains")
+    assert f"{change} {size:.2f}" == f"{called} {abs(drop):.2f}"
 
 
 def test_relative_divides_by_the_dense_score() -> None:

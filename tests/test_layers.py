@@ -25,6 +25,7 @@ ENGINE = (
         "onnx_integers",
         "task_options",
         "model_check",
+        "change",
     ),
     (
         "testing_models",

@@ -6,6 +6,7 @@ from typing import Any
 
 from autocompress.disk.record import Record
 from autocompress.showing.comparison import RUNTIMES, as_bytes, as_count, timed_together
+from autocompress.verdict.change import loss_or_gain
 
 SAME = 0.03  # latencies that differ by a smaller fraction are called the same: medians are about this accurate
 
@@ -73,11 +74,11 @@ def _lost(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
     allowed = f"{100 * certificate['max_drop']:g}{unit}"
     upper, lower = (None if certificate[end] is None else 100 * certificate[end] for end in ("upper", "lower"))
     most, least = at_most(upper, unit), at_least(lower, unit)
-    if certificate["outcome"] == "certified" and upper is not None and upper < 0:
-        gain = at_least(-upper, unit)
-        yield f"With {sure} confidence the true gain is at least {gain}; a loss of {allowed} was allowed."
-    elif certificate["outcome"] == "certified":
-        yield f"With {sure} confidence the true loss is at most {most}; {allowed} was allowed."
+    if certificate["outcome"] == "certified":
+        assert upper is not None  # what has no upper bound is not certified
+        loss, gain = ("loss is at most", at_most, allowed), ("gain is at least", at_least, f"a loss of {allowed}")
+        (change, rounded, limit), size = loss_or_gain(upper, loss, gain)
+        yield f"With {sure} confidence the true {change} {rounded(size, unit)}; {limit} was allowed."
     elif certificate["outcome"] == "not met":
         yield f"With {sure} confidence the true loss is at least {least}; only {allowed} was allowed."
     else:

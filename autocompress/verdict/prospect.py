@@ -10,6 +10,7 @@ from autocompress.recovery import settings_of
 from autocompress.studies.settings import Settings
 from autocompress.task import Evaluation, Task
 from autocompress.trial import TrialResult
+from autocompress.verdict.change import loss_or_gain
 
 SMALL = 0.005  # a drop that counts as one bound where the bound is less
 DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree
@@ -26,10 +27,9 @@ def prospect(settings: Settings, task: Task) -> tuple[str, ...]:
         return (f"{where}, no drop can be certified to be within {100 * bound.max_drop:g} pp",)
     if observed >= round(DISAGREEMENT * n) / n:  # even if all disagreement is loss, it is certified
         return ()
-    amount = f"{100 * abs(observed):.2f} pp"
-    must = f"drop at most {amount}" if observed >= 0 else f"gain at least {amount}"
+    change, size = loss_or_gain(observed, "drop at most", "gain at least")
     within = f"to be certified within {100 * bound.max_drop:g} pp with {100 * confidence:g}% confidence"
-    return (f"{where}, the answer must {must} on test {within}",)
+    return (f"{where}, the answer must {change} {100 * size:.2f} pp on test {within}",)
 
 
 def one_answer(dense: Evaluation, task: Task) -> tuple[str, ...]:
@@ -57,14 +57,14 @@ def nearest_miss(settings: Settings, records: Sequence[TrialResult]) -> str:
     meeting = f" and meets {' and '.join(one.text for one in required)}" if required else ""
     has = [one.shown for one in required if one.metric != "density"]  # the density is shown anyway
     besides = f" and has {' and '.join(has)}" if has else ""
-    changed = f"{'loses' if nearest.drop >= 0 else 'gains'} {100 * abs(nearest.drop):.2f}{unit}"
+    changed, size = loss_or_gain(nearest.drop, "loses", "gains")
     larger = "" if required and nearest.drop <= settings.bound.max_drop else "a larger drop, "
     looser = "a looser constraint, " if required else ""
     longer = f"more epochs of recovery than {epochs:g}" if epochs else "a recovery that trains"
     return (
         f"Not met: no trial loses at most {bound}{meeting} on val; the nearest, of density "
-        f"{nearest.density:.3g}, {changed}{besides}. What may help: {larger}{looser}{longer}, another scheme than "
-        f"{settings.scheme}, or more trials than {settings.trials}."
+        f"{nearest.density:.3g}, {changed} {100 * size:.2f}{unit}{besides}. What may help: {larger}{looser}"
+        f"{longer}, another scheme than {settings.scheme}, or more trials than {settings.trials}."
     )
 
 
