@@ -140,6 +140,15 @@ def test_looking_at_studies_loads_no_torch(home, command, loaded):
     assert done.stdout.strip() == loaded
 
 
+def test_where_there_is_no_room_for_a_cache_the_report_is_drawn_without_advice(home):
+    (home / "cache").touch()  # like a folder that cannot be written, which the superuser's can
+    command = [sys.executable, "-m", "autocompress", "report", "digits-a", "--out", str(home)]
+    env = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (home / "digits-a" / "figures").is_dir()
+
+
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["show", "nothing"], 2)])
 def test_the_process_ends_with_its_status_and_all_that_was_said(arguments, status, tmp_path):
     program = "import atexit; from autocompress.__main__ import run; atexit.register(print, 'at exit'); run()"

@@ -1,6 +1,7 @@
 """The style of figures, and writing them as SVG and PNG."""
 
 import io
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +48,16 @@ def style(home: Path) -> Iterator[None]:
     """
     # Nothing may be written outside the folder of studies.
     os.environ.setdefault("MPLCONFIGDIR", str(home / "cache" / "matplotlib"))
+    logging.getLogger("matplotlib").addFilter(_is_no_advice)
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
         yield
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """False for matplotlib's advice to set MPLCONFIGDIR, given where ``home`` is read-only: it is set already."""
+    return "MPLCONFIGDIR" not in record.getMessage()
 
 
 def make_axes(
