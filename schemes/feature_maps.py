@@ -2,13 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from autocompress.scheme import Evidence
+from autocompress.task import evaluating
 
 from .criteria import Observed, looking_at
 from .groups import Group, Slices
@@ -41,7 +45,8 @@ def observe_maps(criterion: str, evidence: Evidence, groups: Sequence[Group], ro
         roles: The roles of the model's parameters.
 
     Returns:
-        ``activation``: mean magnitude of each channel, by the name of the group's root, shape ``(width,)``.
+        ``activation``: mean magnitude of each channel, by the name of the group's root, shape ``(width,)``; 0 if
+        no pass in eval mode has used it, as in an auxiliary head: the deployed model does not need it.
         ``hrank``: likewise the mean rank of its maps. ``beta_rank``: by the filters' weight, the ratio of the
         standard deviations of each filter's output and input, shape ``(filters,)``.
     """
@@ -115,5 +120,36 @@ def _per_channel(
             channels, positions = places[key].channels.to(device), places[key].positions.to(device)
             total.index_add_(0, channels, mean[positions])
             count.index_add_(0, channels, torch.ones_like(mean[positions]))
-    mean_of_channel: Tensor = total / count
+    mean_of_channel: Tensor = total / count.clamp_min(1)
     return mean_of_channel
+
+
+def in_eval_mode(roles: Roles, model: nn.Module, x: Tensor) -> Roles:
+    """The roles with what a forward pass in eval mode shows: layers that it does not call, parameters not used."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.add(f"{name}.weight".lstrip(".")))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with evaluating(model), torch.no_grad(), _Used() as used:
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    named = model.named_parameters(remove_duplicate=False)
+    unused = frozenset(name for name, parameter in named if id(parameter) not in used.parameters)
+    return replace(roles, silent=roles.silent | (roles.outputs.keys() - called), training=unused)
+
+
+class _Used(TorchFunctionMode):
+    """Collects the ids of the parameters that torch's functions get, whichever module calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_leaves((args, kwargs))
+        self.parameters.update(id(value) for value in given if isinstance(value, nn.Parameter))
+        return func(*args, **(kwargs or {}))

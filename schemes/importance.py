@@ -90,7 +90,7 @@ def observe_channels(criterion: str, evidence: Evidence, groups: Sequence[Group]
 def can_rate(criterion: str, group: Group, roles: Roles) -> bool:
     """Whether each channel of a group has what the criterion looks at: a scale, a filter or a feature map."""
     if criterion in MAP_CRITERIA:
-        return bool(watched(criterion, group, roles))
+        return bool(watched(criterion, group, roles)) or roles.only_train(group)
     if criterion == "bn_scale":
         return cover((s for s in group.slices if s.parameter in roles.scales), group)
     return criterion != "fpgm" or cover(roles.filters(group), group)

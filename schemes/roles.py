@@ -22,6 +22,8 @@ class Roles:
         grouped: Of these weights, those of grouped convolutions.
         silent: Of these weights, those of layers that are never called, so that hooks cannot observe them.
         scales: The scales of BatchNorm layers.
+        training: Parameters that the model uses in train mode alone, as those of auxiliary heads; empty unless
+            that was looked for.
     """
 
     outputs: Mapping[str, int]
@@ -29,6 +31,7 @@ class Roles:
     grouped: frozenset[str]
     silent: frozenset[str]
     scales: frozenset[str]
+    training: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module) -> "Roles":
@@ -62,6 +65,11 @@ class Roles:
     def owners(self, group: Group) -> set[str]:
         """Names of the modules that put a group's channels out, scale or shift them."""
         return {module_of(s) for s in group.slices if not self._reads(s)}
+
+    def only_train(self, group: Group) -> bool:
+        """Whether a group's channels are there in train mode alone."""
+        filters = self.filters(group)
+        return bool(filters) and all(s.parameter in self.training for s in filters)
 
     def _reads(self, s: Slices) -> bool:
         return s.parameter in self.outputs and self.outputs[s.parameter] != s.dim

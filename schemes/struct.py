@@ -1,6 +1,7 @@
 """Structured pruning: whole channels and neurons are removed; the model is smaller and faster on any runtime."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from autocompress.scheme import Evidence, Theta, Weights, automatic, density_error, register_scheme
 
 from .criteria import Observed, check_criterion
+from .feature_maps import MAP_CRITERIA, in_eval_mode
 from .groups import (
     Group,
     find_groups,
@@ -72,7 +74,9 @@ class StructPrune:
     Args:
         criterion: What makes a channel important, see `autocompress.schemes.importance.channel_scores`. Layers
             that it cannot rate (``hrank`` a linear layer, ``bn_scale`` one without BatchNorm) are left whole,
-            with a warning that names them.
+            with a warning that names them. Feature maps (``activation``, ``hrank``, ``beta_rank``) are looked at
+            in eval mode: channels that are there in training alone, as in auxiliary heads, go first, with a
+            warning, too.
         spread: How the density is spread over the layers: ``global`` (one threshold for the whole network),
             ``uniform`` (the same share of channels in each), ``erk`` (Erdős-Rényi kernel: small layers stay
             wider), ``lamp`` (one threshold on each score over those that are no smaller in its layer), or
@@ -136,6 +140,8 @@ class StructPrune:
             ValueError: If nothing can be removed, or a pattern matches no module.
         """
         roles = Roles.of(model)
+        if self.criterion in MAP_CRITERIA:
+            roles = in_eval_mode(roles, model, example_input)
         skipped = modules_matching(model, self.skip, "skip")
         least_of, relative_of = self._floors(model, roles), self._relative_widths(model, roles)
         whole: dict[str, list[str]] = {}  # layers that keep all their channels, by the reason
@@ -164,6 +170,9 @@ class StructPrune:
             )
         for why, names in whole.items():
             warn_of_whole(why, names)
+        if first := [group.root for group in groups if roles.only_train(group)]:
+            unused = "which the model uses in training alone, go first"
+            warnings.warn(f"criterion={self.criterion!r}: channels of {', '.join(first)}, {unused}", stacklevel=2)
         layers = [
             Layer(part + start, floors[group.root], steps[group.root], relative_of(group), fine)
             for group, start in zip(groups, first_channels(groups), strict=False)

@@ -392,3 +392,41 @@ def test_what_is_never_called_by_itself_is_not_watched() -> None:
     for criterion in ("activation", "beta_rank"):
         assert not can_rate(criterion, replace(group, slices=(slices[0],)), roles)
         assert watched(criterion, replace(group, slices=tuple(slices)), roles) == [slices[1]]
+
+
+class WithAuxiliaryHead(nn.Module):
+    """A network whose second head is used in training alone; its outputs are the mean of both then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.auxiliary = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.stem(x)
+        # As by those who tie weights: the layer is not called, and yet it is used in eval mode.
+        out = nn.functional.linear(self.body(maps).mean((2, 3)), self.head.weight, self.head.bias)
+        return (out + self.auxiliary(maps).mean((2, 3))) / 2 if self.training else out
+
+
+@pytest.mark.parametrize("criterion", ["activation", "hrank", "beta_rank"])
+def test_channels_that_are_there_in_training_alone_go_first_and_are_named(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = WithAuxiliaryHead()
+    scheme = StructPrune(criterion=criterion, align=1, normalize="mean")  # type: ignore[arg-type]  # one of them
+    with pytest.warns(
+        UserWarning, match=r"channels of auxiliary\.0, which the model uses in training alone, go f"
+    ):
+        facts = scheme.analyze(model, X[:1])
+    assert model.training
+    facts = scheme.observe(evidence_of(model), facts)
+    widths = [group.width for group in facts.groups]
+    scores = channel_scores(criterion, facts.groups, weights_of(model), facts.roles, facts.observed).split(widths)
+    by_root = dict(zip((group.root for group in facts.groups), scores, strict=True))
+    assert by_root.pop("auxiliary.0").tolist() == [0.0] * 6
+    assert sorted(by_root) == ["body.0", "stem.0"]
+    assert all(score.isfinite().all() and score.max() > 0 for score in by_root.values())
+    removed = scheme.pi(weights_of(model), 0.8, facts).plan["removed"]
+    assert {root: len(gone) for root, gone in removed.items() if gone} == {"auxiliary.0": 4}
