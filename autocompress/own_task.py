@@ -221,6 +221,12 @@ def _normalization(options: TaskOptions, found: Found, model: Made) -> tuple[tup
     if kind == "imagenet":
         if model.channels != 3:
             raise ValueError("--normalize imagenet is for 3 channels; give --channels 3, or --normalize data")
+        low, high = _ends(found)
+        if low < 0 or high > 1 + 1e-6:  # 65535 / 65535 is rounded
+            raise ValueError(
+                f"--normalize imagenet is for images of 0 to 1, and these go from {low:g} to {high:g}; save them "
+                "as uint8, as uint16 or as floats of 0 to 1, or give --normalize data"
+            )
         return IMAGENET
     split = _split(found.parts["train"], Preprocessing(found.size, model.channels, found.scale), Sampling(256))
     count, total, squares = 0, torch.zeros(model.channels).double(), torch.zeros(model.channels).double()
@@ -232,6 +238,13 @@ def _normalization(options: TaskOptions, found: Found, model: Made) -> tuple[tup
     mean = total / count
     std = (squares / count - mean**2).clamp_min(0).sqrt()
     return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())
+
+
+def _ends(found: Found) -> tuple[float, float]:
+    """The least and the largest pixel of all images, as they are scaled; of files 0 and 1."""
+    held = [samples.pixels for samples in found.parts.values() if samples.pixels is not None]
+    ends = [float(end) * found.scale for pixels in held for end in pixels.aminmax()]
+    return min(ends, default=0.0), max(ends, default=1.0)
 
 
 def _sample_weights(options: TaskOptions, y: Tensor) -> Tensor | None:

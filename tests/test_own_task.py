@@ -97,6 +97,25 @@ def test_normalised_by_the_data_means_mean_0_and_deviation_1(npz: str) -> None:
     assert (float(plain.min()), float(plain.max())) == (0.0, pytest.approx(239 / 255))
 
 
+@pytest.mark.parametrize(
+    ("kind", "fits"), [("uint8", True), ("uint16", True), ("int64", False), ("float32", False)]
+)
+def test_imagenet_s_mean_is_for_images_of_0_to_1(tmp_path: Path, kind: str, fits: bool) -> None:
+    made = {}
+    for part in ("train", "val", "test"):
+        x, made[f"{part}_labels"] = stripes(32)
+        made[f"{part}_images"] = x.astype(kind)
+    np.savez(tmp_path / "data.npz", **made)
+    options = {"data": str(tmp_path / "data.npz"), "channels": 3, "normalize": "imagenet", "train_epochs": 0}
+    if fits:
+        assert ac.make_task(**options).train.x.abs().max() < 3
+        return
+    with pytest.raises(
+        ValueError, match="is for images of 0 to 1, and these go from 0 to 239; save them as uint8"
+    ):
+        ac.make_task(**options)
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "auc", "balanced_accuracy"])
 def test_a_class_that_val_or_test_lack_is_noted_as_for_a_task_of_tensors(tmp_path: Path, metric: str) -> None:
     made = {}

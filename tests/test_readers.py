@@ -131,6 +131,17 @@ BAD_NAN[4, 2, 2] = np.nan
             },
             r"different kinds: train uint16 of shape .*, val float32 of shape .*, test uint16",
         ),
+        (  # other whole numbers are not scaled
+            {**{f"{part}_images": np.ones((12, *SIZE), int) for part in ("train", "val")}},
+            r"different kinds: train other whole numbers of shape .*, test uint8 of shape",
+        ),
+        (
+            {
+                "train_images": np.full((12, *SIZE), 255),
+                **{f"{part}_images": np.ones((12, *SIZE), np.float32) for part in ("val", "test")},
+            },
+            r"different kinds: train other whole numbers of shape .*, val float32",
+        ),
         ({"train_images": np.array(["a"] * 12)}, "train_images are of type <U1; they must be numbers"),
         ({"train_images": np.zeros((12, 0, 5), np.uint8)}, "there is nothing in them"),
         ({"train_labels": np.tile([0, 2], (12, 1))}, "have several columns, so each must be 0 or 1"),
@@ -139,6 +150,19 @@ BAD_NAN[4, 2, 2] = np.nan
 )
 def test_bad_arrays_are_refused(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:
     check_refused(npz(tmp_path, **arrays(**changes)), message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("uint8", 255), ("uint16", 65535), ("int64", 1), ("int16", 1), ("float32", 1)]
+)
+def test_what_is_not_scaled_to_0_to_1_is_said(tmp_path: Path, kind: str, scale: int) -> None:
+    images = {f"{part}_images": np.full((12, *SIZE), 200, kind) for part in ("train", "val", "test")}
+    found = read(npz(tmp_path, **arrays(**images)), Reading())
+    assert found.scale == 1 / scale and found.parts["val"].pixels.max() == 200
+    said = f"train_images are of type {kind}, from 200 to 200, and are taken as they are; as uint8 or uint16 they "
+    assert [note[: len(said)] for note in found.notes] == [said] * kind.startswith("int")
+    zeros_and_ones = {f"{part}_images": np.ones((12, *SIZE), kind) for part in ("train", "val", "test")}
+    assert read(npz(tmp_path, **arrays(**zeros_and_ones)), Reading()).notes == ()
 
 
 def test_an_npz_that_lacks_something_says_what_it_has(tmp_path: Path) -> None:

@@ -23,12 +23,16 @@ SCALES = {"uint8": 1 / 255, "uint16": 1 / 65535}  # factors that bring whole num
 def read_npz(path: Path, reading: Reading) -> Found:
     """Reads the arrays ``train_images`` and ``train_labels``, and those of val and test where they are there.
 
+    Images of uint8 and uint16 are scaled to 0…1. All others are taken as they are: floats are so already, and of
+    other whole numbers, such as int64, the type does not tell which value is white; a note says so.
+
     Raises:
         ValueError: If the file or an array in it cannot be used; the message says why.
     """
     arrays, names = _stored(path)
     parts: dict[str, Samples] = {}
     kinds: dict[str, str] = {}
+    notes: list[str] = []
     for part in PARTS:
         images, labels = arrays.get(f"{part}_images"), arrays.get(f"{part}_labels")
         if images is None and labels is None and part != "train":
@@ -42,15 +46,21 @@ def read_npz(path: Path, reading: Reading) -> Found:
         where = f"{path}: {part}"
         pixels = _pixels_of(images, where)
         parts[part] = Samples(_labels_of(labels, len(pixels), where), pixels)
-        scaled = images.dtype.name if images.dtype.name in SCALES else "float32"
-        kinds[part] = f"{scaled} of shape {tuple(pixels.shape[1:])}"
+        whole = "other whole numbers" if images.dtype.kind in "ui" else "float32"
+        kind = images.dtype.name if images.dtype.name in SCALES else whole
+        if kind == whole == "other whole numbers" and not 0 <= images.min() <= images.max() <= 1:
+            notes.append(
+                f"{part}_images are of type {images.dtype}, from {images.min()} to {images.max()}, and are taken "
+                "as they are; as uint8 or uint16 they would be scaled to 0…1, by 255 or 65535"
+            )
+        kinds[part] = f"{kind} of shape {tuple(pixels.shape[1:])}"
     if len(set(kinds.values())) > 1:
         each = ", ".join(f"{part} {kind}" for part, kind in kinds.items())
         raise ValueError(
             f"{path}: the parts hold images of different kinds: {each} (channels, height, width); make them alike"
         )
     scale = SCALES.get(arrays["train_images"].dtype.name, 1.0)
-    return _of_pixels(path.stem, parts, scale, reading.size)
+    return _of_pixels(path.stem, parts, scale, reading.size, notes=notes[:1])  # all parts are alike
 
 
 def _stored(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
@@ -120,7 +130,12 @@ def _labels_of(labels: NDArray[Any], n: int, where: str) -> Tensor:
 
 
 def _of_pixels(
-    name: str, parts: Mapping[str, Samples], scale: float, size: Size | None, classes: Sequence[str] = ()
+    name: str,
+    parts: Mapping[str, Samples],
+    scale: float,
+    size: Size | None,
+    classes: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Found:
     """The data in held arrays, resized if another size was asked for."""
     first = parts["train"]
@@ -141,6 +156,7 @@ def _of_pixels(
         channels=shape.shape[1],
         size=(shape.shape[2], shape.shape[3]),
         scale=scale,
+        notes=tuple(notes),
     )
 
 
