@@ -181,19 +181,24 @@ def stage(
     return Staged(folder, passed, refused, not_fresh)
 
 
-def publish(staged: Staged, directory: Path, results: Mapping[str, Any] | None = None) -> Export:
+def publish(
+    staged: Staged, directory: Path, results: Mapping[str, Any] | None = None, advice: Sequence[str] = ()
+) -> Export:
     """Moves staged files into place and removes files of other formats that an earlier export left.
 
     Args:
         staged: The result of `stage`; its files are moved.
         directory: The folder to move to, on the same file system; created if it does not exist.
         results: Further entries of ``plan.json``, such as the metric on val and test: JSON types only.
+        advice: Further paragraphs of ``README.md``, such as the decision threshold.
     """
     directory.mkdir(parents=True, exist_ok=True)
     is_staged = {file: name in staged.errors for name, file in FILES.items()}
     is_staged |= {bundle.PLAN: "safetensors" in staged.errors, "README.md": True}
     if results and is_staged[bundle.PLAN]:
         bundle.add_results(staged.folder, results)
+    with (staged.folder / "README.md").open("a", encoding="utf-8") as readme:
+        readme.writelines(f"\n{paragraph}\n" for paragraph in advice)
     for file, staged_now in is_staged.items():
         if staged_now:
             (staged.folder / file).replace(directory / file)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from autocompress.plugins import load_from_file, whole_spec, written_spec
+from autocompress.verdict.operating_point import OperatingPoint
 
 Targets: TypeAlias = NDArray[np.int64]
 Outputs: TypeAlias = NDArray[np.float32]
@@ -41,6 +42,8 @@ class Metric:
         whole: ``file.py:name`` with the file's absolute path, which finds it again in any folder.
         low: The smallest score that there can be: confidence bounds on the true score never go below it.
         high: The largest score that there can be.
+        point: The operating point, if the metric is a rate at one.
+        only: The number of the class that it is about, if it is about one operating point of one class.
 
     Raises:
         ValueError: If ``low`` is not below ``high``.
@@ -55,6 +58,8 @@ class Metric:
     whole: str = ""
     low: float = -math.inf
     high: float = math.inf
+    point: OperatingPoint | None = None
+    only: int | None = None
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -143,8 +148,8 @@ def _mean_share(hits: NDArray[np.int64], misses: NDArray[np.int64], what: str) -
 
 
 def _positive(tables: NDArray[np.int64], targets: Targets) -> NDArray[np.int64]:
-    """The tables of the classes that count as positive: the second of two classes; otherwise all."""
-    return tables[1:] if targets.ndim == 1 and len(tables) == 2 else tables
+    """The tables of `positive_classes`."""
+    return tables[_first_positive(targets, len(tables)) :]
 
 
 def _sensitivity(targets: Targets, outputs: Outputs) -> float:
@@ -180,16 +185,44 @@ def _cohen(targets: Targets, predicted: Targets) -> float:
     return float(_sk().cohen_kappa_score(targets, predicted))
 
 
-def _macro(binary: Binary, targets: Targets, outputs: Outputs) -> float:
-    """The one-vs-rest score ``binary``, averaged over the classes with both positive and negative samples."""
+def class_scores(targets: Targets, outputs: Outputs) -> list[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
+    """For each class, whether samples are of it, and scores that rank the samples by how likely they are.
+
+    The scores are the probability of the class; with two classes the difference of their logits, which is the
+    logit of that probability and never rounds to the same number for different samples.
+    """
+    if targets.ndim == 1 and outputs.shape[1] == 2:
+        logit = outputs[:, 1].astype(np.float64) - outputs[:, 0]
+        return [(targets == 0, -logit), (targets == 1, logit)]
     p = probabilities(targets, outputs)
-    if targets.ndim == 2:
-        pairs = [(targets[:, k] > 0, p[:, k]) for k in range(p.shape[1])]
-    elif p.shape[1] == 2:
-        pairs = [(targets == 1, outputs[:, 1].astype(np.float64) - outputs[:, 0])]
-    else:
-        pairs = [(targets == k, p[:, k]) for k in range(p.shape[1])]
-    scores = [binary(is_class, score) for is_class, score in pairs if 0 < is_class.sum() < len(is_class)]
+    is_class = targets.T > 0 if targets.ndim == 2 else targets == np.arange(p.shape[1])[:, None]
+    return list(zip(is_class, p.T, strict=True))
+
+
+def positive_classes(targets: Targets, outputs: Outputs) -> range:
+    """The classes that scores are means over: the second of two classes; otherwise all."""
+    n = outputs.shape[1]
+    return range(_first_positive(targets, n), n)
+
+
+def _first_positive(targets: Targets, n_classes: int) -> int:
+    return 1 if targets.ndim == 1 and n_classes == 2 else 0
+
+
+def _macro(binary: Binary, targets: Targets, outputs: Outputs, *, only: int | None = None) -> float:
+    """The one-vs-rest score ``binary``, averaged over the classes with both positive and negative samples.
+
+    Args:
+        binary: Maps whether samples are of a class, and their scores for it, to a number.
+        targets: The true classes.
+        outputs: The logits.
+        only: The one class to score; None for the mean over `positive_classes`.
+    """
+    rankings = class_scores(targets, outputs)
+    classes = positive_classes(targets, outputs) if only is None else (only,)
+    scores = [binary(*rankings[k]) for k in classes if 0 < rankings[k][0].sum() < len(targets)]
+    if not scores and only is not None:
+        raise ValueError(f"the samples are all of class {only}, or none is, so nothing can be ranked")
     if not scores:
         raise ValueError("all samples are of one class, so nothing can be ranked; this metric needs two")
     return float(np.mean(scores))
@@ -278,8 +311,9 @@ def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
 
     Args:
         given: A name of `METRICS`; ``recall[CLASS]``, ``sensitivity[CLASS]``, ``specificity[CLASS]`` or
-            ``precision[CLASS]`` of one class by name or number; a function of targets and outputs whose result is
-            better the larger it is; or ``file.py:name`` of a function or a `Metric`.
+            ``precision[CLASS]`` of one class by name or number; ``specificity@sensitivity=0.95`` or the reverse, a
+            rate at an `OperatingPoint`, also ``specificity[CLASS]@sensitivity=0.95``; a function of targets and
+            outputs whose result is better the larger it is; or ``file.py:name`` of a function or a `Metric`.
         classes: The names of the classes, in order.
 
     Raises:
@@ -295,6 +329,8 @@ def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
         raise ValueError(f"metric={given!r:.100}; give a name, file.py:name, a Metric or a function")
     if given in METRICS:
         return METRICS[given]
+    if match := re.fullmatch(r"(\w+)(?:\[(.+)\])?@(\w+)=(.+)", given):
+        return _at_point(OperatingPoint.parse(match[1], match[3], match[4]), match[2], classes)
     if match := re.fullmatch(r"(\w+)\[(.+)\]", given):
         return _of_class(match[1], match[2], classes)
     if ":" in given or given.endswith(".py"):
@@ -302,7 +338,8 @@ def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
     near = difflib.get_close_matches(given.lower(), METRICS, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
-        f"unknown metric {given!r}{hint} (available: {', '.join(METRICS)}, recall[CLASS], or file.py:name)"
+        f"unknown metric {given!r}{hint} (available: {', '.join(METRICS)}, recall[CLASS], "
+        f"specificity@sensitivity=0.95, or file.py:name)"
     )
 
 
@@ -310,14 +347,31 @@ def _of_class(kind: str, which: str, classes: Sequence[str]) -> Metric:
     """The metric ``kind[which]`` of one class, given by its name or its number."""
     if kind not in OF_ONE_CLASS:
         raise ValueError(f"unknown metric {kind}[{which}]; of one class there are {', '.join(OF_ONE_CLASS)}")
-    if which in classes:
-        k = list(classes).index(which)
-    elif which.isdecimal() and (not classes or int(which) < len(classes)):
-        k = int(which)
-    else:
-        known = f"it is one of {', '.join(classes)}" if classes else "write its number, from 0"
-        raise ValueError(f"{kind}[{which}]: there is no class {which!r}; {known}")
+    k = _number_of(which, classes, f"{kind}[{which}]")
     return _share(f"{kind}[{which}]", partial(OF_ONE_CLASS[kind], k), description=f"{kind} of class {which}")
+
+
+def _at_point(point: OperatingPoint, which: str | None, classes: Sequence[str]) -> Metric:
+    """The rate at an operating point, of one class if one is given by its name or its number."""
+    name = str(point) if which is None else f"{point.scored}[{which}]@{point.fixed}={point.value:g}"
+    only = None if which is None else _number_of(which, classes, name)
+    return _share(
+        name,
+        partial(_macro, point.score, only=only),
+        description=f"{point.scored} at the threshold that gives a {point.fixed} of {point.value:g}",
+        point=point,
+        only=only,
+    )
+
+
+def _number_of(which: str, classes: Sequence[str], metric: str) -> int:
+    """The number of a class that is given by its name or its number."""
+    if which in classes:
+        return list(classes).index(which)
+    if which.isdecimal() and (not classes or int(which) < len(classes)):
+        return int(which)
+    known = f"it is one of {', '.join(classes)}" if classes else "write its number, from 0"
+    raise ValueError(f"{metric}: there is no class {which!r}; {known}")
 
 
 def _from_file(spec: str) -> Metric:

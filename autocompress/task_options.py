@@ -261,7 +261,7 @@ _OPTIONS = (
         default="accuracy",
         show_default=True,
         help="Metric: accuracy, balanced_accuracy, auc, average_precision, sensitivity, specificity, "
-        "precision, f1, kappa, log_loss, recall[CLASS], or file.py:name.",
+        "precision, f1, kappa, log_loss, recall[CLASS], specificity@sensitivity=0.95, or file.py:name.",
     ),
     click.option(
         "--task-seed",

@@ -171,6 +171,22 @@ def by_class(names: Sequence[str]) -> dict[str, Any]:
     return {"classes": classes, "confusion": {"dense": dense, "compressed": compressed}}
 
 
+def decided() -> dict[str, Any]:
+    """``decision_thresholds`` of one class, which lost two points of specificity on test."""
+
+    def at(probability: float, specificity: float) -> dict[str, Any]:
+        return {
+            "metric": "specificity@sensitivity=0.95",
+            "class_name": "ill",
+            "probability": probability,
+            "val": {"sensitivity": 0.9512, "specificity": 0.93},
+            "test": {"sensitivity": 0.97, "specificity": specificity},
+            "lower": {"sensitivity": 0.94129, "specificity": specificity - 0.04},
+        }
+
+    return {"decision_thresholds": {"dense": [at(0.281, 0.92)], "compressed": [at(0.312, 0.9)]}}
+
+
 def write_study(
     home: Path,
     name: str = "demo",

@@ -193,3 +193,32 @@ def test_confusions_are_those_of_scikit_learn() -> None:
         labels = np.arange(outputs.shape[1])
         expected = sk.multilabel_confusion_matrix(targets, found, labels=labels)
         np.testing.assert_array_equal(confusions(targets, outputs), expected)
+
+
+def test_rates_at_operating_points_are_those_of_the_roc_curve() -> None:
+    fpr, tpr, _ = sk.roc_curve(BINARY, BINARY_LOGITS[:, 1] - BINARY_LOGITS[:, 0], drop_intermediate=False)
+    found = as_metric("specificity@sensitivity=80%").score(BINARY, BINARY_LOGITS)
+    assert found == pytest.approx((1 - fpr)[tpr >= 0.8].max())
+    # Of the first class the two rates are exchanged.
+    assert as_metric("sensitivity[0]@specificity=0.8").score(BINARY, BINARY_LOGITS) == pytest.approx(found)
+    assert as_metric("specificity[1]@sensitivity=0.8").score(BINARY, BINARY_LOGITS) == found
+
+
+@pytest.mark.parametrize(("targets", "outputs"), [(MULTI, MULTI_LOGITS), (LABELS, LABEL_LOGITS)])
+def test_rates_at_operating_points_of_several_classes_are_means(targets, outputs) -> None:
+    n = outputs.shape[1]
+    mean = as_metric("sensitivity@specificity=0.9").score(targets, outputs)
+    each = [as_metric(f"sensitivity[{k}]@specificity=0.9").score(targets, outputs) for k in range(n)]
+    assert mean == pytest.approx(np.mean(each)) and len(set(each)) > 1
+
+
+def test_an_operating_point_travels_and_has_the_name_that_was_written() -> None:
+    metric = as_metric("specificity[ill]@sensitivity=95%", ("well", "ill"))
+    assert metric.name == "specificity[ill]@sensitivity=0.95" and (metric.low, metric.high) == (0, 1)
+    again = pickle.loads(pickle.dumps(metric))
+    assert (again.name, again.point, again.only) == (metric.name, metric.point, metric.only)
+    assert again.score(BINARY, BINARY_LOGITS) == metric.score(BINARY, BINARY_LOGITS)
+    with pytest.raises(ValueError, match=r"there is no class 'sick'; it is one of well, ill"):
+        as_metric("specificity[sick]@sensitivity=95%", ("well", "ill"))
+    with pytest.raises(ValueError, match="all of class 1, or none is"):
+        metric.score(np.ones_like(BINARY), BINARY_LOGITS)

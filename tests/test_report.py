@@ -64,6 +64,7 @@ def full(recorded, tmp_path_factory):
         failed=[{"number": 4, "reason": f"the model is off {HOSTILE}"}],
         layers=[recorded.layer(f"stem.{HOSTILE}", 16, 2), recorded.layer("head", 10, 10)],
         **recorded.by_class(["normal", f"effusion {HOSTILE}", "$x_1$", "hernia"]),
+        **recorded.decided(),
     )
     asked = recorded.asked(task=f"chest {HOSTILE}", scheme=f"StructPrune{HOSTILE}")
     return recorded.write_study(tmp_path_factory.mktemp("runs"), settings=asked, trials=trials, result=result)
@@ -151,6 +152,15 @@ def test_the_words_say_what_was_lost_where_how_sure_and_what_it_buys(page):
     assert "It keeps 400 of 10,000 parameters (25 times fewer)" in text
     assert "0.5 ms instead of 0.8 ms at batch 32 (1.60 times as fast)" in text
     assert "On a processor, 2 cores, a forward pass in PyTorch on 1 thread takes" in text
+
+
+def test_decision_thresholds_stand_beside_each_other(page, full):
+    parsed, _ = page
+    assert "ill dense specificity@sensitivity=0.95 0.281 0.9512 0.9300 0.9700 (>=" in parsed.text
+    assert "ill compressed specificity@sensitivity=0.95 0.312" in parsed.text
+    assert "The bounds on test hold with 95% confidence each." in parsed.text
+    row = "| ill | compressed | specificity@sensitivity=0.95 | 0.312 | 0.9512 | 0.9300 | 0.9700 (\\>= 0.9412) |"
+    assert row in (full / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_confidence_is_the_one_that_was_asked_for(recorded, tmp_path):

@@ -164,6 +164,25 @@ def test_a_front_is_a_table_and_a_limit_on_a_cost_a_row(recorded):
     assert ["latency<=5ms", "5.5 ms", "violated"] in rows
 
 
+def test_decision_thresholds_are_a_row_for_each_model(recorded):
+    text = shown(recorded.found(recorded.three_trials(), **recorded.decided()))
+    rows = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+    assert [
+        "decision thresholds, chosen on val",
+        "probability",
+        "sensitivity on test",
+        "specificity on test",
+    ] in rows
+    assert ["ill, dense", "0.281", "0.9700 (>= 0.9412)", "0.9200 (>= 0.8800)"] in rows
+    assert ["ill, compressed", "0.312", "0.9700 (>= 0.9412)", "0.9000 (>= 0.8600)"] in rows
+    assert ">=: at least, with 95% confidence each" in text
+    both = recorded.decided()["decision_thresholds"]
+    others = {model: [{**one, "metric": "sensitivity@specificity=0.9"} for one in both[model]] for model in both}
+    both = {model: both[model] + others[model] for model in both}
+    text = shown(recorded.found(recorded.three_trials(), decision_thresholds=both))
+    assert "ill, compressed, sensitivity@specificity=0.9 " in text
+
+
 def test_the_shortlist_is_said_in_words(recorded, tmp_path):
     tested = {"number": 2, "density": 0.04, "outcome": "certified", "upper": 0.0093}
     skipped = {"number": 1, "density": 0.02, "outcome": None, "upper": None}

@@ -189,6 +189,34 @@ def test_a_search_on_tensors_from_the_question_to_the_result(task, out):
         ac.load(result.folder / "best")
 
 
+def test_a_metric_at_an_operating_point_gives_the_deployed_model_its_threshold(task, out):
+    names = ("a", "b", "c")
+    task = ac.Task(
+        task.model, task.train, task.val, task.test, metric="specificity[b]@sensitivity=90%", classes=names
+    )
+    constraint = "sensitivity@specificity=0.7>=0.5"
+    result = ac.tune(task, constraints=constraint, out=out, name="decided", **SHORT)
+    by_metric = {(at.metric, at.class_name): at for at in result.decision_thresholds["compressed"]}
+    point = "sensitivity@specificity=0.7"
+    assert list(by_metric) == [("specificity[b]@sensitivity=0.9", "b"), *((point, name) for name in names)]
+    assert len(result.decision_thresholds["dense"]) == len(by_metric)
+    at = by_metric["specificity[b]@sensitivity=0.9", "b"]
+    assert at.val.specificity == pytest.approx(result.scores["compressed"]["val"])  # the search's own score
+    with torch.inference_mode():
+        found = torch.softmax(result.model(task.test.x), dim=1)[:, 1] >= at.probability
+    is_b = task.test.y == 1
+    assert at.test.sensitivity == pytest.approx(float(found[is_b].float().mean()))
+    assert at.test.specificity == pytest.approx(float((~found[~is_b]).float().mean()))
+
+    stored = read_json(result.folder / "result.json")["decision_thresholds"]
+    assert stored["compressed"][0]["probability"] == at.probability
+    plan = read_json(result.folder / "best" / "plan.json")
+    assert plan["results"]["decision_thresholds"] == stored["compressed"]
+    assert at.sentence in (result.folder / "best" / "README.md").read_text(encoding="utf-8")
+    report = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "Decision thresholds" in report and f"{at.probability:.4g}" in report
+
+
 COUNTED = ("params", "density", "size_bytes", "macs")
 
 

@@ -146,6 +146,35 @@ def classes_that_lost(found: Found) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
+def decisions(found: Found) -> list[tuple[str, ...]]:
+    """The decision thresholds, if there are any: a row for each class and model.
+
+    Returns:
+        Rows of class, model, metric, probability, and sensitivity and specificity on val, then on test, there with
+        the lower bounds of their confidence intervals.
+    """
+    by_model = found.get("decision_thresholds") or {}
+    rows = []
+    for pair in zip(*by_model.values(), strict=False):
+        for model, at in zip(by_model, pair, strict=True):
+            on_val = [_share(at["val"][rate]) for rate in RATES]
+            on_test = [_share(at["test"][rate], at["lower"][rate]) for rate in RATES]
+            rows.append((at["class_name"], model, at["metric"], in_digits(at["probability"]), *on_val, *on_test))
+    return rows
+
+
+def _share(value: float | None, lower: float | None = None) -> str:
+    if value is None:
+        return "n/a"
+    bound = "" if lower is None else f" (>= {math.floor(1e4 * lower) / 1e4:.4f})"
+    return f"{value:.4f}{bound}"
+
+
+def in_digits(probability: float) -> str:
+    """A probability with four digits, or ten where it is so near to 1 that four would round it up."""
+    return f"{probability:.4g}" if probability < 0.999 else f"{probability:.10g}"
+
+
 def ratio(dense: float | None, compressed: float | None) -> str:
     """The factor by which the compressed model is smaller or faster; empty if a value is absent or zero."""
     return f"{dense / compressed:.2f}x" if dense and compressed else ""
@@ -162,6 +191,7 @@ def constrained(text: str) -> str:
     return re.split("[<>]=", text)[0].replace("_", " ")
 
 
+RATES = ("sensitivity", "specificity")
 COUNTED = ("MACs", "parameters")  # units that are counts
 
 

@@ -1,7 +1,7 @@
 """The end of a study: judges the answer on test, exports it, and measures it beside the dense model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ from autocompress.studies.watcher import Watcher
 from autocompress.task import Evaluation, Task
 from autocompress.trial import TrialResult
 from autocompress.verdict.constraint import Constraint, Judged
+from autocompress.verdict.decision_threshold import DecisionThreshold, decision_thresholds
 from autocompress.verdict.limit import Limit
 from autocompress.verdict.per_class import per_class
 
@@ -109,9 +110,10 @@ class Conclusion:
         }
         layers = compare_layers(task.model, judgement.rebuilt)
         model = judgement.model.cpu()
+        thresholds = self._decision_thresholds(judgement)
         self.watcher.doing("exporting the answer")
         results = {"metric": task.metric.name, "scores": scores, "verdict": fields["sentence"]}
-        exported = self._export(answer, results)
+        exported = self._export(answer, results, thresholds.get("compressed", ()))
         onnx = next((file.path for file in exported.artifacts if file.format == "onnx"), None)
         self.settle()
         self.watcher.doing("measuring the answer beside the dense model")
@@ -143,6 +145,7 @@ class Conclusion:
                 for one in settings.constraints
             ),
             "answer": best.number,
+            "decision_thresholds": thresholds,
             "layers": layers,
         }
 
@@ -192,6 +195,24 @@ class Conclusion:
         )
         return Judgement(rebuilt, model, dense, test, certificate, constraints)
 
+    def _decision_thresholds(self, judgement: Judgement) -> dict[str, tuple[DecisionThreshold, ...]]:
+        """The decision thresholds of both models, by model; none without a metric at an operating point."""
+        task, constraints = self.task, self.settings.constraints
+        scored = [task.metric, *(one.metric for one in constraints if isinstance(one, Constraint))]
+        metrics = {metric.name: metric for metric in scored if metric.point is not None}
+        if not metrics:
+            return {}
+        val = task.evaluate(judgement.model, task.val)
+        evaluations = {"dense": (self.dense, judgement.dense_test), "compressed": (val, judgement.test)}
+        return {
+            model: tuple(
+                threshold
+                for metric in metrics.values()
+                for threshold in decision_thresholds(metric, *pair, task.classes, self.settings.confidence)
+            )
+            for model, pair in evaluations.items()
+        }
+
     def _costs(self, rebuilt: nn.Module, trial: TrialResult) -> tuple[Measurement, Measurement]:
         """The measurements of a model and the dense one, taken anew if there are limits on times or the like."""
         if not (self.timing and any(isinstance(limit, Limit) for limit in self.settings.constraints)):
@@ -230,8 +251,11 @@ class Conclusion:
         if len(shortlist) == 1 and not self.timing:
             self.ahead.stage(shortlist[0])
 
-    def _export(self, answer: Answer, results: dict[str, Any]) -> Export:
-        exported = publish(self.ahead.staged(answer), self.folder.best, results)
+    def _export(self, answer: Answer, results: dict[str, Any], thresholds: Sequence[DecisionThreshold]) -> Export:
+        if thresholds:
+            results |= {"decision_thresholds": [asdict(threshold) for threshold in thresholds]}
+        advice = [threshold.sentence for threshold in thresholds]
+        exported = publish(self.ahead.staged(answer), self.folder.best, results, advice)
         for name, reason in exported.refused.items():
             self.watcher.warned(f"{name} is not offered: {reason}")
         for file in exported.artifacts:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from autocompress.search import INTERRUPTED
 from autocompress.searching.posterior import Posterior
 from autocompress.trial import TrialResult
 from autocompress.verdict.constraint import Checked, Judged
+from autocompress.verdict.decision_threshold import DecisionThreshold
 from autocompress.verdict.per_class import PerClass
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class Result:
             misses, layers that cannot be compressed.
         dense_constraints: For each constraint, the dense model's score by split, such as
             ``dense_constraints[0]["val"]``; None for a bound on a cost.
+        decision_thresholds: With a metric or a constraint at an operating point, the decision thresholds of
+            ``"dense"`` and ``"compressed"``, by class.
     """
 
     name: str
@@ -112,6 +115,7 @@ class Result:
     front: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     dense_constraints: tuple[Mapping[str, float] | None, ...] = ()
+    decision_thresholds: Mapping[str, Sequence[DecisionThreshold]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line, because the trials and the posterior hold thousands of numbers."""
@@ -154,6 +158,10 @@ class Result:
                 {"constraint": val.text, "dense": dense, "val": asdict(val), "test": asdict(test)}
                 for dense, (val, test) in zip(self.dense_constraints, self.constraints, strict=True)
             ],
+            "decision_thresholds": {
+                who: [asdict(threshold) for threshold in thresholds]
+                for who, thresholds in self.decision_thresholds.items()
+            },
             **(self.per_class.to_json() if self.per_class else {"classes": None, "confusion": None}),
             **{
                 name: {who: getattr(m, name) for who, m in pairs.items()}

@@ -18,6 +18,7 @@ from autocompress.showing.comparison import (
     classes_that_lost,
     comparison,
     conditions,
+    decisions,
     in_unit,
     in_words,
 )
@@ -54,14 +55,13 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
         for line in conditions(found["measurements"]):
             say(line, "dim")
     if lost := classes_that_lost(found):
-        table = Table(box=None, padding=(0, 3, 0, 0))
-        for column in ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change"):
-            left = column.startswith("classes")
-            table.add_column(column, justify="left" if left else "right", overflow="fold")
-        for row in lost:
-            table.add_row(*map(escape, row))
+        columns = ("classes that lost more than the bound", "samples", "recall dense", "compressed", "change")
         console.print()
-        console.print(table)
+        show_table(console, columns, lost)
+    if thresholds := decisions(found):
+        console.print()
+        show_table(console, *_thresholds(thresholds))
+        say(f">=: at least, with {100 * found['certificate']['confidence']:g}% confidence each", "dim")
     if found.get("front"):
         console.print()
         show_table(console, *_front(found))
@@ -80,6 +80,16 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     say(f"Everything is in {short(folder)}")
     for step in _next(found, folder):
         say(f"Next: {step}")
+
+
+def _thresholds(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The header and the rows of the table of decision thresholds."""
+    header = ("decision thresholds, chosen on val", "probability", "sensitivity on test", "specificity on test")
+    several = len({metric for _, _, metric, *_ in rows}) > 1
+    return header, [
+        (", ".join((name, model, *[metric] * several)), probability, *on_test)
+        for name, model, metric, probability, _, _, *on_test in rows
+    ]
 
 
 def _front(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -121,8 +131,8 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
 def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table whose rows begin with a name."""
     table = Table(box=None, padding=(0, 3, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

@@ -157,7 +157,7 @@ def _objective(name: str) -> Objective | None:
     Raises:
         ValueError: If the name is neither an objective nor a metric.
     """
-    if name in METRICS or re.fullmatch(r"\w+\[.+\]", name):
+    if name in METRICS or re.fullmatch(r"\w+(\[.+\]|(\[.+\])?@\w+=.+)", name):
         return None
     if "(" in name and not is_in_file(name):
         return as_objective(name)
@@ -173,5 +173,5 @@ def _objective(name: str) -> Objective | None:
     known = [*METRICS, *(other for other, _ in OBJECTIVES)]
     near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    available = f"available: {', '.join(known)}, recall[CLASS], or file.py:name"
+    available = f"available: {', '.join(known)}, recall[CLASS], specificity@sensitivity=0.95, or file.py:name"
     raise ValueError(f"unknown metric or objective {name!r}{hint} ({available})")

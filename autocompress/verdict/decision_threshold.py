@@ -1,0 +1,136 @@
+"""Decision thresholds for the deployed model: chosen on val, and checked on test.
+
+A metric at an operating point, such as ``specificity@sensitivity=0.95``, scores a model at the threshold that
+suits the samples at hand. Who deploys the model needs one threshold for all samples to come: that of val. As test
+had no part in choosing it, the rates there are plain proportions, with exact confidence bounds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import betaincinv, expit
+
+from autocompress.metrics import Metric, class_scores, positive_classes
+from autocompress.showing.comparison import in_digits
+from autocompress.task import Evaluation
+from autocompress.verdict.operating_point import OperatingPoint
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The two shares of right decisions on a class.
+
+    Attributes:
+        sensitivity: Share of the class that is found; None without a sample of it.
+        specificity: Share of the others that is not taken for the class; None without any.
+    """
+
+    sensitivity: float | None
+    specificity: float | None
+
+
+@dataclass(frozen=True)
+class DecisionThreshold:
+    """The decision threshold of one model for one class, chosen on val, and the rates there.
+
+    Attributes:
+        metric: The metric whose operating point it is, e.g. ``"specificity@sensitivity=0.95"``.
+        class_name: The class; its number where it has no name.
+        probability: A sample is counted as the class if the model's probability of it is at least this.
+        val: The rates on val.
+        test: The rates on test.
+        lower: The true rates are at least these, each with the study's confidence.
+    """
+
+    metric: str
+    class_name: str
+    probability: float
+    val: Rates
+    test: Rates
+    lower: Rates
+
+    @property
+    def sentence(self) -> str:
+        """How to decide by it, and what that gave on test."""
+        on_test = [f"the {name} is {rate:.4f}" for name, rate in vars(self.test).items() if rate is not None]
+        return (
+            f"Decision threshold for `{self.metric}`, chosen on the validation data: count a sample as "
+            f"{self.class_name!r} if its probability is at least {in_digits(self.probability)}. "
+            f"On the test data {' and '.join(on_test)}."
+        )
+
+
+def decision_thresholds(
+    metric: Metric, val: Evaluation, test: Evaluation, names: Sequence[str] = (), confidence: float = 0.95
+) -> tuple[DecisionThreshold, ...]:
+    """The decision thresholds of a metric at an operating point: of each class that it is about.
+
+    Args:
+        metric: The metric; without an operating point there are no thresholds.
+        val: A model's evaluation on val, which the thresholds are chosen on.
+        test: Its evaluation on test.
+        names: The names of the classes, in order.
+        confidence: Confidence of each of the one-sided bounds on test.
+    """
+    return tuple(_thresholds(metric, metric.point, val, test, names, confidence)) if metric.point else ()
+
+
+def _thresholds(
+    metric: Metric,
+    point: OperatingPoint,
+    val: Evaluation,
+    test: Evaluation,
+    names: Sequence[str],
+    confidence: float,
+) -> Iterator[DecisionThreshold]:
+    on_val, on_test = (class_scores(e.targets, e.outputs) for e in (val, test))
+    are_logits = val.targets.ndim == 1 and val.outputs.shape[1] == 2
+    for k in positive_classes(val.targets, val.outputs) if metric.only is None else (metric.only,):
+        is_class, scores = on_val[k]
+        if is_class.all() or not is_class.any():
+            continue
+        threshold = point.threshold(is_class, scores)
+        yield DecisionThreshold(
+            metric=metric.name,
+            class_name=names[k] if k < len(names) else str(k),
+            probability=float(expit(threshold)) if are_logits else threshold,
+            val=_rates(threshold, *on_val[k], _share),
+            test=_rates(threshold, *on_test[k], _share),
+            lower=_rates(threshold, *on_test[k], partial(lower_bound, confidence=confidence)),
+        )
+
+
+def _rates(
+    threshold: float,
+    is_class: NDArray[np.bool_],
+    scores: NDArray[np.float64],
+    share: Callable[[int, int], float | None],
+) -> Rates:
+    """A share of right decisions, or a bound on it, from the number of right ones and of all."""
+    is_found = scores >= threshold
+    right = (is_found[is_class], ~is_found[~is_class])
+    return Rates(*(share(int(of_them.sum()), len(of_them)) for of_them in right))
+
+
+def _share(successes: int, n: int) -> float | None:
+    return successes / n if n else None
+
+
+def lower_bound(successes: int, n: int, confidence: float) -> float | None:
+    """The exact one-sided lower bound on a proportion (Clopper and Pearson, Biometrika 26, 1934).
+
+    Args:
+        successes: Number of successes.
+        n: Number of samples; without any there is no bound.
+        confidence: Its confidence.
+
+    Example:
+        >>> print(f"{lower_bound(20, 20, 0.95):.4f}")  # the 20th root of 0.05
+        0.8609
+    """
+    if not n:
+        return None
+    return float(betaincinv(successes, n - successes + 1, 1 - confidence)) if successes else 0.0
