@@ -31,6 +31,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MOST_PROCESSES)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> None:
+    """Seeds the layers that lists of parameters make when a file is imported: the same ones in every run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c() -> None:
     """Ctrl-C works, for this process and those that it starts: what a shell runs in the background ignores it."""

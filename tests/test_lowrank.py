@@ -211,7 +211,7 @@ def test_every_kind_of_layer_is_realized_exactly(layer: nn.Module, shape: tuple[
     x = torch.randn(2, *shape)
     theta, masked, realized = compressed(nn.Sequential(layer, nn.ReLU()), x, 0.4)
     assert list(theta.plan["ranks"]) == ["0"] and isinstance(realized[0], nn.Sequential)
-    assert error(run(realized, x), run(masked, x)) < 1e-6
+    assert error(run(realized, x), run(masked, x)) < 3e-6
 
 
 class Odd(nn.Module):
