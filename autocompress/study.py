@@ -314,6 +314,7 @@ class Study:
             self.task,
             self.dense,
             self.dense_cost,
+            self.dense_checked,
             self.folder,
             self.watcher,
             self.ahead,

@@ -8,14 +8,17 @@ import pytest
 from autocompress.disk.storage import StudyFolder
 from autocompress.lc import LearningCompression
 from autocompress.measurement import measure
+from autocompress.metrics import METRICS, Metric
 from autocompress.processes.aside import Aside
 from autocompress.schemes import StructPrune
 from autocompress.studies.ahead import Ahead
-from autocompress.studies.conclusion import Conclusion
+from autocompress.studies.conclusion import Conclusion, dense_scores
 from autocompress.studies.records import Answer
 from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Silent
 from autocompress.trial import Bound, TrialSpec, run_trial
+from autocompress.verdict.constraint import Constraint
+from autocompress.verdict.limit import check_all, parse_constraints
 
 MakeSpec = Callable[..., TrialSpec]
 BOUND = Bound(0.25)
@@ -43,9 +46,8 @@ def conclude(tmp_path: Path, make_spec: MakeSpec):
         cost = measure(task.model, task.example_input, timing=False)
         try:
             ahead = Ahead(Aside(), task, folder)
-            return Conclusion(settings, task, spec.dense, cost, folder, Silent(), ahead, lambda: None).judge(
-                listed
-            )
+            ended = Conclusion(settings, task, spec.dense, cost, (), folder, Silent(), ahead, lambda: None)
+            return ended.judge(listed)
         finally:
             folder.close()
 
@@ -79,3 +81,21 @@ def test_after_a_first_failure_nothing_is_certified(conclude) -> None:
     assert found.certificate.outcome == "not certifiable"
     assert told["sentence"].startswith("Met on validation, not certifiable with 60 test samples")
     assert "The denser trial 2 of density 0.1" in told["sentence"]
+
+
+def test_a_metric_of_the_dense_model_on_val_is_what_its_check_has_found(make_spec: MakeSpec) -> None:
+    spec, scored = make_spec(), []
+
+    def counted(targets, outputs) -> float:
+        scored.append(len(targets))
+        return float((outputs.argmax(1) == targets).mean())
+
+    required = parse_constraints(["params<=1M", Constraint(Metric("counted", counted), True, 0.5), "auc>=0.5"])
+    cost = measure(spec.task.model, spec.task.example_input, timing=False)
+    checked = check_all(required, spec.dense, cost)
+    test = spec.task.evaluate(spec.task.model, spec.task.test)
+    scored.clear()
+    none, by_counted, by_auc = dense_scores(required, checked, test)
+    assert none is None and scored == [spec.task.test.n_samples]  # val is not scored again
+    assert by_counted == {"val": checked[1].value, "test": test.score}
+    assert by_auc == {"val": checked[2].value, "test": METRICS["auc"].score(test.targets, test.outputs)}

@@ -21,9 +21,9 @@ from autocompress.studies.settings import Settings
 from autocompress.studies.watcher import Watcher
 from autocompress.task import Evaluation, Task
 from autocompress.trial import TrialResult
-from autocompress.verdict.constraint import Constraint, Judged
+from autocompress.verdict.constraint import Checked, Constraint, Judged
 from autocompress.verdict.decision_threshold import DecisionThreshold, decision_thresholds
-from autocompress.verdict.limit import Limit
+from autocompress.verdict.limit import Limit, Requirement
 from autocompress.verdict.per_class import per_class
 
 
@@ -73,6 +73,7 @@ class Conclusion:
         task: The task, its model on the study's device.
         dense: The dense model's evaluation on val.
         dense_cost: The dense model's measurement.
+        dense_checked: The check of each constraint on the dense model.
         folder: The study's folder.
         watcher: Receives the study's progress.
         ahead: The exports that were prepared during the search.
@@ -84,6 +85,7 @@ class Conclusion:
     task: Task
     dense: Evaluation
     dense_cost: Measurement
+    dense_checked: Sequence[Checked]
     folder: StudyFolder
     watcher: Watcher
     ahead: Ahead
@@ -138,12 +140,7 @@ class Conclusion:
             "exported": exported,
             "per_class": per_class(judgement.dense_test, judgement.test, task.classes),
             "constraints": tuple(zip(best.constraints, judgement.constraints, strict=True)),
-            "dense_constraints": tuple(
-                {"val": one.score(self.dense), "test": one.score(judgement.dense_test)}
-                if isinstance(one, Constraint)
-                else None
-                for one in settings.constraints
-            ),
+            "dense_constraints": dense_scores(settings.constraints, self.dense_checked, judgement.dense_test),
             "answer": best.number,
             "decision_thresholds": thresholds,
             "layers": layers,
@@ -262,6 +259,22 @@ class Conclusion:
             if file.not_fresh:
                 self.watcher.warned(f"{file.path.name} was not checked in a fresh process: {file.not_fresh}")
         return exported
+
+
+def dense_scores(
+    constraints: Sequence[Requirement], checked: Sequence[Checked], test: Evaluation
+) -> tuple[dict[str, float] | None, ...]:
+    """For each constraint, the dense model's score by split; None for a bound on a cost.
+
+    Args:
+        constraints: The constraints.
+        checked: Their checks on the dense model, which have its scores on val.
+        test: The dense model's evaluation on test.
+    """
+    return tuple(
+        {"val": on_val.value, "test": one.score(test)} if isinstance(one, Constraint) else None
+        for one, on_val in zip(constraints, checked, strict=True)
+    )
 
 
 def _tested(trial: TrialResult, judgement: Judgement | None) -> Tested:
