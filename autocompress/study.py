@@ -356,10 +356,10 @@ class Study:
             seconds=time.perf_counter() - self.began,
             resumed_with=self.resumed_with,
             folder=self.folder.path,
-            notes=self.notes,
+            notes=(*self.notes, *fields.get("notes", ())),
             objectives=self.settings.objectives if has_front else (),
             front=tuple(t.number for t in front(self.study)) if has_front else (),
-            **fields,
+            **{name: value for name, value in fields.items() if name != "notes"},
         )
 
     def _log_result(self, result: Result, as_json: Mapping[str, Any], report: Sequence[Path]) -> None:

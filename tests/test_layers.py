@@ -60,7 +60,7 @@ ENGINE = (
     ("polish", "state"),
     ("lc",),
     ("recovery",),
-    ("data", "bundle", "dense", "own_model", "readers", "dimensions"),
+    ("data", "bundle", "dense", "own_model", "readers", "dimensions", "traded"),
     ("own_task", "instructions"),
     ("export",),
     ("trial", "posterior", "space"),

@@ -22,6 +22,7 @@ import autocompress as ac
 from autocompress.disk.files import read_json
 from autocompress.goal import OBJECTIVES, as_objective
 from autocompress.lc import LearningCompression
+from autocompress.metrics import Metric
 from autocompress.scheme import SCHEMES, describe
 from autocompress.studies.settings import Settings
 from autocompress.terminal.show import show_result
@@ -313,6 +314,19 @@ def test_nothing_within_the_bound_gives_the_dense_model_back(strict, out):
     assert watcher.best == [None]
     (row,) = result.trials.to_dict("records")
     assert f"the nearest, of density {row['density']:.3g}, loses {row['drop_pp']:.2f} pp." in result.sentence
+
+
+def test_a_constraint_that_is_met_at_the_cost_of_a_class_is_noted_with_the_answer(task, out):
+    """The metric allows any model, and every model meets the constraints."""
+    task.metric = Metric("anything", lambda targets, outputs: 1.0)
+    constraints = [f"specificity[{k}]>=0" for k in range(3)]
+    watcher = Recorder()
+    asked = {"trials": 3, "epochs": 0.001, "max_drop": 0.01, "name": "traded"}
+    result = ac.tune(task, constraints=constraints, **asked, out=out, watcher=watcher)
+    noted = [note for note in result.notes if "is met at the cost of sensitivity[" in note]
+    assert noted and noted == watcher.warnings
+    assert result.to_json()["notes"] == list(result.notes)
+    assert noted[0] in (result.folder / "report.html").read_text(encoding="utf-8").replace("&gt;", ">")
 
 
 def test_a_constraint_that_alone_is_missed_is_what_the_sentence_and_the_notes_name(task, out):

@@ -25,6 +25,7 @@ from autocompress.verdict.constraint import Checked, Constraint, Judged
 from autocompress.verdict.decision_threshold import DecisionThreshold, decision_thresholds
 from autocompress.verdict.limit import Limit, Requirement
 from autocompress.verdict.per_class import per_class
+from autocompress.verdict.traded import traded
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Conclusion:
             "dense": {"val": self.dense.score, "test": judgement.dense_test.score},
             "compressed": {"val": best.score, "test": judgement.test.score},
         }
+        notes = self._traded(judgement)
         layers = compare_layers(task.model, judgement.rebuilt)
         model = judgement.model.cpu()
         thresholds = self._decision_thresholds(judgement)
@@ -141,6 +143,7 @@ class Conclusion:
             "per_class": per_class(judgement.dense_test, judgement.test, task.classes),
             "constraints": tuple(zip(best.constraints, judgement.constraints, strict=True)),
             "dense_constraints": dense_scores(settings.constraints, self.dense_checked, judgement.dense_test),
+            "notes": notes,
             "answer": best.number,
             "decision_thresholds": thresholds,
             "layers": layers,
@@ -209,6 +212,25 @@ class Conclusion:
             )
             for model, pair in evaluations.items()
         }
+
+    def _traded(self, judgement: Judgement) -> tuple[str, ...]:
+        """Notes on constraints that are met at the cost of another class, which the watcher gets, too."""
+        settings = self.settings
+        notes = tuple(
+            traded(
+                settings.constraints,
+                judgement.constraints,
+                judgement.dense_test,
+                judgement.test,
+                self.task.metric,
+                settings.bound.max_drop,
+                relative=settings.bound.relative,
+                confidence=settings.confidence,
+            )
+        )
+        for note in notes:
+            self.watcher.warned(note)
+        return notes
 
     def _costs(self, rebuilt: nn.Module, trial: TrialResult) -> tuple[Measurement, Measurement]:
         """The measurements of a model and the dense one, taken anew if there are limits on times or the like."""

@@ -81,7 +81,8 @@ class Result:
         front: With several objectives, the numbers of the Pareto-optimal trials among those feasible on val,
             ordered by the first objective.
         notes: The notes given before the first trial: how the data were divided, constraints that the dense model
-            misses, layers that cannot be compressed.
+            misses, layers that cannot be compressed. And those on the answer: constraints that it meets at the
+            cost of another class.
         dense_constraints: For each constraint, the dense model's score by split, such as
             ``dense_constraints[0]["val"]``; None for a bound on a cost.
         decision_thresholds: With a metric or a constraint at an operating point, the decision thresholds of

@@ -1,1 +1,1 @@
-"""Judging the answer, beside `autocompress.certify`: constraints, limits on costs, classes, prospects."""
+"""Judging the answer, beside `autocompress.certify`: constraints, limits on costs, classes, trades, prospects."""
