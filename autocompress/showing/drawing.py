@@ -56,8 +56,8 @@ def style(home: Path) -> Iterator[None]:
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:
-    """False for matplotlib's advice to set MPLCONFIGDIR, given where ``home`` is read-only: it is set already."""
-    return "MPLCONFIGDIR" not in record.getMessage()
+    """False for what matplotlib says of its cache where ``home`` is read-only; MPLCONFIGDIR is set already."""
+    return not any(part in record.getMessage() for part in ("mkdir -p failed", "MPLCONFIGDIR"))
 
 
 def make_axes(
