@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from autocompress.metrics import Metric, classes_present, smallest_class
+from autocompress.metrics import Metric
 from autocompress.task import Evaluation
 from autocompress.verdict.change import loss_or_gain
 from autocompress.verdict.constraint import Judged
+from autocompress.verdict.scores import classes_present, smallest_class
 
 Outcome: TypeAlias = Literal["certified", "not certifiable", "not met"]
 

@@ -1,9 +1,4 @@
-"""Metrics: scores of a model's outputs, on top of scikit-learn.
-
-Targets are class numbers of shape ``(n,)``, or, in multi-label tasks, zeros and ones of shape ``(n, labels)``.
-Outputs are logits. The predicted class is the one with the largest logit; a label is predicted if its logit is
-positive.
-"""
+"""Metrics: named scores of a model's outputs, see `autocompress.verdict.scores`, and how they are written."""
 
 import difflib
 import math
@@ -16,15 +11,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, softmax
 
 from autocompress.plugins import load_from_file, whole_spec, written_spec
+from autocompress.verdict import scores
 from autocompress.verdict.operating_point import OperatingPoint
+from autocompress.verdict.scores import Outputs, Targets
 
-Targets: TypeAlias = NDArray[np.int64]
-Outputs: TypeAlias = NDArray[np.float32]
 Score: TypeAlias = Callable[[Targets, Outputs], float]
-Binary: TypeAlias = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Metric:
         low: The smallest score that there can be: confidence bounds on the true score never go below it.
         high: The largest score that there can be.
         point: The operating point, if the metric is a rate at one.
-        only: The number of the class that it is about, if it is about one operating point of one class.
+        only: With ``point``, the number of the one class that it is about; None for the mean over the classes.
 
     Raises:
         ValueError: If ``low`` is not below ``high``.
@@ -78,217 +71,44 @@ class Metric:
         return round(lost / abs(dense) if relative and dense else lost, 12)
 
 
-def decisions(targets: Targets, outputs: Outputs) -> Targets:
-    """The predictions, in the shape of ``targets``: the class, or a one for each predicted label."""
-    return np.asarray(outputs > 0 if targets.ndim == 2 else outputs.argmax(axis=1), dtype=np.int64)
-
-
-def probabilities(targets: Targets, outputs: Outputs) -> NDArray[np.float64]:
-    """Probabilities of shape ``(n, classes)``: softmax of the logits, or the sigmoid of each for multi-label."""
-    logits = outputs.astype(np.float64)
-    return np.asarray(expit(logits) if targets.ndim == 2 else softmax(logits, axis=1))
-
-
-def smallest_class(targets: Targets) -> int:
-    """Number of samples of the rarest class; for multi-label, of the rarest value of any label."""
-    columns = targets.T if targets.ndim == 2 else targets[None]
-    return min(int(np.unique(column, return_counts=True)[1].min()) for column in columns)
-
-
-def classes_present(targets: Targets) -> int:
-    """Number of classes that have samples; for multi-label, the number of values that the labels take in all."""
-    columns = targets.T if targets.ndim == 2 else targets[None]
-    return sum(len(np.unique(column)) for column in columns)
-
-
-def _is_correct(targets: Targets, outputs: Outputs) -> NDArray[np.bool_]:
-    right = decisions(targets, outputs) == targets
-    return np.asarray(right.all(axis=1) if right.ndim == 2 else right)
-
-
-def _sk() -> Any:
-    """scikit-learn's metrics, imported late: it takes a second, and loading a saved model needs none of them."""
-    from sklearn import metrics
-
-    return metrics
-
-
-def _accuracy(targets: Targets, outputs: Outputs) -> float:
-    return float(_sk().accuracy_score(targets, decisions(targets, outputs)))
-
-
-def _balanced_accuracy(targets: Targets, outputs: Outputs) -> float:
-    if targets.ndim == 2:
-        return (_sensitivity(targets, outputs) + _specificity(targets, outputs)) / 2
-    c = confusions(targets, outputs)
-    return _mean_share(c[:, 1, 1], c[:, 1, 0], "positive")
-
-
-def confusions(targets: Targets, outputs: Outputs) -> NDArray[np.int64]:
-    """One-vs-rest confusion matrices [[TN, FP], [FN, TP]], shape ``(classes, 2, 2)``.
-
-    Equals scikit-learn's `multilabel_confusion_matrix` and takes a hundredth of its time: a bootstrap computes
-    thousands.
-    """
-    predicted, labels = decisions(targets, outputs), np.arange(outputs.shape[1])
-    is_class = targets > 0 if targets.ndim == 2 else targets[:, None] == labels
-    is_predicted = predicted > 0 if predicted.ndim == 2 else predicted[:, None] == labels
-    tp, n = (is_class & is_predicted).sum(axis=0), len(targets)
-    n_class, n_predicted = is_class.sum(axis=0), is_predicted.sum(axis=0)
-    counts = [n - n_class - n_predicted + tp, n_predicted - tp, n_class - tp, tp]
-    return np.stack(counts, axis=1).reshape(-1, 2, 2)
-
-
-def _mean_share(hits: NDArray[np.int64], misses: NDArray[np.int64], what: str) -> float:
-    """The mean of hits / (hits + misses), over the classes where that is defined."""
-    n = hits + misses
-    if not n.any():
-        raise ValueError(f"there is no {what} sample to score")
-    return float((hits[n > 0] / n[n > 0]).mean())
-
-
-def _positive(tables: NDArray[np.int64], targets: Targets) -> NDArray[np.int64]:
-    """The tables of `positive_classes`."""
-    return tables[_first_positive(targets, len(tables)) :]
-
-
-def _sensitivity(targets: Targets, outputs: Outputs) -> float:
-    c = _positive(confusions(targets, outputs), targets)
-    return _mean_share(c[:, 1, 1], c[:, 1, 0], "positive")
-
-
-def _specificity(targets: Targets, outputs: Outputs) -> float:
-    c = _positive(confusions(targets, outputs), targets)
-    return _mean_share(c[:, 0, 0], c[:, 0, 1], "negative")
-
-
-def _precision(targets: Targets, outputs: Outputs) -> float:
-    c = _positive(confusions(targets, outputs), targets)
-    n_predicted = c[:, :, 1].sum(axis=1)
-    return float((c[:, 1, 1] / np.maximum(n_predicted, 1)).mean())  # a class never predicted has precision 0
-
-
-def _f1(targets: Targets, outputs: Outputs) -> float:
-    return float(_sk().f1_score(targets, decisions(targets, outputs), average="macro", zero_division=0))
-
-
-def _kappa(targets: Targets, outputs: Outputs) -> float:
-    predicted = decisions(targets, outputs)
-    if targets.ndim == 2:
-        return float(np.mean([_cohen(a, b) for a, b in zip(targets.T, predicted.T, strict=True)]))
-    return _cohen(targets, predicted)
-
-
-def _cohen(targets: Targets, predicted: Targets) -> float:
-    if len(np.union1d(targets, predicted)) == 1:  # kappa is 0 / 0: all agree on one class
-        return 1.0
-    return float(_sk().cohen_kappa_score(targets, predicted))
-
-
-def class_scores(targets: Targets, outputs: Outputs) -> list[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
-    """For each class, whether samples are of it, and scores that rank the samples by how likely they are.
-
-    The scores are the probability of the class; with two classes the difference of their logits, which is the
-    logit of that probability and never rounds to the same number for different samples.
-    """
-    if targets.ndim == 1 and outputs.shape[1] == 2:
-        logit = outputs[:, 1].astype(np.float64) - outputs[:, 0]
-        return [(targets == 0, -logit), (targets == 1, logit)]
-    p = probabilities(targets, outputs)
-    is_class = targets.T > 0 if targets.ndim == 2 else targets == np.arange(p.shape[1])[:, None]
-    return list(zip(is_class, p.T, strict=True))
-
-
-def positive_classes(targets: Targets, outputs: Outputs) -> range:
-    """The classes that scores are means over: the second of two classes; otherwise all."""
-    n = outputs.shape[1]
-    return range(_first_positive(targets, n), n)
-
-
-def _first_positive(targets: Targets, n_classes: int) -> int:
-    return 1 if targets.ndim == 1 and n_classes == 2 else 0
-
-
-def _macro(binary: Binary, targets: Targets, outputs: Outputs, *, only: int | None = None) -> float:
-    """The one-vs-rest score ``binary``, averaged over the classes with both positive and negative samples.
-
-    Args:
-        binary: Maps whether samples are of a class, and their scores for it, to a number.
-        targets: The true classes.
-        outputs: The logits.
-        only: The one class to score; None for the mean over `positive_classes`.
-    """
-    rankings = class_scores(targets, outputs)
-    classes = positive_classes(targets, outputs) if only is None else (only,)
-    scores = [binary(*rankings[k]) for k in classes if 0 < rankings[k][0].sum() < len(targets)]
-    if not scores and only is not None:
-        raise ValueError(f"the samples are all of class {only}, or none is, so nothing can be ranked")
-    if not scores:
-        raise ValueError("all samples are of one class, so nothing can be ranked; this metric needs two")
-    return float(np.mean(scores))
-
-
-def _auc(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    """The area under the ROC curve, as the Mann-Whitney U over its maximum; ties count half."""
-    from scipy.stats import rankdata  # takes a second to import, as `_sk`
-
-    n_class = int(is_class.sum())
-    u = rankdata(score)[is_class].sum() - n_class * (n_class + 1) / 2
-    return float(u / (n_class * (len(score) - n_class)))
-
-
-def _average_precision(is_class: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    return float(_sk().average_precision_score(is_class, score))
-
-
-def _log_loss(targets: Targets, outputs: Outputs) -> float:
-    p = np.clip(probabilities(targets, outputs), 1e-15, 1 - 1e-15)
-    if targets.ndim == 2:
-        return float(-np.where(targets > 0, np.log(p), np.log1p(-p)).mean())
-    return float(-np.log(p[np.arange(len(targets)), targets]).mean())
-
-
-def _recall_of(k: int, targets: Targets, outputs: Outputs) -> float:
-    c = confusions(targets, outputs)[[k]]
-    return _mean_share(c[:, 1, 1], c[:, 1, 0], "positive")
-
-
-def _specificity_of(k: int, targets: Targets, outputs: Outputs) -> float:
-    c = confusions(targets, outputs)[[k]]
-    return _mean_share(c[:, 0, 0], c[:, 0, 1], "negative")
-
-
-def _precision_of(k: int, targets: Targets, outputs: Outputs) -> float:
-    c = confusions(targets, outputs)[k]
-    return float(c[1, 1] / max(1, c[:, 1].sum()))
-
-
 _share = partial(Metric, low=0.0, high=1.0)
 
 accuracy = _share(
-    "accuracy", _accuracy, correct=_is_correct, description="Share of samples with every answer right."
+    "accuracy", scores.accuracy, correct=scores.is_correct, description="Share of samples with every answer right."
 )
-balanced_accuracy = _share("balanced_accuracy", _balanced_accuracy, description="Mean recall over the classes.")
+balanced_accuracy = _share(
+    "balanced_accuracy", scores.balanced_accuracy, description="Mean recall over the classes."
+)
 
 METRICS = {
     metric.name: metric
     for metric in (
         accuracy,
         balanced_accuracy,
-        _share("auc", partial(_macro, _auc), description="Area under the ROC curve; macro, one-vs-rest."),
+        _share(
+            "auc", partial(scores.macro, scores.auc), description="Area under the ROC curve; macro, one-vs-rest."
+        ),
         _share(
             "average_precision",
-            partial(_macro, _average_precision),
+            partial(scores.macro, scores.average_precision),
             description="Area under the precision-recall curve; macro, one-vs-rest.",
         ),
-        _share("sensitivity", _sensitivity, description="Recall of the second of two classes; macro for more."),
-        _share("specificity", _specificity, description="Recall of the others; macro for more than two classes."),
-        _share("precision", _precision, description="Share of the finds that are right; macro for more than two."),
-        _share("f1", _f1, description="Harmonic mean of precision and recall; macro over the classes."),
-        Metric("kappa", _kappa, description="Cohen's kappa: agreement beyond chance.", low=-1.0, high=1.0),
+        _share(
+            "sensitivity", scores.sensitivity, description="Recall of the second of two classes; macro for more."
+        ),
+        _share(
+            "specificity", scores.specificity, description="Recall of the others; macro for more than two classes."
+        ),
+        _share(
+            "precision",
+            scores.precision,
+            description="Share of the finds that are right; macro for more than two.",
+        ),
+        _share("f1", scores.f1, description="Harmonic mean of precision and recall; macro over the classes."),
+        Metric("kappa", scores.kappa, description="Cohen's kappa: agreement beyond chance.", low=-1.0, high=1.0),
         Metric(
             "log_loss",
-            _log_loss,
+            scores.log_loss,
             higher_is_better=False,
             description="Mean negative log-likelihood.",
             low=0.0,
@@ -296,10 +116,10 @@ METRICS = {
     )
 }
 OF_ONE_CLASS: dict[str, Callable[[int, Targets, Outputs], float]] = {
-    "recall": _recall_of,
-    "sensitivity": _recall_of,
-    "specificity": _specificity_of,
-    "precision": _precision_of,
+    "recall": scores.recall_of,
+    "sensitivity": scores.recall_of,
+    "specificity": scores.specificity_of,
+    "precision": scores.precision_of,
 }
 
 
@@ -357,7 +177,7 @@ def _at_point(point: OperatingPoint, which: str | None, classes: Sequence[str]) 
     only = None if which is None else _number_of(which, classes, name)
     return _share(
         name,
-        partial(_macro, point.score, only=only),
+        partial(scores.macro, point.score, only=only),
         description=f"{point.scored} at the threshold that gives a {point.fixed} of {point.value:g}",
         point=point,
         only=only,

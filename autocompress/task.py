@@ -14,7 +14,7 @@ from torch.utils.data import RandomSampler
 
 from autocompress import progress
 from autocompress.arguments import function, instance, listing, takes, text
-from autocompress.metrics import MetricLike, Outputs, Targets, accuracy, as_metric
+from autocompress.metrics import MetricLike, accuracy, as_metric
 from autocompress.networks.model_check import check_model
 from autocompress.plugins import name_of
 from autocompress.splits import (
@@ -32,6 +32,7 @@ from autocompress.splits import (
     labels_of,
     overlaps,
 )
+from autocompress.verdict.scores import Outputs, Targets
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,9 +13,10 @@ from autocompress.certify import (
     drop_standard_error,
     paired_bounds,
 )
-from autocompress.metrics import Metric, Outputs, Targets, accuracy, balanced_accuracy
+from autocompress.metrics import Metric, accuracy, balanced_accuracy
 from autocompress.task import Evaluation
 from autocompress.verdict.change import loss_or_gain
+from autocompress.verdict.scores import Outputs, Targets
 
 # The same score without `correct`, so that the bootstrap has a closed form to agree with.
 resampled_accuracy = replace(accuracy, name="resampled_accuracy", correct=None)

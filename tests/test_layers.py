@@ -16,6 +16,7 @@ ENGINE = (
     (
         "plugins",
         "operating_point",
+        "scores",
         "weights",
         "devices",
         "parity",

@@ -6,7 +6,8 @@ import pytest
 from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
-from autocompress.metrics import METRICS, Metric, accuracy, as_metric, classes_present, confusions, smallest_class
+from autocompress.metrics import METRICS, Metric, accuracy, as_metric
+from autocompress.verdict.scores import classes_present, confusions, smallest_class
 
 RNG = np.random.default_rng(0)
 BINARY = RNG.integers(2, size=80)

@@ -12,9 +12,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.metrics import Metric, as_metric, classes_present, smallest_class
+from autocompress.metrics import Metric, as_metric
 from autocompress.showing.comparison import COUNTED, constrained, in_unit
 from autocompress.task import Evaluation
+from autocompress.verdict.scores import classes_present, smallest_class
 
 Standing: TypeAlias = Literal["certified", "not certifiable", "not met"]
 

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, expit
 
-from autocompress.metrics import Metric, class_scores, positive_classes
+from autocompress.metrics import Metric
 from autocompress.showing.comparison import in_digits
 from autocompress.task import Evaluation
 from autocompress.verdict.operating_point import OperatingPoint
+from autocompress.verdict.scores import class_scores, positive_classes
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from sklearn import metrics as sk
 
-from autocompress.metrics import confusions, decisions
 from autocompress.task import Evaluation
+from autocompress.verdict.scores import confusions, decisions
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocompress.certify import certifiable_drop
-from autocompress.metrics import decisions
 from autocompress.recovery import settings_of
 from autocompress.studies.settings import Settings
 from autocompress.task import Evaluation, Task
 from autocompress.trial import TrialResult
 from autocompress.verdict.change import loss_or_gain
+from autocompress.verdict.scores import decisions
 
 SMALL = 0.005  # a drop that counts as one bound where the bound is less
 DISAGREEMENT = 0.02  # share of samples on which a model and its compressed form typically disagree

@@ -26,9 +26,9 @@ from collections.abc import Sequence
 import common
 
 import autocompress as ac
-from autocompress.metrics import decisions
 from autocompress.recovery import make_recovery
 from autocompress.sweeping import load_model
+from autocompress.verdict.scores import decisions
 
 SCHEMES = ["Prune", "PruneQuantize16", "FilterPrune", "StructPrune", "StructPruneQuantize16", "Quantize16"]
 
