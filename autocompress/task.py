@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -10,33 +10,27 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 
 from autocompress import progress
 from autocompress.arguments import function, instance, listing, takes, text
 from autocompress.metrics import MetricLike, accuracy, as_metric
 from autocompress.networks.model_check import check_model
 from autocompress.plugins import name_of
+from autocompress.reading.split_check import absences, check_batches, check_labels
 from autocompress.splits import (
-    Batch,
     Data,
     HalfBatches,
     LoaderSplit,
     Split,
-    TensorSplit,
     as_bytes,
     as_split,
     fingerprint,
-    held_labels,
     kept_on,
-    labels_of,
     overlaps,
 )
 from autocompress.verdict.scores import Outputs, Targets
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-MAX_CLASSES_NAMED = 5  # in a note on classes without samples
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ class Task:
         self.preprocessing = preprocessing
         self.input = dict(input or {})
         self.options = dict(options or {})
-        self.notes = (*listing(notes), *self._absences(), *overlaps(self.train, self.val, self.test))
+        self.notes = (*listing(notes), *absences(self._splits, self.classes), *overlaps(**self._splits))
 
     def check(self) -> None:
         """Checks one batch of each split, and the model and the loss on it, before hours are spent on them.
@@ -128,20 +122,7 @@ class Task:
             ValueError: If something does not fit; one line, with the remedy.
         """
         check_model(self.model)
-        first = {"val": _first_batch("val", self.val)}  # read once: a loader starts its workers for each pass
-        expected = tuple(first["val"][0].shape[1:])
-        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            first[name] = x, y = first.get(name) or _first_batch(name, split)
-            if x.dtype != torch.float32:
-                tokens = "" if x.is_floating_point() else "; of tokens, the model's forward makes x.long() again"
-                raise ValueError(
-                    f"{name}= serves inputs of type {x.dtype}; convert them to float32 (x.float()){tokens}"
-                )
-            if tuple(x.shape[1:]) != expected:
-                raise ValueError(f"{name}= serves inputs of shape {tuple(x.shape[1:])}, val= of shape {expected}")
-            _check_values(name, split, x, y)
-            if name != "train" and isinstance(split, LoaderSplit):
-                _check_order(name, split, (x, y))
+        first = check_batches(self._splits)
         x, _ = first["val"]
         with evaluating(self.model), torch.inference_mode():
             try:
@@ -149,7 +130,7 @@ class Task:
             except Exception as error:  # whatever a model may raise that is not made for this input
                 reason = str(error).partition("\n")[0]
                 raise ValueError(
-                    f"the model does not take the data: on inputs of shape {expected} it raised "
+                    f"the model does not take the data: on inputs of shape {tuple(x.shape[1:])} it raised "
                     f"{type(error).__name__}: {reason}"
                 ) from error
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
@@ -163,7 +144,7 @@ class Task:
                 "the model's outputs on the first val samples are not all finite numbers; look for what diverged "
                 "or divides by zero"
             )
-        self._check_labels(outputs.shape[1])
+        check_labels(self._splits, self.classes, outputs.shape[1])
         self._check_loss(*first["train"])
         if len(first["train"][0]) == 1:
             self._check_batch_of_one(first["train"][0])
@@ -209,65 +190,9 @@ class Task:
             return copy.deepcopy(self.loss).to(device)
         return self.loss
 
-    def _check_labels(self, n_logits: int) -> None:
-        """Checks that the model has a logit for every class, and `_check_presence`."""
-        target_dims = set()
-        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            y = labels_of(split)
-            target_dims.add(y.ndim)
-            if y.ndim == 2 and y.shape[1] != n_logits:
-                raise ValueError(f"{name}= has {y.shape[1]} labels a sample and the model gives {n_logits} logits")
-            if y.ndim == 1 and not 0 <= int(y.min()) <= int(y.max()) < n_logits:
-                wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
-                raise ValueError(
-                    f"{name}= has a sample of class {wrong}, and the model gives {n_logits} logits: classes 0 to "
-                    f"{n_logits - 1}"
-                )
-        if len(target_dims) > 1:
-            raise ValueError("train=, val= and test= must all have class numbers (n,), or all labels (n, labels)")
-        if self.classes and len(self.classes) != n_logits:
-            raise ValueError(
-                f"there are {len(self.classes)} names of classes and the model gives {n_logits} logits"
-            )
-        self._check_presence()
-
-    def _check_presence(self) -> None:
-        """Checks that train has every class that val or test have, and that no split has a single class."""
-        present = self._classes_present()
-        unseen = set().union(*present.values()) - present["train"] if "train" in present else set()
-        if unseen:
-            raise ValueError(
-                f"train= has no sample of class {self._class_label(min(unseen))}, which is judged: the network "
-                "would forget it; add samples, or leave the class out"
-            )
-        for name, classes in present.items():
-            if labels_of(getattr(self, name)).ndim == 1 and len(classes) < 2:
-                raise ValueError(
-                    f"{name}= has samples of class {min(classes)} alone; there must be two to tell apart"
-                )
-
-    def _absences(self) -> Iterator[str]:
-        """Notes on classes that have no samples in val or in test."""
-        present = self._classes_present()
-        classes = set().union(*present.values())
-        for name, effect in (("val", "the search sees nothing"), ("test", "the verdict says nothing")):
-            if absent := classes - present.get(name, classes):
-                first = ", ".join(self._class_label(k) for k in sorted(absent)[:MAX_CLASSES_NAMED])
-                more = f" and {len(absent) - MAX_CLASSES_NAMED} more" if len(absent) > MAX_CLASSES_NAMED else ""
-                yield f"{name} has no sample of class {first}{more}: {effect} of what is lost there"
-
-    def _classes_present(self) -> dict[str, set[int]]:
-        """The classes that have samples, by the name of the split; splits that hold no labels are left out."""
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        held = {name: y for name, split in splits.items() if (y := held_labels(split)) is not None}
-        return {
-            name: set((y.sum(dim=0) > 0).nonzero().flatten().tolist() if y.ndim == 2 else torch.unique(y).tolist())
-            for name, y in held.items()
-        }
-
-    def _class_label(self, k: int) -> str:
-        """The number of class ``k``, with its name if it has one."""
-        return f"{k} ({self.classes[k]})" if 0 <= k < len(self.classes) and self.classes[k] != str(k) else str(k)
+    @property
+    def _splits(self) -> dict[str, Split]:
+        return {"train": self.train, "val": self.val, "test": self.test}
 
     @property
     def specs(self) -> tuple[str, ...]:
@@ -281,7 +206,7 @@ class Task:
         the first batch.
         """
         digest = hashlib.sha256()
-        for split in (self.train, self.val, self.test):
+        for split in self._splits.values():
             digest.update(fingerprint(split))
             if isinstance(split, LoaderSplit) and split is not self.train:
                 for tensor in next(split.batches()):
@@ -335,62 +260,6 @@ def as_task(given: Task | Callable[[], Task]) -> Task:
             f"task= is {' '.join(repr(task).split()):.100}; it must be a Task, or a function that makes one"
         )
     return task
-
-
-def _first_batch(name: str, split: Split) -> Batch:
-    """The first batch of the split ``name``; ValueError if there is none or it is not a pair of tensors."""
-    batch: Any = next(iter(split.loader if isinstance(split, LoaderSplit) else split.batches()), None)
-    if batch is None:
-        raise ValueError(
-            f"{name}= serves no batch; it needs samples, and with drop_last=True a whole batch of them"
-        )
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
-        found = f"{len(batch)} values" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
-        raise ValueError(
-            f"{name}= serves {found} a batch; it must be a pair of tensors (x, y): a collate_fn can "
-            "make one, and weights of samples go into a WeightedRandomSampler of train="
-        )
-    return batch[0], batch[1]
-
-
-def _check_order(name: str, split: LoaderSplit, first: Batch) -> None:
-    """Checks that a loader, whose first batch was ``first``, serves all samples in the same order again."""
-    if isinstance(split.loader.sampler, RandomSampler):
-        raise ValueError(f"{name}= is shuffled; make its DataLoader with shuffle=False")
-    if split.loader.drop_last:
-        raise ValueError(f"{name}= leaves out its last samples; make its DataLoader with drop_last=False")
-    if not _is_same(first, _first_batch(name, split)):
-        raise ValueError(
-            f"{name}= serves other samples at every pass, and models could not be compared; make its "
-            "DataLoader with shuffle=False and no random sampler, and augment train= alone"
-        )
-
-
-def _is_same(first: Batch, second: Batch) -> bool:
-    return all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def _check_values(name: str, split: Split, x: Tensor, y: Tensor) -> None:
-    """Checks that inputs are finite, and that targets are class numbers or zeros and ones."""
-    inputs = split.x if isinstance(split, TensorSplit) else x
-    if not inputs.isfinite().all():
-        where = (~inputs.isfinite()).flatten(1).any(1).nonzero()
-        raise ValueError(
-            f"{name}= has inputs that are NaN or infinite, in {len(where)} samples of {len(inputs)}, the first is "
-            f"number {int(where[0])}; repair them or leave them out"
-        )
-    labels = y.ndim == 2 and y.is_floating_point()
-    if not labels and (y.ndim != 1 or y.dtype not in (torch.long, torch.uint8)):
-        raise ValueError(
-            f"{name}= serves targets of shape {tuple(y.shape)} and type {y.dtype}; they must be class numbers, of "
-            "shape (n,) and type torch.long, or zeros and ones for several labels, of shape (n, labels) and type "
-            "torch.float32"
-        )
-    if labels and not ((y == 0) | (y == 1)).all():
-        raise ValueError(f"{name}= serves labels other than 0 and 1; a sample has a label or has it not")
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Outputs, Targets]:

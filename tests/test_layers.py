@@ -41,6 +41,7 @@ ENGINE = (
         "splits",
         "notation",
     ),
+    ("split_check",),
     ("task", "onnx_export", "executorch_export"),
     ("deployed", "macs", "runtimes"),
     (
