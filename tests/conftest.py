@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -122,6 +123,31 @@ def die() -> Callable[..., str]:
         raise AssertionError("unreachable")
 
     return die
+
+
+@pytest.fixture(scope="session")
+def stripes() -> Callable[..., np.ndarray]:
+    """Makes grey images of 10 x 10 pixels whose class is how bright one of their stripes is."""
+
+    def stripes(classes: np.ndarray, seed: int = 0) -> np.ndarray:
+        images = np.random.default_rng(seed).integers(0, 120, size=(len(classes), 10, 10), dtype=np.uint8)
+        for k in np.unique(classes):
+            images[classes == k, 2 * k : 2 * k + 2] += 120
+        return images
+
+    return stripes
+
+
+@pytest.fixture
+def striped_file(stripes: Callable[..., np.ndarray], tmp_path: Path) -> Callable[..., str]:
+    """Writes such images of the given classes, by part, to a file as MedMNIST's: its path."""
+
+    def write(**classes: np.ndarray) -> str:
+        images = {f"{part}_images": stripes(y, seed) for seed, (part, y) in enumerate(classes.items())}
+        np.savez(tmp_path / "stripes.npz", **images, **{f"{part}_labels": y for part, y in classes.items()})
+        return str(tmp_path / "stripes.npz")
+
+    return write
 
 
 def source(name: str) -> SimpleNamespace:

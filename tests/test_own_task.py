@@ -1,6 +1,7 @@
 """Tasks made from options: any model with any data, on small data made on the fly."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +28,9 @@ from autocompress.trial import Bound, TrialSpec, run_trial
 RNG = np.random.default_rng(0)
 
 
-def stripes(n: int, classes: int = 2, size: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images whose class is how bright one of their stripes is."""
-    rng = np.random.default_rng(seed)
-    y = np.arange(n) % classes
-    x = rng.integers(0, 120, size=(n, size, size), dtype=np.uint8)
-    for k in range(classes):
-        x[y == k, 2 * k : 2 * k + 2] += 120
-    return x, y
-
-
 @pytest.fixture
-def npz(tmp_path: Path) -> str:
-    made = {}
-    for seed, (part, n) in enumerate((("train", 64), ("val", 32), ("test", 32))):
-        made[f"{part}_images"], made[f"{part}_labels"] = stripes(n, seed=seed)
-    np.savez(tmp_path / "stripes.npz", **made)
-    return str(tmp_path / "stripes.npz")
+def npz(striped_file: Callable[..., str]) -> str:
+    return striped_file(**{part: np.arange(n) % 2 for part, n in (("train", 64), ("val", 32), ("test", 32))})
 
 
 @pytest.fixture
@@ -100,11 +87,11 @@ def test_normalised_by_the_data_means_mean_0_and_deviation_1(npz: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "fits"), [("uint8", True), ("uint16", True), ("int64", False), ("float32", False)]
 )
-def test_imagenet_s_mean_is_for_images_of_0_to_1(tmp_path: Path, kind: str, fits: bool) -> None:
+def test_imagenet_s_mean_is_for_images_of_0_to_1(stripes, tmp_path: Path, kind: str, fits: bool) -> None:
+    y = np.arange(32) % 2
     made = {}
     for part in ("train", "val", "test"):
-        x, made[f"{part}_labels"] = stripes(32)
-        made[f"{part}_images"] = x.astype(kind)
+        made |= {f"{part}_images": stripes(y).astype(kind), f"{part}_labels": y}
     np.savez(tmp_path / "data.npz", **made)
     options = {"data": str(tmp_path / "data.npz"), "channels": 3, "normalize": "imagenet", "train_epochs": 0}
     if fits:
@@ -117,12 +104,11 @@ def test_imagenet_s_mean_is_for_images_of_0_to_1(tmp_path: Path, kind: str, fits
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "auc", "balanced_accuracy"])
-def test_a_class_that_val_or_test_lack_is_noted_as_for_a_task_of_tensors(tmp_path: Path, metric: str) -> None:
-    made = {}
-    for part, classes in (("train", 4), ("val", 3), ("test", 2)):
-        made[f"{part}_images"], made[f"{part}_labels"] = stripes(32, classes)
-    np.savez(tmp_path / "rare.npz", **made)
-    task = ac.make_task(data=str(tmp_path / "rare.npz"), train_epochs=1, metric=metric)
+def test_a_class_that_val_or_test_lack_is_noted_as_for_a_task_of_tensors(striped_file, metric: str) -> None:
+    data = striped_file(
+        **{part: np.arange(32) % classes for part, classes in (("train", 4), ("val", 3), ("test", 2))}
+    )
+    task = ac.make_task(data=data, train_epochs=1, metric=metric)
     noted = [note for note in task.notes if "has no sample of class" in note]
     parts = (task.train, task.val, task.test)
     assert noted == [note for note in ac.Task(task.model, *parts).notes if "has no sample of class" in note]
@@ -155,8 +141,8 @@ def test_a_task_can_be_searched_saved_and_loaded_without_code(npz: str, tmp_path
     assert '"mean": [' in (tmp_path / "runs" / "s" / "best" / "plan.json").read_text()
 
 
-def test_several_labels_are_learned_judged_and_compressed(tmp_path: Path) -> None:
-    x, _ = stripes(96)
+def test_several_labels_are_learned_judged_and_compressed(stripes, tmp_path: Path) -> None:
+    x = stripes(np.arange(96) % 2)
     y = RNG.integers(2, size=(96, 3))
     for k in range(3):
         x[y[:, k] == 1, 3 * k : 3 * k + 3] //= 4
@@ -398,14 +384,18 @@ def test_an_augmentation_is_a_function_of_the_seed(name: str, channels: int) -> 
     assert any(not torch.equal(one, image) for one in changed)
 
 
-def held(augmentations: tuple[str, ...] = (), weights: torch.Tensor | None = None) -> HeldImages:
-    x, y = stripes(40)
-    pixels = torch.from_numpy(x)[:, None]
-    sampling = Sampling(8, augmentations, weights)
-    return HeldImages(pixels, torch.from_numpy(y), Preprocessing((10, 10), 1, 1 / 255), sampling)
+@pytest.fixture
+def held(stripes) -> Callable[..., HeldImages]:
+    def held(augmentations: tuple[str, ...] = ()) -> HeldImages:
+        y = np.arange(40) % 2
+        pixels = torch.from_numpy(stripes(y))[:, None]
+        preprocessing = Preprocessing((10, 10), 1, 1 / 255)
+        return HeldImages(pixels, torch.from_numpy(y), preprocessing, Sampling(8, augmentations, None))
+
+    return held
 
 
-def test_only_training_is_augmented() -> None:
+def test_only_training_is_augmented(held) -> None:
     split = held(("flip", "crop"))
     plain = torch.cat([x for x, _ in split.batches()])
     torch.testing.assert_close(plain, split.pixels.float() / 255)
@@ -415,8 +405,9 @@ def test_only_training_is_augmented() -> None:
     assert any(tuple(row) not in originals for row in drawn[0].flatten(1).tolist())
 
 
-def test_files_and_memory_serve_the_same_whatever_the_workers(tmp_path: Path) -> None:
-    x, y = stripes(20)
+def test_files_and_memory_serve_the_same_whatever_the_workers(stripes, tmp_path: Path) -> None:
+    y = np.arange(20) % 2
+    x = stripes(y)
     files = []
     for i, image in enumerate(x):
         files.append(tmp_path / f"{i}.png")
@@ -433,10 +424,12 @@ def test_files_and_memory_serve_the_same_whatever_the_workers(tmp_path: Path) ->
             assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
-def test_on_another_device_images_arrive_as_bytes_and_stay_where_there_is_room(tmp_path: Path) -> None:
+def test_on_another_device_images_arrive_as_bytes_and_stay_where_there_is_room(
+    held, stripes, tmp_path: Path
+) -> None:
     """The device ``meta`` holds no numbers, but knows what is where, as a GPU does."""
     meta, file = torch.device("meta"), tmp_path / "one.png"
-    Image.fromarray(stripes(1)[0][0]).save(file)
+    Image.fromarray(stripes(np.zeros(1, dtype=int))[0]).save(file)
     plain, augmented = held(), held(("flip",))
     room = plain.pixels.nbytes
     kept = plain.kept_on(meta, room)

@@ -110,18 +110,10 @@ def test_each_recovery(make_spec: MakeSpec, tiny_task: Task, second_device: Seco
 
 
 @pytest.fixture
-def scans(tmp_path: Path) -> str:
-    """Images of three classes, one of them rare, as an ``.npz`` file."""
-    rng = np.random.default_rng(0)
-    made = {}
-    for part, n in (("train", 64), ("val", 33), ("test", 33)):
-        labels = np.minimum(np.arange(n) % 7, 2)
-        pixels = rng.integers(0, 120, size=(n, 10, 10), dtype=np.uint8)
-        for k in range(3):
-            pixels[labels == k, 2 * k : 2 * k + 2] += 120
-        made |= {f"{part}_images": pixels, f"{part}_labels": labels}
-    np.savez(tmp_path / "scans.npz", **made)
-    return str(tmp_path / "scans.npz")
+def scans(striped_file: Callable[..., str]) -> str:
+    """A file of images of three classes, two of them rare."""
+    sizes = {"train": 64, "val": 33, "test": 33}
+    return striped_file(**{part: np.minimum(np.arange(n) % 7, 2) for part, n in sizes.items()})
 
 
 def test_images_and_the_training_of_a_dense_model(make_spec: MakeSpec, scans: str, second_device: Second) -> None:
