@@ -21,10 +21,13 @@ from unittest import SkipTest
 import torch
 from torch import Tensor, nn
 
+from autocompress.conformance.fingerprints import fingerprint, theta_digest
+from autocompress.conformance.second_process import digest_elsewhere
 from autocompress.conformance.testing_models import (
     CLASSES,
     INPUT_SHAPE,
     MODELS,
+    as_users_leave_it,
     attention,
     concatenated,
     depthwise,
@@ -39,7 +42,6 @@ from autocompress.conformance.testing_models import (
 from autocompress.conformance.testing_tools import (
     Case,
     Rounded,
-    as_users_leave_it,
     assert_equivalent_theta,
     assert_names,
     assert_no_empty_layer,
@@ -47,9 +49,7 @@ from autocompress.conformance.testing_tools import (
     assert_same_tensors,
     assert_same_theta,
     count_left_behind,
-    digest_elsewhere,
     find_facts,
-    fingerprint,
     leaving_layers_whole,
     masked_model,
     middle_density,
@@ -58,7 +58,6 @@ from autocompress.conformance.testing_tools import (
     run,
     telling,
     telling_error,
-    theta_digest,
     written_and_read,
 )
 from autocompress.scheme import Compose, Masking, Scheme, Staged, Theta

@@ -14,7 +14,7 @@ FILES = [
     file for home in ("autocompress", "schemes", "objectives") for file in sorted((ROOT / home).rglob("*.py"))
 ]
 # Calls between processes of a study or of a test.
-OF_OUR_OWN = {"parcel.py", "parity.py", "testing.py", "testing_tools.py"}
+OF_OUR_OWN = {"parcel.py", "parity.py", "testing.py", "second_process.py"}
 
 
 def dangers(source: str) -> Iterator[str]:

@@ -196,3 +196,26 @@ def lived_in(model: nn.Module, seed: int = 0, input_shape: tuple[int, ...] = INP
         for _ in range(3):
             model(torch.randn(16, *input_shape, generator=generator) * 2 + 0.5)
     return model.eval()
+
+
+def as_users_leave_it(model: nn.Module) -> nn.Module:
+    """Changes a model, in place, in ways that users do and that do not change its outputs in eval mode.
+
+    Its modules are in different modes, one parameter is frozen, the others have gradients, no weight is
+    contiguous, and there is a hook.
+    """
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    for p in model.parameters():
+        backwards = tuple(reversed(range(p.dim())))
+        p.data = p.data.permute(backwards).contiguous().permute(backwards)
+        p.grad = torch.ones_like(p)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    frozen.grad = None
+    model.register_forward_hook(_look)
+    return model
+
+
+def _look(*_: object) -> None:
+    """A hook that does nothing."""

@@ -1,29 +1,19 @@
-"""The tools of the conformance suite: cases, fingerprints, a second process, assertions."""
+"""The tools of the conformance suite: what a scheme finds and makes of a model, cases, assertions."""
 
 import copy
 import gc
-import hashlib
-import importlib
-import importlib.util
-import json
 import math
-import multiprocessing
-import os
-import pickle
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autocompress.conformance.fingerprints import theta_digest
 from autocompress.conformance.testing_models import CLASSES
 from autocompress.notation import terms
 from autocompress.scheme import (
@@ -229,116 +219,6 @@ class Rounded:
     def realize(self, model: nn.Module, theta: Theta, facts: None) -> nn.Module:
         """A copy: the weights are rounded already."""
         return copy.deepcopy(model)
-
-
-# Fingerprints.
-
-
-def fingerprint(model: nn.Module) -> list[object]:
-    """Everything about a model that must not change, in a form that compares with ``==``.
-
-    That is the bits and memory addresses of weights, buffers and gradients, what is trainable, and each module's
-    mode, settings (such as the widths of a layer) and hooks.
-    """
-    state = [(name, *_place(t), bytes(t.numpy())) for name, t in model.state_dict().items()]
-    parameters = [
-        (name, p.requires_grad, None if p.grad is None else (*_place(p.grad), bytes(p.grad.numpy())))
-        for name, p in model.named_parameters()
-    ]
-    modules = [(name, _settings(module), _hooks(module)) for name, module in model.named_modules()]
-    return [state, parameters, modules]
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _settings(module: nn.Module) -> list[tuple[str, object]]:
-    plain = (bool, int, float, str, tuple)
-    return [(name, value) for name, value in vars(module).items() if isinstance(value, plain)]
-
-
-def _hooks(module: nn.Module) -> list[tuple[str, list[int]]]:
-    tables = ((name, value) for name, value in vars(module).items() if name.endswith("_hooks"))
-    return [(name, [id(hook) for hook in value.values()]) for name, value in tables if isinstance(value, dict)]
-
-
-def as_users_leave_it(model: nn.Module) -> nn.Module:
-    """Changes a model, in place, in ways that users do and that do not change its outputs in eval mode.
-
-    Its modules are in different modes, one parameter is frozen, the others have gradients, no weight is
-    contiguous, and there is a hook.
-    """
-    for i, module in enumerate(model.modules()):
-        module.training = i % 2 == 0
-    for p in model.parameters():
-        backwards = tuple(reversed(range(p.dim())))
-        p.data = p.data.permute(backwards).contiguous().permute(backwards)
-        p.grad = torch.ones_like(p)
-    frozen = next(model.parameters())
-    frozen.requires_grad_(False)
-    frozen.grad = None
-    model.register_forward_hook(_look)
-    return model
-
-
-def _look(*_: object) -> None:
-    """A hook that does nothing."""
-
-
-def theta_digest(theta: Theta) -> dict[str, str]:
-    """A digest of the result of a C step, which compares with ``==`` between processes."""
-    parts = {"plan": json.dumps(dict(theta.plan), sort_keys=True, default=str), "kept": str(theta.kept)}
-    for kind, tensors in (("support", theta.support), ("values", theta.values)):
-        for name, tensor in tensors.items():
-            stored = tensor.detach().contiguous().flatten().view(torch.uint8)
-            parts[f"{kind} {name}"] = hashlib.sha256(bytes(stored.numpy())).hexdigest()
-    return parts
-
-
-# A second process.
-
-
-def digest_elsewhere(scheme: Scheme, model: nn.Module, x: Tensor) -> dict[str, str]:
-    """The digest of θ at the middle density, computed in another process, with another hash seed."""
-    used = {type(part).__module__ for part in parts_of(scheme)} | {type(m).__module__ for m in model.modules()}
-    files = {name: file for name in used if (file := getattr(sys.modules[name], "__file__", None))}
-    payload = pickle.dumps((scheme, model, x))
-    future = _second_process().submit(_digest, files, payload, torch.get_num_threads())
-    return future.result(timeout=300)
-
-
-@cache
-def _second_process() -> ProcessPoolExecutor:
-    """A process of another hash seed, which iterates over sets of strings in another order; used by all checks."""
-    ours = os.environ.get("PYTHONHASHSEED")
-    os.environ["PYTHONHASHSEED"] = "2" if ours == "1" else "1"
-    try:
-        executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        executor.submit(os.getpid).result(timeout=300)  # starts the process while the variable is set
-    finally:
-        if ours is None:
-            del os.environ["PYTHONHASHSEED"]
-        else:
-            os.environ["PYTHONHASHSEED"] = ours
-    return executor
-
-
-def _digest(files: Mapping[str, str], payload: bytes, threads: int) -> dict[str, str]:
-    """Runs in the second process; modules that it cannot import by name, such as tests, are run from ``files``."""
-    for name, file in files.items():
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            spec = importlib.util.spec_from_file_location(name, Path(file))
-            assert spec is not None and spec.loader is not None, file
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
-    torch.set_num_threads(threads)
-    scheme, model, x = pickle.loads(payload)
-    with leaving_layers_whole():
-        facts = find_facts(scheme, model, x)
-    return theta_digest(scheme.pi(weights_of(model), middle_density(scheme, facts), facts))
 
 
 # Assertions.
