@@ -113,8 +113,8 @@ class Conclusion:
         }
         notes = self._traded(judgement)
         layers = compare_layers(task.model, judgement.rebuilt)
+        thresholds = self._decision_thresholds(judgement)  # on the study's device
         model = judgement.model.cpu()
-        thresholds = self._decision_thresholds(judgement)
         self.watcher.doing("exporting the answer")
         results = {"metric": task.metric.name, "scores": scores, "verdict": fields["sentence"]}
         exported = self._export(answer, results, thresholds.get("compressed", ()))
