@@ -15,7 +15,7 @@ from torch import nn
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
 from autocompress.schemes import StructPrune
-from autocompress.task import Task
+from autocompress.task import Task, device_of
 from autocompress.trial import Bound, TrialSpec
 
 MOST_PROCESSES = 8  # each of them, with what its tests start, takes 2 GB
@@ -98,7 +98,7 @@ def make_spec(tiny_task: Task) -> Callable[..., TrialSpec]:
         settings: dict[str, Any] = {
             "task": task,
             "scheme": scheme,
-            "facts": scheme.analyze(task.model, task.example_input),
+            "facts": scheme.analyze(task.model, task.example_input.to(device_of(task.model))),
             "recovery": LearningCompression(epochs=4, c_steps=2, lr=0.05),
             "objectives": (as_objective("density"),),
             "bound": Bound(0.1),
