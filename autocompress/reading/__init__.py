@@ -1,1 +1,1 @@
-"""Reading labelled images: from arrays and files, divided into train, val and test, and preprocessed."""
+"""Reading labelled images: from arrays and files, divided into train, val and test, preprocessed and checked."""

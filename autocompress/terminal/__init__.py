@@ -1,1 +1,1 @@
-"""The parts of the command line `autocompress.cli`: its options, its commands and their output."""
+"""The parts of the command line `autocompress.cli`: its options, ``--resume``, its commands and their output."""
