@@ -1,5 +1,7 @@
 """What the documents tell the reader to type works, in the order in which they are read."""
 
+import doctest
+import importlib
 import os
 import re
 import shlex
@@ -14,6 +16,13 @@ from PIL import Image
 from autocompress.cli import cli
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("autocompress", "schemes", "objectives")
+WITH_EXAMPLES = [
+    ".".join(["autocompress", *file.relative_to(ROOT).with_suffix("").parts[package == "autocompress" :]])
+    for package in PACKAGES
+    for file in (ROOT / package).rglob("*.py")
+    if ">>> " in file.read_text(encoding="utf-8")
+]
 # One reader, one folder: the later pages go on with the study of the first.
 GUIDES = ("getting-started.md", "your-own-objective.md", "reading-the-verdict.md", "deploying.md")
 ELSEWHERE = (
@@ -156,6 +165,12 @@ def test_links_and_options_exist(document):
     for command, words in re.findall(r"(?:`|^\$ )autocompress (\w+)([^`\n]*)", text, re.MULTILINE):
         for flag in re.findall(r"(?<= )--[\w-]+", words):
             assert flag in flags[command], f"autocompress {command} {flag}"
+
+
+@pytest.mark.parametrize("module", [name.removesuffix(".__init__") for name in WITH_EXAMPLES])
+def test_the_examples_in_docstrings_give_what_they_say(module):
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted and not found.failed
 
 
 @pytest.mark.slow

@@ -186,6 +186,13 @@ def test_decision_thresholds_are_a_row_for_each_model(recorded):
 def test_the_shortlist_is_said_in_words(recorded, tmp_path):
     tested = {"number": 2, "density": 0.04, "outcome": "certified", "upper": 0.0093}
     skipped = {"number": 1, "density": 0.02, "outcome": None, "upper": None}
+    gained = {**tested, "number": 3, "upper": -0.0027}
+    record = read_record(
+        recorded.write_study(
+            tmp_path, "gained", result=recorded.found(recorded.three_trials(), shortlist=[gained, skipped])
+        )
+    )
+    assert "trial 3 (density 0.04) gains at least 0.27 pp, certified" in " ".join(words(record))
     for shortlist in ([tested], [tested, skipped]):
         result = recorded.found(recorded.three_trials(), shortlist=shortlist)
         record = read_record(recorded.write_study(tmp_path, f"of-{len(shortlist)}", result=result))

@@ -97,8 +97,11 @@ def _tested(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
         trial = f"trial {tested['number']} (density {tested['density']:.3g})"
         if tested["outcome"] is None:
             return f"{trial} was not tested"
-        upper = None if tested["upper"] is None else 100 * tested["upper"]
-        return f"{trial} loses at most {at_most(upper, record.unit)}, {tested['outcome']}"
+        if tested["upper"] is None:
+            return f"{trial} loses an unknown amount, {tested['outcome']}"
+        loss, gain = ("loses at most", at_most), ("gains at least", at_least)
+        (change, rounded), size = loss_or_gain(100 * tested["upper"], loss, gain)
+        return f"{trial} {change} {rounded(size, record.unit)}, {tested['outcome']}"
 
     yield (
         f"Before the test data were looked at, {len(shortlist)} trials were chosen to be tested, densest first, "

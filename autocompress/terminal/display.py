@@ -219,8 +219,10 @@ class Footer:
             parts.append(f"{self.done:.0%}, about {whole - elapsed:.0f} s left")
         if left is None and whole is not None and self.repeats > 1:
             left = self.repeats * whole
-        if left is not None:
-            parts.append(f"at most {max(0.0, left - elapsed):.0f} s{of_search} left")
+        if left is not None and whole is not None:
+            left = max(left, whole)  # a trial may be slower than those before it
+        if left is not None and left > elapsed:
+            parts.append(f"at most {left - elapsed:.0f} s{of_search} left")
         return Text(" · ".join(parts))
 
 
