@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ BOUND = Bound(0.25)
 def conclude(tmp_path: Path, make_spec: MakeSpec):
     """Judges a shortlist of trials, each by its number: an odd one learns, an even one does not."""
 
-    def conclude(*numbers: int):
+    def conclude(*numbers: int, **changes: Any):
         listed, spec = [], make_spec()
         for number in numbers:
             spec = make_spec(
@@ -42,7 +43,7 @@ def conclude(tmp_path: Path, make_spec: MakeSpec):
             assert trial.model is not None
             listed.append(Answer(trial, spec.scheme, spec.facts, trial.model.state_dict()))
         task, folder = spec.task, StudyFolder(tmp_path / "study")
-        settings = Settings((spec.scheme,), BOUND, spec.objectives)
+        settings = Settings((spec.scheme,), BOUND, spec.objectives, **changes)
         cost = measure(task.model, task.example_input, timing=False)
         try:
             ahead = Ahead(Aside(), task, folder)
@@ -81,6 +82,14 @@ def test_after_a_first_failure_nothing_is_certified(conclude) -> None:
     assert found.certificate.outcome == "not certifiable"
     assert told["sentence"].startswith("Met on validation, not certifiable with 60 test samples")
     assert "The denser trial 2 of density 0.1" in told["sentence"]
+
+
+def test_a_constraint_on_a_metric_is_judged_with_the_confidence_of_the_study(conclude) -> None:
+    required = parse_constraints(["auc>=0.1", "params<=1M"])
+    by_auc, by_params = conclude(1, constraints=required, confidence=0.999)[1].constraints
+    assert (by_auc.confidence, by_params.confidence) == (0.999, 0.95)  # of a cost: of its timing's interval
+    assert "with 99.9% confidence (required: auc>=0.1)" in by_auc.sentence
+    assert by_auc.lower < conclude(1, constraints=required)[1].constraints[0].lower
 
 
 def test_a_metric_of_the_dense_model_on_val_is_what_its_check_has_found(make_spec: MakeSpec) -> None:

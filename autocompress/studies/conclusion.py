@@ -182,16 +182,17 @@ class Conclusion:
 
     def _judge(self, candidate: Answer, dense: Evaluation) -> Judgement:
         task, bound, trial = self.task, self.settings.bound, candidate.trial
+        confidence = self.settings.confidence
         rebuilt = candidate.rebuilt(task.model)
         model = deployed(rebuilt, task.example_input)
         test = task.evaluate(model, task.test)
         certificate = certify(
-            task.metric, dense, test, bound.max_drop, relative=bound.relative, confidence=self.settings.confidence
+            task.metric, dense, test, bound.max_drop, relative=bound.relative, confidence=confidence
         )
         cost, dense_cost = self._costs(rebuilt, trial)
         constraints = tuple(
-            constraint.judge(test) if isinstance(constraint, Constraint) else constraint.judge(cost, dense_cost)
-            for constraint in self.settings.constraints
+            one.judge(test, confidence) if isinstance(one, Constraint) else one.judge(cost, dense_cost)
+            for one in self.settings.constraints
         )
         return Judgement(rebuilt, model, dense, test, certificate, constraints)
 

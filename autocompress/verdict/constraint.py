@@ -102,7 +102,7 @@ class Judged:
             value, known = in_unit(self.value, self.unit), ""
             if self.lower < self.upper:
                 ends = f"{in_unit(self.lower, self.unit)} to {in_unit(self.upper, self.unit)}"
-                known = f", {ends} with {self.confidence:.0%} confidence"
+                known = f", {ends} with {100 * self.confidence:g}% confidence"
             required = f"(required: {self.text})" if self.met else f", which violates {self.text}"
             is_count = self.unit in COUNTED  # the unit names what is counted
             subject = "It has" if is_count else f"Its {constrained(self.text)} is"
@@ -111,7 +111,7 @@ class Judged:
         lower, upper = f"at least {self.lower:.4f}", f"at most {self.upper:.4f}"
         violated = "" if self.met else f"which violates {self.text}, "
         bound = (lower if at_least else upper) if self.met else (upper if at_least else lower)
-        sure = f"{bound} with {self.confidence:.0%} confidence"
+        sure = f"{bound} with {100 * self.confidence:g}% confidence"
         required = f" (required: {self.text})" if self.met else ""
         return f"On test {constrained(self.text)} is {self.value:.4f}, {violated}{sure}{required}."
 
@@ -156,7 +156,12 @@ class Constraint:
         return Checked(self.text, value, se, self.excess(value))
 
     def judge(self, evaluation: Evaluation, confidence: float = 0.95) -> Judged:
-        """Judges the constraint on the answer's evaluation on test, which is used once."""
+        """Judges the constraint on the answer's evaluation on test, which is used once.
+
+        Args:
+            evaluation: The answer's evaluation on test.
+            confidence: Confidence of each of the bounds.
+        """
         value = self.score(evaluation)
         lower, upper = self._bounds(evaluation, value, confidence)
         worse, better = (lower, upper) if self.at_least else (upper, lower)

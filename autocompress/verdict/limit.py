@@ -23,6 +23,7 @@ UNITS = {
 }
 COUNTS = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}  # for all other units
 SMALLEST = 1e-12  # stands for a cost of 0, which has no logarithm
+TIMED_CONFIDENCE = 0.95  # of the interval of a timed value, which its measurement has, see `Measurement.noise`
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Limit:
         value = self._value(cost, dense)
         return Checked(self.text, value, 0.0, self.excess(value), unit=self.objective.unit, is_cost=True)
 
-    def judge(self, cost: Measurement, dense: Measurement | None = None, confidence: float = 0.95) -> Judged:
-        """Judges the limit on the answer's measurement; a timed value has bounds, by its confidence interval."""
+    def judge(self, cost: Measurement, dense: Measurement | None = None) -> Judged:
+        """Judges the limit on the answer's measurement; a timed value has bounds of `TIMED_CONFIDENCE`."""
         value = self._value(cost, dense)
         noise = cost.noise if self._is_timed(cost, dense) else 0.0
         lower, upper = value * (1 - noise), value * (1 + noise)
@@ -79,7 +80,7 @@ class Limit:
         elif self.excess(better) > 0:
             standing = "not met"
         met, unit = self.excess(value) <= 0, self.objective.unit
-        return Judged(self.text, value, lower, upper, confidence, standing, met, unit=unit, is_cost=True)
+        return Judged(self.text, value, lower, upper, TIMED_CONFIDENCE, standing, met, unit=unit, is_cost=True)
 
     def _value(self, cost: Measurement, dense: Measurement | None) -> float:
         try:
