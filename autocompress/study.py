@@ -105,6 +105,7 @@ class Study:
         self.watcher.doing("measuring the dense model")
         start = time.perf_counter()
         self.dense = task.evaluate(task.model, task.val)
+        self.ahead.several_labels = self.dense.targets.ndim == 2
         evaluating_s = time.perf_counter() - start
         self.dense_cost, self.timing = self._measure_dense()
         self.plan = Plan(

@@ -162,6 +162,10 @@ def test_several_labels_are_learned_judged_and_compressed(stripes, tmp_path: Pat
     compressed = task.evaluate(trial.model, task.test)
     verdict = certify(task.metric, task.evaluate(task.model, task.test), compressed, 0.9)
     assert verdict.met and np.isfinite(verdict.upper)
+    result = ac.tune(task, max_drop=0.9, trials=1, epochs=1, out=tmp_path / "runs", name="labels")
+    assert result.model is not None and (result.folder / "report.html").is_file()
+    readme = (result.folder / "best" / "README.md").read_text(encoding="utf-8")
+    assert "the sigmoid of a logit is the label's probability" in readme and "softmax" not in readme
 
 
 # Models

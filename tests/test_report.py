@@ -292,6 +292,18 @@ def test_any_number_of_classes_and_layers(recorded, tmp_path, n):
     assert f"layers.{n - 1}" in parsed.text and f"class {n - 1}" in parsed.text
 
 
+@pytest.mark.parametrize("n", [1, 2, 15])
+def test_several_labels_per_sample_have_a_figure_of_what_is_found_and_missed(recorded, tmp_path, n):
+    trials = recorded.three_trials()
+    shown = recorded.by_class([f"label {i}" for i in range(n)])
+    shown["confusion"] = {"dense": [[[50, 5], [4, 41]]] * n, "compressed": [[[48, 7], [5, 40]]] * n}
+    folder = recorded.write_study(tmp_path, trials=trials, result=recorded.found(trials, **shown))
+    parsed, _ = read(folder)
+    assert f"the dense model makes {9 * n} mistakes, the compressed one {12 * n}" in parsed.text
+    text = (folder / "figures" / "confusion.svg").read_text(encoding="utf-8")
+    assert all(word in text for word in ("found", "missed", "label 0"))
+
+
 def test_a_relative_bound_is_counted_in_percent(recorded, tmp_path):
     trials = recorded.three_trials()
     settings = recorded.asked(drop="relative")

@@ -49,6 +49,7 @@ class Provenance:
         preprocessing: The preprocessing of the model's inputs, in words.
         input: The preprocessing for programs: JSON types only.
         kinds: The classes of the scheme's parts: other processes do not know those from a script or a file.
+        several_labels: Whether each logit is of a label that a sample has or has not, beside the others.
     """
 
     scheme: str
@@ -60,6 +61,7 @@ class Provenance:
     preprocessing: str = ""
     input: Mapping[str, Any] = field(default_factory=dict)
     kinds: Sequence[type[Scheme]] = ()
+    several_labels: bool = False
 
 
 def save(model: nn.Module, sample: Tensor, directory: Path, provenance: Provenance) -> None:

@@ -56,9 +56,12 @@ ONNX Runtime adds up in 16 bits, which can saturate: check it there, or compress
 """
 INPUT_OUTPUT = """Input: {dtype} of shape (batch, {sample}), any batch size. {preprocessing}
 
-Output: float32 logits of shape (batch, {classes}). The largest is the prediction; softmax makes
-probabilities of them.{names}
+Output: float32 logits of shape (batch, {classes}). {prediction}{names}
 """
+ONE_CLASS = "The largest is the prediction; softmax makes\nprobabilities of them."
+SEVERAL_LABELS = (
+    "A label is predicted if its logit is\npositive; the sigmoid of a logit is the label's probability."
+)
 
 
 RUN = {"pt2": RUN_PT2, "onnx": RUN_ONNX, "executorch": RUN_EXECUTORCH, "safetensors": REBUILD}
@@ -104,6 +107,7 @@ def instructions(
             sample=", ".join(str(n) for n in shape[1:]),
             preprocessing=provenance.preprocessing or "Prepare it as the training data was.",
             classes=classes,
+            prediction=SEVERAL_LABELS if provenance.several_labels else ONE_CLASS,
             names=f" In order: {', '.join(provenance.classes)}." if provenance.classes else "",
         )
     )

@@ -82,7 +82,9 @@ def _drawings(record: Record) -> Iterator[tuple[str, str, str, "Canvas"]]:
     if any(of_class["support"] for of_class in found.get("classes") or ()):
         yield _classes(found["classes"])
     if found.get("confusion"):
-        yield _confusion(found["confusion"], found.get("classes") or [])
+        confusion = found["confusion"]
+        several = isinstance(confusion["dense"][0][0], list)  # a matrix for each label
+        yield (_labels if several else _confusion)(confusion, found.get("classes") or [])
     if record.answer is not None and _curves(record.answer):
         yield _recovery(record.answer)
 
@@ -310,6 +312,43 @@ def _confusion(
         f"the compressed one {wrong['compressed']}."
     )
     return "confusion", "What is taken for what, on test", description, canvas
+
+
+def _labels(confusion: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, "Canvas"]:
+    """How often each of several labels is right and wrong, with the dense and with the compressed model."""
+    import numpy as np
+
+    names = [_beginning(str(of_class["name"]), 10) for of_class in classes]
+    n = len(confusion["dense"])
+    if len(names) != n:
+        names = list(map(str, range(n)))
+    canvas, panels = make_axes(min(8.0, 2.0 + 0.3 * n), columns=2)
+    rgb = [int(COMPRESSED[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    wrong = {}
+    for ax, (who, counts) in zip(panels, confusion.items(), strict=True):
+        by_truth = np.asarray(counts, dtype=float)[:, ::-1, ::-1]  # of each label: those that have it come first
+        share = by_truth / np.maximum(1.0, by_truth.sum(axis=2, keepdims=True))
+        image = np.empty((n, 4, 4))
+        image[..., :3], image[..., 3] = rgb, 0.9 * np.sqrt(share.reshape(n, 4))  # as in `_confusion`
+        ax.imshow(image, interpolation="nearest", aspect="auto")
+        wrong[who] = int(by_truth[:, 0, 1].sum() + by_truth[:, 1, 0].sum())
+        ax.set_title(f"{who}: {wrong[who]} mistakes")
+        ax.set(xticks=range(4))
+        ax.set_xticklabels(("found", "missed", "false\nalarm", "rightly\nabsent"), fontsize=7)
+        if n <= MANY_CLASSES:
+            ax.set(yticks=range(n))
+            ax.set_yticklabels(names, fontsize=7)
+        if n <= 12:
+            for i, row in enumerate(by_truth.reshape(n, 4)):
+                for j, count in enumerate(row):
+                    ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=7)
+        ax.spines[:].set_visible(True)
+    panels[0].set_ylabel("label")
+    description = (
+        f"How often each of {n} labels is found, missed, given wrongly and rightly absent: on test the dense "
+        f"model makes {wrong['dense']} mistakes, the compressed one {wrong['compressed']}."
+    )
+    return "confusion", "What is found and what is missed, on test", description, canvas
 
 
 def _recovery(answer: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:

@@ -26,7 +26,12 @@ class Ahead:
         task: The task.
         folder: The study's folder.
         formats: Formats to export in addition, see `autocompress.export.check_formats`.
+
+    Attributes:
+        several_labels: Whether a sample may have several labels, which `stage` writes beside the model.
     """
+
+    several_labels = False
 
     def __init__(self, aside: Aside, task: Task, folder: StudyFolder, formats: tuple[str, ...] = ()) -> None:
         self.aside, self.task, self.formats = aside, task, formats
@@ -98,6 +103,7 @@ class Ahead:
             classes=task.classes,
             preprocessing=task.preprocessing,
             input=task.input,
+            several_labels=self.several_labels,
         )
         self._staged[trial.number] = self.aside.begin(
             stage,
