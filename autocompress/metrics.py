@@ -163,6 +163,25 @@ def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
     )
 
 
+def try_metric(metric: Metric, split: str, targets: Targets, n_logits: int) -> None:
+    """Scores random outputs, so that a metric that a split cannot be scored with fails before hours are spent.
+
+    Args:
+        metric: The metric.
+        split: The split's name, for the error.
+        targets: All targets of the split.
+        n_logits: Number of logits per sample.
+
+    Raises:
+        ValueError: If the metric cannot be scored, as that of a class without a sample.
+    """
+    outputs = np.random.default_rng(0).normal(size=(len(targets), n_logits)).astype(np.float32)
+    try:
+        metric.score(targets, outputs)
+    except ValueError as error:
+        raise ValueError(f"the metric {metric.name} cannot be scored on {split}: {error}") from error
+
+
 def _of_class(kind: str, which: str, classes: Sequence[str]) -> Metric:
     """The metric ``kind[which]`` of one class, given by its name or its number."""
     if kind not in OF_ONE_CLASS:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from autocompress.arguments import function, path, several, takes
 from autocompress.data import digits
-from autocompress.metrics import Metric, as_metric
+from autocompress.metrics import as_metric, try_metric
 from autocompress.networks.dense import ClassLoss, DenseTraining, balancing_weights, train_dense
 from autocompress.networks.own_model import (
     Made,
@@ -27,7 +27,7 @@ from autocompress.reading.images import FileImages, HeldImages, Sampling
 from autocompress.reading.readers import read
 from autocompress.reading.samples import PARTS, Found, Reading, Samples
 from autocompress.reading.transforms import IMAGENET, Preprocessing, parse_augmentations
-from autocompress.splits import Data, Split, TensorSplit, as_split, held_labels, labels_of, row_hashes
+from autocompress.splits import Data, Split, TensorSplit, as_split, held_labels, row_hashes
 from autocompress.task import Task, classification_loss, predict
 from autocompress.task_options import TaskOptions
 from autocompress.verdict.constraint import Constraint
@@ -280,15 +280,9 @@ def _check_metrics(task: Task, constraints: Sequence[str]) -> None:
     required = parse_constraints(constraints, task.classes)
     n_logits = predict(task.model, example)[0].shape[1]
     for metric in (task.metric, *(limit.metric for limit in required if isinstance(limit, Constraint))):
-        _try_metric(metric, labels_of(task.val), n_logits)
-
-
-def _try_metric(metric: Metric, y: Tensor, classes: int) -> None:
-    outputs = np.random.default_rng(0).normal(size=(len(y), classes)).astype(np.float32)
-    try:
-        metric.score(y.numpy().astype(np.int64), outputs)
-    except ValueError as error:
-        raise ValueError(f"the metric {metric.name} cannot be scored on val: {error}") from error
+        for name, split in (("val", task.val), ("test", task.test)):
+            if (y := held_labels(split)) is not None:
+                try_metric(metric, name, y.numpy().astype(np.int64), n_logits)
 
 
 def _from_factory(options: TaskOptions, factory: Any) -> _Parts | Task:

@@ -24,6 +24,7 @@ from autocompress.gauges.macs import count_macs
 from autocompress.learning.ranks import team
 from autocompress.learning.training import n_steps, threads_for
 from autocompress.measurement import Measurement, measure
+from autocompress.metrics import try_metric
 from autocompress.processes.aside import WORTH_S, Aside
 from autocompress.processes.interrupt import gentle_interrupt
 from autocompress.processes.workplace import Workplace
@@ -32,6 +33,7 @@ from autocompress.search import Plan, add_dense, adopt, failures, set_sampler
 from autocompress.search import search as run_search
 from autocompress.searching.selection import front
 from autocompress.searching.space import Configuration
+from autocompress.splits import held_labels
 from autocompress.studies.ahead import Ahead
 from autocompress.studies.analysis import Analyses
 from autocompress.studies.conclusion import Conclusion
@@ -42,6 +44,7 @@ from autocompress.studies.watcher import Beginning, Watcher
 from autocompress.task import Task
 from autocompress.tracking import Tracker, final_metrics
 from autocompress.trial import TrialResult, TrialSpec, can_be_cheap
+from autocompress.verdict.constraint import Constraint
 from autocompress.verdict.limit import Limit, check_all
 from autocompress.verdict.prospect import nearest_miss, one_answer, prospect
 
@@ -118,6 +121,7 @@ class Study:
             steps=n_steps(task.train, settings.epochs_total) if settings.epochs_total else None,
         )
         dense_values = [objective(self.dense_cost) for objective in settings.objectives]
+        self._try_metrics_on_test()
         self.dense_checked = check_all(settings.constraints, self.dense, self.dense_cost)
         self.folder.update_settings({"dense_value": dense_values[0]})
         self._report_beginning(dense_values[0])
@@ -152,6 +156,15 @@ class Study:
         if problem := set_aside_if_damaged(self.folder):
             self.watcher.warned(problem)
         return open_study(self.folder.journal_file, *directions)
+
+    def _try_metrics_on_test(self) -> None:
+        """Checks that test can be scored, by its targets alone; an error after the search would waste it."""
+        targets = held_labels(self.task.test)
+        if targets is None:
+            return
+        constrained = (one.metric for one in self.settings.constraints if isinstance(one, Constraint))
+        for metric in (self.task.metric, *constrained):
+            try_metric(metric, "test", targets.cpu().numpy().astype(np.int64), self.dense.outputs.shape[1])
 
     def _measure_dense(self) -> tuple[Measurement, bool]:
         """Measures the dense model, with times only if an objective or a limit needs more than counts.

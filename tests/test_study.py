@@ -409,6 +409,15 @@ def test_a_resumed_study_is_the_study_that_was_not_interrupted(strict, out):
     pd.testing.assert_frame_equal(resumed[columns], whole[columns])
 
 
+def test_a_constraint_on_a_class_that_test_lacks_is_refused_before_the_search(trained, out) -> None:
+    x, y = vectors(121, 3)
+    few = ac.Task(copy.deepcopy(trained), vectors(256, 1), vectors(120, 2), (x[y != 2], y[y != 2]), name="few")
+    required = "specificity[2]@sensitivity=90%>=1%"
+    with pytest.raises(ValueError, match=r"metric specificity\[2\]@sensitivity=0\.9 cannot be scored on test: "):
+        ac.tune(few, constraints=required, out=out, name="lacks", **SHORT)
+    assert not list((out / "lacks").glob("trials/*/trial.json"))
+
+
 def test_the_search_ends_within_the_tolerance_and_the_verdict_has_the_confidence_asked_for(task, out):
     with pytest.raises(ValueError, match=r"tolerance=0; it must be positive"):
         ac.tune(task, tolerance=0, out=out)
