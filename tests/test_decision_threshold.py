@@ -32,7 +32,7 @@ def test_of_two_classes_the_threshold_of_val_decides_on_test() -> None:
     assert at.test.specificity != metric.score(test.targets, test.outputs)  # which takes test's own threshold
     exact = binomtest(int(found[ill].sum()), int(ill.sum()), alternative="greater")
     assert at.lower.sensitivity == pytest.approx(exact.proportion_ci(0.9, method="exact").low)
-    assert f"count a sample as 'ill' if its probability is at least {at.probability:.4g}" in at.sentence
+    assert f"count a sample as 'ill' if its probability is at least {at.probability}. " in at.sentence
     assert f"On the test data the sensitivity is {at.test.sensitivity:.4f} and the specificity is" in at.sentence
 
 
@@ -74,12 +74,33 @@ def test_the_bound_is_the_exact_one_of_a_binomial(successes, n) -> None:
     assert lower_bound(successes, n, 0.95) == pytest.approx(exact)
 
 
-def test_a_probability_near_one_is_not_rounded_up_to_it() -> None:
-    val = evaluation(np.arange(40) % 2, 0)
-    sure = Evaluation(0.0, val.outputs + np.float32([0, 12]), val.targets)  # says class 1 of everything
-    (at,) = decision_thresholds(as_metric("sensitivity@specificity=0.9"), sure, sure)
-    assert 0.999 < at.probability < 1
-    written = float(at.sentence.split("at least ")[1].split(". On")[0])
-    assert written < 1
-    decided = softmax(sure.outputs.astype(float), axis=1)[:, 1] >= written
-    assert decided[val.targets == 1].mean() == at.val.sensitivity
+def written(at) -> float:
+    return float(at.sentence.split("at least ")[1].split(". On")[0])
+
+
+@pytest.mark.parametrize("asked", ["sensitivity@specificity=0.9", "specificity@sensitivity=0.9"])
+@pytest.mark.parametrize("by", [(0, 0), (0, 12), (0, 25)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_the_threshold_as_it_is_written_gives_the_rates_that_are_reported(asked, by, scale) -> None:
+    """Also for a model that is sure of class 1 for every sample, and for one that hardly tells samples apart."""
+    val, test = (evaluation(np.arange(40) % 2, seed) for seed in (0, 1))
+    val, test = (Evaluation(0.0, scale * e.outputs + np.float32(by), e.targets) for e in (val, test))
+    metric = as_metric(asked)
+    (at,) = decision_thresholds(metric, val, test)
+    assert written(at) == at.probability < 1
+    assert ("computed in float64" in at.sentence) == (at.probability > 0.999)
+    for e, rates in ((val, at.val), (test, at.test)):
+        found = softmax(e.outputs.astype(float), axis=1)[:, 1] >= written(at)
+        ill = e.targets == 1
+        assert (found[ill].mean(), (~found[~ill]).mean()) == (rates.sensitivity, rates.specificity)
+    assert getattr(at.val, metric.point.scored) == metric.score(val.targets, val.outputs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "probability"), [("sensitivity@specificity=0.9", 0.75), ("specificity@sensitivity=0.9", 0.25)]
+)
+def test_where_all_samples_have_one_probability_the_threshold_is_clearly_above_or_below_it(asked, probability):
+    same = Evaluation(0.0, np.zeros((40, 2), np.float32), np.arange(40) % 2)
+    (at,) = decision_thresholds(as_metric(asked), same, same)
+    assert at.probability == written(at) == probability
+    assert (at.test.sensitivity, at.test.specificity) == ((0, 1) if probability > 0.5 else (1, 0))

@@ -159,7 +159,7 @@ def decisions(found: Found) -> list[tuple[str, ...]]:
         for model, at in zip(by_model, pair, strict=True):
             on_val = [_share(at["val"][rate]) for rate in RATES]
             on_test = [_share(at["test"][rate], at["lower"][rate]) for rate in RATES]
-            rows.append((at["class_name"], model, at["metric"], in_digits(at["probability"]), *on_val, *on_test))
+            rows.append((at["class_name"], model, at["metric"], f"{at['probability']!r}", *on_val, *on_test))
     return rows
 
 
@@ -168,11 +168,6 @@ def _share(value: float | None, lower: float | None = None) -> str:
         return "n/a"
     bound = "" if lower is None else f" (>= {math.floor(1e4 * lower) / 1e4:.4f})"
     return f"{value:.4f}{bound}"
-
-
-def in_digits(probability: float) -> str:
-    """A probability with four digits, or ten where it is so near to 1 that four would round it up."""
-    return f"{probability:.4g}" if probability < 0.999 else f"{probability:.10g}"
 
 
 def ratio(dense: float | None, compressed: float | None) -> str:

@@ -11,13 +11,14 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, expit
+from scipy.special import betaincinv
 
 from autocompress.metrics import Metric
-from autocompress.showing.comparison import in_digits
 from autocompress.task import Evaluation
 from autocompress.verdict.operating_point import OperatingPoint
-from autocompress.verdict.scores import class_scores, positive_classes
+from autocompress.verdict.scores import class_scores, positive_classes, probabilities
+
+NEAR_ONE = 0.999  # from here on float32 has few numbers left: it rounds the softmax of surer models to 1
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class DecisionThreshold:
     def sentence(self) -> str:
         """How to decide by it, and what that gave on test."""
         on_test = [f"the {name} is {rate:.4f}" for name, rate in vars(self.test).items() if rate is not None]
+        in_float64 = ", computed in float64" if self.probability > NEAR_ONE else ""
         return (
             f"Decision threshold for `{self.metric}`, chosen on the validation data: count a sample as "
-            f"{self.class_name!r} if its probability is at least {in_digits(self.probability)}. "
+            f"{self.class_name!r} if its probability{in_float64} is at least {self.probability!r}. "
             f"On the test data {' and '.join(on_test)}."
         )
 
@@ -87,21 +89,42 @@ def _thresholds(
     names: Sequence[str],
     confidence: float,
 ) -> Iterator[DecisionThreshold]:
-    on_val, on_test = (class_scores(e.targets, e.outputs) for e in (val, test))
-    are_logits = val.targets.ndim == 1 and val.outputs.shape[1] == 2
     for k in positive_classes(val.targets, val.outputs) if metric.only is None else (metric.only,):
-        is_class, scores = on_val[k]
+        is_class, scores = class_scores(val.targets, val.outputs)[k]
         if is_class.all() or not is_class.any():
             continue
-        threshold = point.threshold(is_class, scores)
+        on_val, on_test = (
+            (class_scores(e.targets, e.outputs)[k][0], _probabilities(e)[:, k]) for e in (val, test)
+        )
+        probability = _as_probability(point.threshold(is_class, scores), scores, on_val[1])
         yield DecisionThreshold(
             metric=metric.name,
             class_name=names[k] if k < len(names) else str(k),
-            probability=float(expit(threshold)) if are_logits else threshold,
-            val=_rates(threshold, *on_val[k], _share),
-            test=_rates(threshold, *on_test[k], _share),
-            lower=_rates(threshold, *on_test[k], partial(lower_bound, confidence=confidence)),
+            probability=probability,
+            val=_rates(probability, *on_val, _share),
+            test=_rates(probability, *on_test, _share),
+            lower=_rates(probability, *on_test, partial(lower_bound, confidence=confidence)),
         )
+
+
+def _probabilities(evaluation: Evaluation) -> NDArray[np.float64]:
+    return probabilities(evaluation.targets, evaluation.outputs)
+
+
+def _as_probability(threshold: float, scores: NDArray[np.float64], probability: NDArray[np.float64]) -> float:
+    """A probability that separates the same samples as a threshold on their scores.
+
+    It is about half way between the probabilities below and above, which are 0 and 1 where there is no sample, and
+    has as few digits, at least four, as keep it in the middle half between them: it can be written in full.
+    """
+    is_found = scores >= threshold
+    below, above = probability[~is_found].max(initial=0.0), probability[is_found].min(initial=1.0)
+    middle, quarter = float(below + above) / 2, float(above - below) / 4
+    for digits in range(4, 17):
+        written = float(f"{middle:.{digits}g}")
+        if abs(written - middle) < quarter:
+            return written
+    return float(above)
 
 
 def _rates(
