@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from autocompress.metrics import Metric
+from autocompress.showing.comparison import spaced
 from autocompress.task import Evaluation
 from autocompress.verdict.change import loss_or_gain
 from autocompress.verdict.constraint import Judged
@@ -61,7 +62,7 @@ class Verdict:
         """The verdict in one sentence, with its numbers."""
         worse, better = ("drops", "gains") if self.higher_is_better else ("worsens by", "improves by")
         change, size = loss_or_gain(self.drop, worse, better)
-        observed = f"{self.metric.replace('_', ' ')} {change} {_amount(size, self.relative)}"
+        observed = f"{spaced(self.metric)} {change} {_amount(size, self.relative)}"
         # The upper bound is rounded up, the lower one down, so that the sentence never claims too much.
         sure = f"with {self.confidence * 100:g}% confidence"
         bound = f"(bound {_amount(self.max_drop, self.relative)})"

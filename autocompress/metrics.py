@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autocompress.plugins import load_from_file, whole_spec, written_spec
 from autocompress.verdict import scores
-from autocompress.verdict.operating_point import OperatingPoint
+from autocompress.verdict.operating_point import FORM, OperatingPoint
 from autocompress.verdict.scores import Outputs, Targets
 
 Score: TypeAlias = Callable[[Targets, Outputs], float]
@@ -149,10 +149,12 @@ def as_metric(given: MetricLike, classes: Sequence[str] = ()) -> Metric:
         raise ValueError(f"metric={given!r:.100}; give a name, file.py:name, a Metric or a function")
     if given in METRICS:
         return METRICS[given]
-    if match := re.fullmatch(r"(\w+)(?:\[(.+)\])?@(\w+)=(.+)", given):
+    if match := re.fullmatch(r"\s*(\w+)(?:\[(.+)\])?\s*@\s*(\w+)\s*=\s*([^\]]+)", given):
         return _at_point(OperatingPoint.parse(match[1], match[3], match[4]), match[2], classes)
     if match := re.fullmatch(r"(\w+)\[(.+)\]", given):
         return _of_class(match[1], match[2], classes)
+    if re.match(r"\s*\w+(?:\[.+\])?\s*@", given) and ".py" not in given:
+        raise ValueError(f"{given} is no operating point; write {FORM}")
     if ":" in given or given.endswith(".py"):
         return _from_file(given)
     near = difflib.get_close_matches(given.lower(), METRICS, n=2, cutoff=0.5)
@@ -192,12 +194,12 @@ def _of_class(kind: str, which: str, classes: Sequence[str]) -> Metric:
 
 def _at_point(point: OperatingPoint, which: str | None, classes: Sequence[str]) -> Metric:
     """The rate at an operating point, of one class if one is given by its name or its number."""
-    name = str(point) if which is None else f"{point.scored}[{which}]@{point.fixed}={point.value:g}"
+    name = str(point) if which is None else str(point).replace("@", f"[{which}]@", 1)
     only = None if which is None else _number_of(which, classes, name)
     return _share(
         name,
         partial(scores.macro, point.score, only=only),
-        description=f"{point.scored} at the threshold that gives a {point.fixed} of {point.value:g}",
+        description=f"{point.scored} at the threshold that gives a {point.fixed} of {point.value:.12g}",
         point=point,
         only=only,
     )

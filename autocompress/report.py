@@ -16,6 +16,7 @@ from autocompress.showing.comparison import (
     decisions,
     in_unit,
     in_words,
+    spaced,
     timed_together,
 )
 from autocompress.showing.figures import Figure, draw
@@ -126,7 +127,7 @@ def _question(record: Record) -> str:
     bound = f"{100 * float(asked.get('max_drop', 0)):g}{record.unit}"
     date = f", begun {record.begun} UTC" if record.begun else ""
     objective = _named(asked.get("objective", "density"))
-    metric = str(asked.get("metric", "the metric")).replace("_", " ")
+    metric = spaced(str(asked.get("metric", "the metric")))
     asked_for = f"the best {objective} that loses at most {bound} of {metric} ({kind})"
     besides = "".join(f", with {constraint}" for constraint in asked.get("constraints") or ())
     return f"Study {record.name}{date}. Asked: {asked_for}{besides}."

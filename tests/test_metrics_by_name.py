@@ -1,4 +1,5 @@
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,9 @@ from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
 from autocompress.metrics import METRICS, Metric, accuracy, as_metric
+from autocompress.showing.comparison import spaced
+from autocompress.task import Evaluation
+from autocompress.verdict.constraint import parse_constraint
 from autocompress.verdict.scores import classes_present, confusions, smallest_class
 
 RNG = np.random.default_rng(0)
@@ -223,3 +227,38 @@ def test_an_operating_point_travels_and_has_the_name_that_was_written() -> None:
         as_metric("specificity[sick]@sensitivity=95%", ("well", "ill"))
     with pytest.raises(ValueError, match="all of class 1, or none is"):
         metric.score(np.ones_like(BINARY), BINARY_LOGITS)
+
+
+@pytest.mark.parametrize("named", ["T>=2cm", "a<=b [x]", "left@right=both", "[x]@sensitivity=95%", "a_b]"])
+def test_a_class_may_have_a_name_that_looks_like_a_metric_or_a_constraint(named) -> None:
+    classes = ("other", named)
+    targets = np.arange(40) % 2
+    outputs = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    for metric in (f"recall[{named}]", f"specificity[{named}]@sensitivity=0.9"):
+        assert spaced(metric) == metric and spaced(f"balanced_{metric}") == f"balanced {metric}"
+        for written in (f"{metric}>=0.01", f"{metric}<=0.99"):
+            constraint = parse_constraint(written, classes)
+            assert constraint.metric.name == metric and constraint.text == written
+            sentence = constraint.judge(Evaluation(0.0, outputs, targets)).sentence
+            assert sentence.startswith(f"On test {metric} is ")
+            bound = "at least" if written.endswith(">=0.01") else "at most"
+            assert f", {bound} 0." in sentence
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["specificity@sensitivity", "specificity@95%", "specificity@sensitivity>=95%", "specificity@sensitivity:95%",
+     "specificity@sensitivity[1]=95%", "specificity[1]@", "tpr @ fpr = 5%"],
+)  # fmt: skip
+def test_what_is_nearly_an_operating_point_is_refused_with_the_form_of_one(written) -> None:
+    with pytest.raises(ValueError, match=re.escape("no operating point; write specificity@sensitivity=95%, ")):
+        as_metric(written, ("0", "1"))
+
+
+def test_an_operating_point_may_have_spaces_and_its_name_has_all_digits() -> None:
+    assert as_metric("specificity @ sensitivity = 95%").name == "specificity@sensitivity=0.95"
+    assert as_metric("specificity@sensitivity=99.99999%").name == "specificity@sensitivity=0.9999999"
+    with pytest.raises(
+        ValueError, match=r"specificity@sensitivity=150%: sensitivity must be above 0 and at most 1"
+    ):
+        as_metric("specificity@sensitivity=150%")

@@ -26,7 +26,7 @@ def comparison(found: Found) -> list[tuple[str, ...]]:
         if test.get("is_cost"):
             rows.append((text, "", in_unit(test["value"], test["unit"]), "" if test["met"] else "violated"))
             continue
-        name = re.split(r"[<>]=?", text)[0].strip()
+        name = _without_value(text)
         for split, value, met in (("val", val["value"], val["excess"] <= 0), ("test", test["value"], test["met"])):
             before = f"{constraint['dense'][split]:.4f}" if constraint.get("dense") else ""
             rows.append((f"{name} on {split}", before, f"{value:.4f}", "" if met else "violated"))
@@ -183,7 +183,18 @@ def in_words(params: Mapping[str, Any]) -> str:
 
 def constrained(text: str) -> str:
     """The quantity that a constraint limits: ``"balanced accuracy"`` of ``"balanced_accuracy>=0.9"``."""
-    return re.split("[<>]=", text)[0].replace("_", " ")
+    return spaced(_without_value(text))
+
+
+def spaced(metric: str) -> str:
+    """A metric's name in words: ``"balanced accuracy"``; the class in ``"recall[a_b]"`` stays as it is."""
+    kind, bracket, of_class = metric.partition("[")
+    return kind.replace("_", " ") + bracket + of_class
+
+
+def _without_value(text: str) -> str:
+    """A constraint up to its last comparison: a class may be named ``size>=2cm``."""
+    return re.sub(r"\s*[<>]=(?!.*[<>]=).*", "", text).strip()
 
 
 RATES = ("sensitivity", "specificity")

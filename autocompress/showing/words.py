@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autocompress.disk.record import Record
-from autocompress.showing.comparison import RUNTIMES, as_bytes, as_count, timed_together
+from autocompress.showing.comparison import RUNTIMES, as_bytes, as_count, spaced, timed_together
 from autocompress.verdict.change import loss_or_gain
 
 SAME = 0.03  # latencies that differ by a smaller fraction are called the same: medians are about this accurate
@@ -62,7 +62,7 @@ def _lost(record: Record, found: Mapping[str, Any]) -> Iterator[str]:
     certificate = found.get("certificate")
     if not certificate:
         return
-    n, metric = certificate["n"], str(certificate["metric"]).replace("_", " ")
+    n, metric = certificate["n"], spaced(str(certificate["metric"]))
     before, after = (found["scores"][who]["test"] for who in ("dense", "compressed"))
     counts = (
         f" ({round(before * n)} right answers before, {round(after * n)} after)" if metric == "accuracy" else ""

@@ -107,7 +107,7 @@ class Judged:
             is_count = self.unit in COUNTED  # the unit names what is counted
             subject = "It has" if is_count else f"Its {constrained(self.text)} is"
             return f"{subject} {value}{known} {required}.".replace(" ,", ",")
-        at_least = ">=" in self.text
+        at_least = self.text.rfind(">=") > self.text.rfind("<=")  # the name of a class may have others
         lower, upper = f"at least {self.lower:.4f}", f"at most {self.upper:.4f}"
         violated = "" if self.met else f"which violates {self.text}, "
         bound = (lower if at_least else upper) if self.met else (upper if at_least else lower)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-FORM = "specificity@sensitivity=0.95 or sensitivity@specificity=0.9"
+FORM = "specificity@sensitivity=95%, sensitivity@specificity=90% or specificity[CLASS]@sensitivity=95%"
 ROUNDING = 1e-9  # in samples: 0.9 of 10 samples are 9, whatever the last bit of the product is
 
 
@@ -46,6 +46,8 @@ class OperatingPoint:
             number = math.nan
         for rate, other in (("sensitivity", "specificity"), ("specificity", "sensitivity")):
             if (scored, fixed) == (other, rate) and not math.isnan(number):
+                if not 0 < number <= 1:
+                    raise ValueError(f"{scored}@{fixed}={value}: {fixed} must be above 0 and at most 1, or 100%")
                 return cls(rate, number)  # type: ignore[arg-type]  # of a Literal's values
         raise ValueError(f"{scored}@{fixed}={value} is no operating point; write {FORM}")
 
@@ -55,7 +57,7 @@ class OperatingPoint:
         return "specificity" if self.fixed == "sensitivity" else "sensitivity"
 
     def __str__(self) -> str:
-        return f"{self.scored}@{self.fixed}={self.value:g}"
+        return f"{self.scored}@{self.fixed}={self.value:.12g}"
 
     def threshold(self, is_class: NDArray[np.bool_], scores: NDArray[Any]) -> float:
         """The decision threshold, half way between the scores that it separates.
