@@ -7,7 +7,6 @@ logging fails, the user is warned once and the study goes on.
 
 import contextlib
 import functools
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +27,6 @@ P = ParamSpec("P")
 MEANWHILE = "the study goes on; its own directory has everything"
 
 _FAILURES_IN_A_ROW = 3  # after which logging is given up
-_UNFIT = re.compile(r"[^\w./ -]")  # characters that MLflow refuses in the name of a metric
 _NO_ANSWER = ("Max retries exceeded", "Connection refused", "timed out")  # parts of long errors of HTTP clients
 _INHERITED = ("scheme", "seed", "sampler", "objective", "max_drop", "recovery.epochs")  # repeated in trials' runs
 COSTS = (  # fields of `Measurement` that every run logs as metrics
@@ -195,7 +193,7 @@ class Tracker:
             "value": result.value,
             **{f"value_{i}": value for i, value in enumerate(result.values[1:], start=2)},
             "seconds": result.seconds,
-            **{_UNFIT.sub("_", f"constraint/{checked.metric}"): checked.value for checked in result.constraints},
+            **{f"constraint/{checked.metric}": checked.value for checked in result.constraints},
             **(scores or {}),
         }
         state = "rejected" if result.rejected else "complete"

@@ -154,6 +154,23 @@ def test_mlflow_has_a_run_for_each(found: Sweep) -> None:
     assert first.metrics["sensitivity_test"] == pytest.approx(found.trials["sensitivity_test"][1], abs=1e-5)
 
 
+def test_a_metric_at_an_operating_point_is_in_the_table_and_in_mlflow(tiny_task: Task, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    asked, said = "specificity[1]@sensitivity=0.9", []
+    found = run(tiny_task, tmp_path, said, schemes=["Quantize16"], repeats=1, also=[asked])
+    assert not [line for line in said if "MLflow" in line]
+    assert f"{asked} on test" in found.to_rows()[0]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "stripes")
+    runs = client.search_runs([experiment.experiment_id])
+    (trial,) = (
+        run for run in runs if run.data.params.get("scheme") == "Quantize16" and "repeat" in run.data.params
+    )
+    logged = trial.data.metrics["specificity_1__sensitivity_0.9_test"]
+    assert logged == pytest.approx(found.trials[f"{asked}_test"][1], abs=1e-5)
+
+
 def test_a_sweep_that_was_cut_short_goes_on(found: Sweep, tiny_task: Task, tmp_path: Path) -> None:
     shutil.copytree(found.folder, tmp_path / "s")
     (tmp_path / "s" / "result.json").unlink()

@@ -2,6 +2,7 @@
 
 import getpass
 import math
+import re
 import tempfile
 import time
 import uuid
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # MLflow takes seconds to import; whoever writes does it
 P = ParamSpec("P")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+_UNFIT = re.compile(r"[^\w./ -]")  # characters that MLflow refuses in the name of a metric
 _METRICS_IN_A_BATCH = 1000  # MLflow's limit
 # The client and the experiment's id that this process has opened, by `Runs._key`.
 _opened: dict[str, tuple["MlflowClient", str]] = {}
@@ -216,7 +218,7 @@ class Runs:
 
         now = _milliseconds(at)
         points = [
-            Metric(key, _rounded(value), now, step, model_id=model_id, run_id=run_id)
+            Metric(_UNFIT.sub("_", key), _rounded(value), now, step, model_id=model_id, run_id=run_id)
             for key, value in (metrics or {}).items()
         ]
         points += [
