@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -5,6 +7,7 @@ from autocompress.certify import certify, conclude
 from autocompress.metrics import METRICS, accuracy
 from autocompress.task import Evaluation
 from autocompress.verdict.constraint import Constraint, parse_constraint
+from autocompress.verdict.limit import parse_constraints
 from autocompress.verdict.per_class import per_class
 
 
@@ -150,3 +153,24 @@ def test_labels_have_a_table_each() -> None:
     found = per_class(Evaluation(0.0, outputs, targets), Evaluation(0.0, outputs, targets), ("effusion", "mass"))
     assert [(c.name, c.support, c.recall) for c in found.dense] == [("effusion", 2, 0.5), ("mass", 1, 1.0)]
     assert found.confusion_dense == [[[1, 0], [1, 1]], [[2, 0], [0, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("sensitivity>=95", "sensitivity>=95 cannot be met: sensitivity is never above 1, or 100%"),
+        ("sensitivity@specificity=90%>=150%", "sensitivity@specificity=0.9 is never above 1, or 100%"),
+        ("log_loss<=-0.1", "log_loss<=-0.1 cannot be met: log_loss is never below 0"),
+    ],
+)
+def test_a_constraint_that_no_score_meets_is_refused(written, message) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_constraint(written)
+    assert parse_constraint("sensitivity>=100%").value == 1.0
+
+
+def test_a_constraint_at_an_operating_point_may_have_spaces_and_is_taken_for_no_objective() -> None:
+    (required,) = parse_constraints("sensitivity @ specificity = 90% >= 80%")
+    assert required.text == "sensitivity@specificity=0.9>=0.8"
+    with pytest.raises(ValueError, match=r"specificity@sensitivity is no operating point; write specificity@"):
+        parse_constraints("specificity@sensitivity>=95%")

@@ -14,6 +14,7 @@ from autocompress.disk.optuna_store import open_study
 from autocompress.disk.storage import StudyFolder
 from autocompress.goal import as_objective
 from autocompress.lc import LearningCompression
+from autocompress.metrics import Metric, accuracy
 from autocompress.processes.workers import InProcess
 from autocompress.sampler import APART, ThresholdSampler
 from autocompress.schemes import Quantize16, StructPrune
@@ -29,7 +30,7 @@ from autocompress.search import (
 from autocompress.searching.selection import answer, candidates, finished, front, posterior, shortlist
 from autocompress.searching.space import Configuration, Space
 from autocompress.trial import Bound, TrialResult, TrialSpec, run_trial
-from autocompress.verdict.constraint import parse_constraint
+from autocompress.verdict.constraint import Constraint, parse_constraint
 
 MakeSpec = Callable[..., TrialSpec]
 BOUND = Bound(0.05)
@@ -125,7 +126,7 @@ def test_the_budget_of_trials_is_kept_and_each_is_saved_before_it_counts(home: H
 
 
 def test_a_constraint_makes_a_trial_infeasible_and_pushes_the_search_to_denser_models(home: Home) -> None:
-    unreachable = parse_constraint("accuracy>=1.01")
+    unreachable = Constraint(Metric("accuracy", accuracy.score), at_least=True, value=1.01)
     home.search(2, spec={"constraints": (unreachable,)})
     for trial, result in zip(finished(home.study), home.log.results, strict=True):
         (checked,) = result.constraints

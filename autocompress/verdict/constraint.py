@@ -133,6 +133,10 @@ class Constraint:
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise ValueError(f"{self.text}: the value must be a finite number")
+        low, high = self.metric.low, self.metric.high
+        if self.value > high if self.at_least else self.value < low:
+            never = f"never above {high:g}, or {100 * high:g}%" if self.at_least else f"never below {low:g}"
+            raise ValueError(f"{self.text} cannot be met: {self.metric.name} is {never}")
 
     @property
     def text(self) -> str:

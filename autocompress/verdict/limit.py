@@ -158,7 +158,7 @@ def _objective(name: str) -> Objective | None:
     Raises:
         ValueError: If the name is neither an objective nor a metric.
     """
-    if name in METRICS or re.fullmatch(r"\w+(\[.+\]|(\[.+\])?@\w+=.+)", name):
+    if name in METRICS or re.fullmatch(r"\w+(\[.+\]|(\[.+\])?\s*@(?!.*\.py).*)", name):
         return None
     if "(" in name and not is_in_file(name):
         return as_objective(name)
