@@ -61,7 +61,12 @@ def show_result(console: Console, found: Found, folder: Path) -> None:
     if thresholds := decisions(found):
         console.print()
         show_table(console, *_thresholds(thresholds))
-        say(f">=: at least, with {100 * found['certificate']['confidence']:g}% confidence each", "dim")
+        confidence = f"{100 * found['certificate']['confidence']:g}%"
+        say(
+            f">=: at least, with {confidence} confidence each; expect these rates in use, not the score on test,",
+            "dim",
+        )
+        say("which is that of the best threshold for the test data", "dim")
     if found.get("front"):
         console.print()
         show_table(console, *_front(found))
