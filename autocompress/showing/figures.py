@@ -23,8 +23,10 @@ from autocompress.showing.drawing import (
 )
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import; `draw` does it
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+    from numpy.typing import NDArray
 
 MOST_FIGURES = 7
 MANY_LAYERS = 30  # more are drawn as an area, not as bars with names
@@ -283,18 +285,13 @@ def _confusion(
     import numpy as np
 
     n = len(confusion["dense"])
-    names = [_beginning(str(of_class["name"]), 10) for of_class in classes]
-    if len(names) != n:
-        names = list(map(str, range(n)))
+    names = _short_names(classes, n)
     canvas, panels = make_axes(3.1, columns=2)
-    rgb = [int(COMPRESSED[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     wrong = {}
     for ax, (who, counts) in zip(panels, confusion.items(), strict=True):
         matrix = np.asarray(counts, dtype=float)
         share = matrix / np.maximum(1.0, matrix.sum(axis=1, keepdims=True))
-        image = np.empty((n, n, 4))
-        image[..., :3], image[..., 3] = rgb, 0.9 * np.sqrt(share)  # the root makes few mistakes visible
-        ax.imshow(image, interpolation="nearest")
+        ax.imshow(_shaded(share), interpolation="nearest")
         wrong[who] = int(matrix.sum() - np.trace(matrix))
         ax.set_title(f"{who}: {wrong[who]} mistakes")
         if n <= MANY_CLASSES:
@@ -318,19 +315,14 @@ def _labels(confusion: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) 
     """How often each of several labels is right and wrong, with the dense and with the compressed model."""
     import numpy as np
 
-    names = [_beginning(str(of_class["name"]), 10) for of_class in classes]
     n = len(confusion["dense"])
-    if len(names) != n:
-        names = list(map(str, range(n)))
+    names = _short_names(classes, n)
     canvas, panels = make_axes(min(8.0, 2.0 + 0.3 * n), columns=2)
-    rgb = [int(COMPRESSED[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     wrong = {}
     for ax, (who, counts) in zip(panels, confusion.items(), strict=True):
         by_truth = np.asarray(counts, dtype=float)[:, ::-1, ::-1]  # of each label: those that have it come first
         share = by_truth / np.maximum(1.0, by_truth.sum(axis=2, keepdims=True))
-        image = np.empty((n, 4, 4))
-        image[..., :3], image[..., 3] = rgb, 0.9 * np.sqrt(share.reshape(n, 4))  # as in `_confusion`
-        ax.imshow(image, interpolation="nearest", aspect="auto")
+        ax.imshow(_shaded(share.reshape(n, 4)), interpolation="nearest", aspect="auto")
         wrong[who] = int(by_truth[:, 0, 1].sum() + by_truth[:, 1, 0].sum())
         ax.set_title(f"{who}: {wrong[who]} mistakes")
         ax.set(xticks=range(4))
@@ -349,6 +341,22 @@ def _labels(confusion: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) 
         f"model makes {wrong['dense']} mistakes, the compressed one {wrong['compressed']}."
     )
     return "confusion", "What is found and what is missed, on test", description, canvas
+
+
+def _short_names(classes: Sequence[Mapping[str, Any]], n: int) -> list[str]:
+    """The names of ``n`` classes for a small axis; their numbers if not all have names."""
+    names = [_beginning(str(of_class["name"]), 10) for of_class in classes]
+    return names if len(names) == n else list(map(str, range(n)))
+
+
+def _shaded(share: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    """An image of shares, shape ``(rows, columns, 4)``: the larger, the more opaque."""
+    import numpy as np
+
+    image = np.empty((*share.shape, 4))
+    image[..., :3] = [int(COMPRESSED[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    image[..., 3] = 0.9 * np.sqrt(share)  # the root makes few mistakes visible
+    return image
 
 
 def _recovery(answer: Mapping[str, Any]) -> tuple[str, str, str, "Canvas"]:

@@ -89,14 +89,14 @@ def _thresholds(
     names: Sequence[str],
     confidence: float,
 ) -> Iterator[DecisionThreshold]:
+    rankings_val, rankings_test = (class_scores(e.targets, e.outputs) for e in (val, test))
+    p_val, p_test = (probabilities(e.targets, e.outputs) for e in (val, test))
     for k in positive_classes(val.targets, val.outputs) if metric.only is None else (metric.only,):
-        is_class, scores = class_scores(val.targets, val.outputs)[k]
+        is_class, scores = rankings_val[k]
         if is_class.all() or not is_class.any():
             continue
-        on_val, on_test = (
-            (class_scores(e.targets, e.outputs)[k][0], _probabilities(e)[:, k]) for e in (val, test)
-        )
-        probability = _as_probability(point.threshold(is_class, scores), scores, on_val[1])
+        on_val, on_test = (is_class, p_val[:, k]), (rankings_test[k][0], p_test[:, k])
+        probability = _as_probability(point.threshold(is_class, scores), scores, p_val[:, k])
         yield DecisionThreshold(
             metric=metric.name,
             class_name=names[k] if k < len(names) else str(k),
@@ -105,10 +105,6 @@ def _thresholds(
             test=_rates(probability, *on_test, _share),
             lower=_rates(probability, *on_test, partial(lower_bound, confidence=confidence)),
         )
-
-
-def _probabilities(evaluation: Evaluation) -> NDArray[np.float64]:
-    return probabilities(evaluation.targets, evaluation.outputs)
 
 
 def _as_probability(threshold: float, scores: NDArray[np.float64], probability: NDArray[np.float64]) -> float:
